@@ -1,0 +1,49 @@
+# `make demo` and `make test` are all a fresh clone needs: Python 3.11+ and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# MLX comes from its CPU build on Linux; on a Mac the mlx package has Metal.
+CPU := $(if $(filter Linux,$(shell uname -s)),cpu)
+comma := ,
+
+.PHONY: demo test lint test-slow fuzz clean
+
+demo: $(VENV)/.demo
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mlx.launch -n 2 -- \
+	    mlx_ep.generate --ranks 2 --prompt "What is spaghetti code?" </dev/null \
+	    2>&1 | tee $(VENV)/demo.log
+	@# mlx.launch returns 0 even when its ranks fail: look at what they printed.
+	@grep -q '^Generation:' $(VENV)/demo.log
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -q -m slow
+
+fuzz: $(VENV)/.test
+	$(BIN)/python -m tests.fuzz_exchange
+
+clean:
+	rm -rf $(VENV) dist build
+
+$(VENV)/.demo: pyproject.toml
+	$(call install,$(CPU))
+
+$(VENV)/.test: pyproject.toml
+	$(call install,$(if $(CPU),$(CPU)$(comma))dev$(comma)mpi)
+	@touch $(VENV)/.demo
+
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "mlx_ep needs Python 3.11 or newer: make PYTHON=/path/to/python3"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".$(if $(1),[$(1)])"
+	@touch $@
+endef
