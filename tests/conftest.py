@@ -1,0 +1,36 @@
+"""What tests share through pytest: the tiers a test can require.
+
+Mark a test (or a module, with `pytestmark`) with `pytest.mark.requires("ranks")`.
+Where the tier is missing the test is skipped, or fails if MLX_EP_REQUIRE names it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.launchers import is_required, unavailable
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # What warm-up measures is kept for later runs of the tests, not of the user.
+    os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / "mlx-ep-tests")
+    config.addinivalue_line(
+        "markers",
+        'requires(tier): needs a tier: "ranks", "mpi" or "host_metal"; skipped where '
+        "it is missing, failed where MLX_EP_REQUIRE names it",
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("requires"):
+        for tier in mark.args:
+            reason = unavailable(tier)
+            if reason is None:
+                continue
+            if is_required(tier):
+                pytest.fail(f"MLX_EP_REQUIRE names {tier}: {reason}", pytrace=False)
+            pytest.skip(f"{tier}: {reason}")

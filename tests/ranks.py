@@ -1,0 +1,347 @@
+"""Run code on N real ranks: one subprocess a rank, every exit code looked at.
+
+`run_ranks` calls a function of a test module on every rank, `run_commands` starts
+a command line on every rank. Neither goes through `mlx.launch`, which returns 0
+even when every rank fails.
+
+This file is a module beside the folder `tests/ranks/`: that folder must not get an
+`__init__.py`, which would hide this module. pytest is not needed here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from tests.launchers import (
+    is_required,
+    mpirun_command,
+    rank_environment,
+    ring_variables,
+    unavailable,
+)
+
+__all__ = [
+    "RankOutcome",
+    "RanksError",
+    "StartedCommands",
+    "is_required",
+    "run_commands",
+    "run_ranks",
+    "start_commands",
+    "unavailable",
+]
+
+# A rank that failed leaves its peers waiting for it; they get this long to end on
+# their own (a peer that notices says more than a stack does) before being stopped.
+GRACE_SECONDS = 1.5
+
+
+class RanksError(RuntimeError):
+    """A rank raised, ended with an error, or did not end in time."""
+
+
+@dataclass(frozen=True)
+class RankOutcome:
+    """How the process of one rank ended, and what it printed."""
+
+    returncode: int | None
+    stdout: str
+    stderr: str
+
+
+@dataclass
+class StartedCommands:
+    """Running ranks; `processes[rank]` is the Popen object of a rank."""
+
+    processes: list[subprocess.Popen[bytes]]
+    directory: Path
+    _files: list[IO[bytes]] = field(default_factory=list)
+
+    def wait(self, timeout: float = 60.0) -> list[RankOutcome]:
+        """Wait for every rank to end; a rank that failed does not stop the others.
+
+        Raises:
+            RanksError: not all ended within `timeout` seconds; the ranks are
+                stopped and the message holds their stacks.
+        """
+        deadline = time.monotonic() + timeout
+        while any(process.poll() is None for process in self.processes):
+            if time.monotonic() > deadline:
+                hung = [r for r, p in enumerate(self.processes) if p.poll() is None]
+                _stop([process.pid for process in self.processes], self.processes)
+                raise RanksError(
+                    f"ranks {hung} did not end within {timeout} s\n"
+                    + "\n".join(
+                        _section(rank, self.outcome(rank).stderr)
+                        for rank in range(len(self.processes))
+                    )
+                )
+            time.sleep(0.01)
+        return [self.outcome(rank) for rank in range(len(self.processes))]
+
+    def outcome(self, rank: int) -> RankOutcome:
+        """What a rank printed so far, and its exit code (None while it runs)."""
+        return RankOutcome(
+            self.processes[rank].poll(),
+            _read(self.directory / f"stdout.{rank}"),
+            _read(self.directory / f"stderr.{rank}"),
+        )
+
+
+def run_ranks(
+    num_ranks: int,
+    function: Callable[..., Any],
+    *args: Any,
+    transport: str = "ring",
+    timeout: float = 60.0,
+    env: Mapping[str, str] | None = None,
+) -> list[Any]:
+    """Call `function(group, *args)` on `num_ranks` ranks.
+
+    Args:
+        num_ranks: how many processes; one rank is a process too.
+        function: a top-level function of a test module. It, its arguments and its
+            results travel pickled, so results are Python or NumPy objects.
+        transport: "ring" or "mpi"; one rank uses neither, its group is a singleton.
+        timeout: seconds for everything, from the start of the processes.
+        env: environment variables added for the ranks.
+
+    Returns:
+        The results, in rank order.
+
+    Raises:
+        RanksError: a rank raised or hung. The message holds the end of every
+            rank's output: tracebacks, and the stacks of ranks that had to be stopped.
+    """
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
+    for attempt in range(2):
+        with tempfile.TemporaryDirectory(prefix="ranks-") as name:
+            directory = Path(name)
+            call = pickle.dumps((function, args))
+            (directory / "job").write_bytes(
+                pickle.dumps((sys.path, transport, num_ranks, call))
+            )
+            problem = _run_job(num_ranks, transport, timeout, env, directory)
+            if problem is None:
+                return [_result(directory, rank) for rank in range(num_ranks)]
+            outputs = [_read(directory / f"output.{r}") for r in range(num_ranks)]
+            # Between finding a free port and using it, another process can take it.
+            if attempt == 0 and any("bind socket" in output for output in outputs):
+                continue
+            launcher = _read(directory / "launcher")
+            raise RanksError(
+                "\n".join(
+                    [f"{num_ranks} ranks over {transport}: {problem}"]
+                    + [_section(rank, output) for rank, output in enumerate(outputs)]
+                    + ([f"--- launcher ---\n{launcher[-3000:]}"] if launcher else [])
+                )
+            )
+    raise AssertionError("unreachable")
+
+
+def run_commands(
+    num_ranks: int,
+    argv: Sequence[str],
+    transport: str = "ring",
+    timeout: float = 60.0,
+    env: Mapping[str, str] | None = None,
+    stdin: str | None = None,
+) -> list[RankOutcome]:
+    """Run the command line `argv` on every rank and return how each one ended.
+
+    Args:
+        argv: the command; start it with `sys.executable` for a Python module.
+        stdin: text that every rank reads, as `mlx.launch` hands it to all.
+
+    Raises:
+        RanksError: not all ranks ended within `timeout` seconds.
+    """
+    with start_commands(num_ranks, argv, transport, env, stdin) as started:
+        return started.wait(timeout)
+
+
+@contextlib.contextmanager
+def start_commands(
+    num_ranks: int,
+    argv: Sequence[str],
+    transport: str = "ring",
+    env: Mapping[str, str] | None = None,
+    stdin: str | None = None,
+) -> Iterator[StartedCommands]:
+    """Start `argv` on every rank; ranks still running at the end are killed."""
+    if transport != "ring":
+        # mpirun owns its ranks: there would be no Popen object for each of them.
+        raise ValueError(f'transport must be "ring" for commands, got {transport!r}')
+    with tempfile.TemporaryDirectory(prefix="ranks-") as name:
+        directory = Path(name)
+        started = StartedCommands([], directory)
+        (directory / "stdin").write_text(stdin or "")
+        try:
+            for rank, variables in enumerate(ring_variables(num_ranks, directory)):
+                files: list[IO[bytes]] = [(directory / "stdin").open("rb")]
+                files += [
+                    (directory / f"{stream}.{rank}").open("wb")
+                    for stream in ("stdout", "stderr")
+                ]
+                started._files += files
+                started.processes.append(
+                    subprocess.Popen(
+                        list(argv),
+                        env=rank_environment(env) | variables,
+                        stdin=files[0],
+                        stdout=files[1],
+                        stderr=files[2],
+                    )
+                )
+            yield started
+        finally:
+            _stop([], started.processes)
+            for file in started._files:
+                file.close()
+
+
+def _run_job(
+    num_ranks: int,
+    transport: str,
+    timeout: float,
+    env: Mapping[str, str] | None,
+    directory: Path,
+) -> str | None:
+    """Start the ranks and wait; returns what went wrong, or None."""
+    deadline = time.monotonic() + timeout
+    command = [sys.executable, str(Path(__file__).resolve()), str(directory)]
+    environment = rank_environment(env)
+    with (directory / "launcher").open("wb") as log:
+        # mlx 0.32.4 under mpirun -n 1 calls MPI_Init and never MPI_Finalize, which
+        # mpirun reports as a failure: one rank needs no launcher anyway.
+        if transport == "ring" or (transport == "mpi" and num_ranks == 1):
+            processes = [
+                subprocess.Popen(
+                    command,
+                    env=environment | variables,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
+                for variables in ring_variables(num_ranks, directory)
+            ]
+        elif transport == "mpi":
+            argv, variables = mpirun_command(num_ranks)
+            processes = [
+                subprocess.Popen(
+                    argv + command,
+                    env=environment | variables,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
+            ]
+        else:
+            raise ValueError(f'transport must be "ring" or "mpi", got {transport!r}')
+        problem = None
+        try:
+            while any(process.poll() is None for process in processes):
+                failed = any(process.poll() for process in processes) or any(
+                    (directory / f"failed.{rank}").exists() for rank in range(num_ranks)
+                )
+                if failed and problem is None:
+                    problem = "a rank failed"
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+                if time.monotonic() > deadline:
+                    problem = problem or f"not done after {timeout} s"
+                    break
+                time.sleep(0.01)
+        finally:
+            pids = [int(_read(path)) for path in directory.glob("pid.*")]
+            _stop(pids, processes)
+        if problem is None and any(process.returncode for process in processes):
+            problem = f"exit codes {[process.returncode for process in processes]}"
+    return problem
+
+
+def _stop(pids: Sequence[int], processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask the ranks among `pids` for their stacks, then kill what still runs."""
+    if any(process.poll() is None for process in processes):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)
+        until = time.monotonic() + (1.0 if pids else 0.0)
+        while time.monotonic() < until and any(p.poll() is None for p in processes):
+            time.sleep(0.01)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def _result(directory: Path, rank: int) -> Any:
+    path = directory / f"result.{rank}"
+    if not path.exists():
+        output = _read(directory / f"output.{rank}")
+        raise RanksError(f"rank {rank} ended without a result\n{output[-3000:]}")
+    return pickle.loads(path.read_bytes())
+
+
+def _read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _section(rank: int, output: str) -> str:
+    return f"--- rank {rank} ---\n{output[-6000:].rstrip() or '(printed nothing)'}"
+
+
+def _rank_main(directory: Path) -> None:
+    """What the process of one rank does for `run_ranks`."""
+    rank = int(os.environ.get("MLX_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", 0)))
+    # Files of our own: mpirun would mix the output of the ranks.
+    output = os.open(directory / f"output.{rank}", os.O_CREAT | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    faulthandler.enable()
+    (directory / f"pid.{rank}").write_text(str(os.getpid()))
+    try:
+        path, transport, num_ranks, call = pickle.loads(
+            (directory / "job").read_bytes()
+        )
+        sys.path[:] = path
+        import mlx.core as mx
+
+        if rank == 0 and os.environ.get("PYTEST_CURRENT_TEST"):
+            from jaxtyping import install_import_hook
+
+            # Shapes are checked as pytest checks them in its process: on one rank,
+            # since it takes most of a second to start, and never in a benchmark.
+            install_import_hook("mlx_ep", "beartype.beartype")
+        # Before the test module is imported: what it imports may initialise too,
+        # and the first call decides the transport.
+        backend = transport if num_ranks > 1 else "ring"
+        group = mx.distributed.init(strict=num_ranks > 1, backend=backend)
+        function, args = pickle.loads(call)
+        result = pickle.dumps(function(group, *args))
+        partial = directory / f"partial.{rank}"
+        partial.write_bytes(result)
+        partial.rename(directory / f"result.{rank}")
+    except BaseException:
+        traceback.print_exc()
+        (directory / f"failed.{rank}").touch()
+        sys.stderr.flush()
+        # Not sys.exit: at exit, mlx could wait for a collective that never ends.
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    _rank_main(Path(sys.argv[1]))

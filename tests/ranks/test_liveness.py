@@ -1,0 +1,323 @@
+"""A rank that fails, dies, freezes or is interrupted ends the run on every rank.
+
+The ranks run the source of `program`: they loop over a collective until the bad one
+does what its case says.
+"""
+
+from __future__ import annotations
+
+import inspect
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import pytest
+
+from tests.launchers import mpirun_command, rank_environment
+from tests.ranks import StartedCommands, start_commands
+
+END_WITHIN = 10.0  # seconds from the failure until every process has ended
+
+needs_ranks = pytest.mark.requires("ranks")
+
+
+def program(transport: str, case: str, bad_rank: int) -> None:
+    import ctypes
+    import os
+    import signal
+    import sys
+    import time
+
+    import mlx.core as mx
+
+    if case == "exit":
+        from jaxtyping import install_import_hook
+
+        # Annotations are checked here as in pytest's own process; in one case and two
+        # modules only, because that takes longer than what is tested.
+        modules = ["mlx_ep.comm.liveness", "mlx_ep.comm.side_channel"]
+        install_import_hook(modules, "beartype.beartype")
+    from mlx_ep.comm.liveness import guard
+
+    # A shell may have started the tests in the background, or under nohup.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    is_nohup = case == "nohup"
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if is_nohup else signal.SIG_DFL)
+    group = mx.distributed.init(strict=True, backend=transport)
+    rank = group.rank()
+    is_bad = rank == bad_rank
+
+    def add() -> None:
+        mx.eval(mx.distributed.all_sum(mx.ones(8), group=group))
+
+    def now() -> None:
+        print(f"event {time.time()}", flush=True)
+
+    silence_timeout = 2.0 if case in ("freeze", "hold-gil") else 30.0
+    with guard(group, silence_timeout) as channel:
+        assert channel is not None
+        if case == "early" and is_bad:
+            time.sleep(0.2)  # the others wait in their first collective
+            now()
+            raise FileNotFoundError("no such model")
+        add()
+        print("ready", flush=True)
+        sys.stdout.write("not flushed\n")
+        if case == "leave":
+            time.sleep(0.2 * ((rank - bad_rank) % group.size()))
+            if rank == bad_rank:
+                return
+            sys.exit(0)
+        if case == "leave-first" and rank == 0:
+            return
+        if case == "leave-first" and rank == 1:
+            time.sleep(60)
+        if case == "sleep" and is_bad:
+            time.sleep(60)
+        if is_bad and case not in ("loop", "nohup", "freeze"):
+            time.sleep(0.2)  # the others wait in a collective
+            now()
+        if is_bad and case == "raise":
+            raise ValueError("boom\nin two lines")
+        if is_bad and case == "exit":
+            sys.exit(2)
+        if is_bad and case == "fail":
+            channel.fail("had enough", 7)
+        if is_bad and case in ("kill", "leave-first"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if is_bad and case == "hold-gil":
+            ctypes.PyDLL(None).sleep(60)
+        while True:
+            add()
+
+
+def argv(transport: str, case: str, bad_rank: int) -> list[str]:
+    # Not this file: to import pytest takes a rank longer than most of its cases.
+    source = inspect.getsource(program)
+    return [sys.executable, "-c", f"{source}program{(transport, case, bad_rank)}"]
+
+
+def ring(
+    num_ranks: int, case: str, bad_rank: int
+) -> AbstractContextManager[StartedCommands]:
+    # Buffered: what a rank printed must be out however it ends.
+    buffered = {"PYTHONUNBUFFERED": ""}
+    return start_commands(num_ranks, argv("ring", case, bad_rank), env=buffered)
+
+
+def wait_until(holds: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.005)
+
+
+def wait_ready(started: StartedCommands) -> float:
+    ranks = range(len(started.processes))
+    wait_until(
+        lambda: all("ready" in started.outcome(rank).stdout for rank in ranks), 30
+    )
+    time.sleep(0.2)
+    return time.time()
+
+
+def check_ended(
+    started: StartedCommands,
+    reason: str,
+    event: float | None = None,
+    silent: int | None = None,
+) -> list[int | None]:
+    """Every rank ends in time and in failure, and all but `silent` say why."""
+    outcomes = started.wait(30)
+    end = time.time()
+    for rank, outcome in enumerate(outcomes):
+        print(f"--- rank {rank}: {outcome}")
+        words = outcome.stdout.split()
+        event = float(words[words.index("event") + 1]) if "event" in words else event
+        assert outcome.returncode not in (0, None)
+        if rank != silent:
+            assert reason in outcome.stderr
+            assert "ready" not in words or "not flushed" in outcome.stdout
+    assert event is not None
+    print(f"ENDED in {end - event:.2f} s: {reason}")
+    assert end - event < END_WITHIN
+    return [outcome.returncode for outcome in outcomes]
+
+
+@needs_ranks
+def test_an_exception_on_one_rank_ends_all() -> None:
+    with ring(4, "raise", 2) as started:
+        reason = "rank 2 failed: ValueError: boom in two lines"
+        assert check_ended(started, reason) == [1] * 4
+        for rank in range(4):
+            has_traceback = "Traceback" in started.outcome(rank).stderr
+            assert has_traceback == (rank == 2)
+
+
+@needs_ranks
+def test_an_exception_before_the_first_collective_ends_all() -> None:
+    with ring(2, "early", 1) as started:
+        check_ended(started, "rank 1 failed: FileNotFoundError: no such model")
+
+
+@needs_ranks
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_a_killed_rank_ends_all(bad_rank: int) -> None:
+    with ring(3, "kill", bad_rank) as started:
+        check_ended(started, f"rank {bad_rank} ended without a word", silent=bad_rank)
+
+
+@needs_ranks
+def test_sigint_to_one_rank_ends_all() -> None:
+    with ring(2, "loop", 1) as started:
+        event = wait_ready(started)
+        started.processes[1].send_signal(signal.SIGINT)
+        reason = "rank 1 was interrupted (Ctrl-C)"
+        assert check_ended(started, reason, event) == [130] * 2
+        assert "Traceback" not in started.outcome(1).stderr
+
+
+@needs_ranks
+@pytest.mark.parametrize(
+    ("number", "words", "code"),
+    [
+        (signal.SIGINT, "interrupted (Ctrl-C)", 130),
+        (signal.SIGTERM, "told to end (SIGTERM)", 143),
+        (signal.SIGHUP, "told to end (SIGHUP)", 129),
+    ],
+)
+def test_a_signal_while_stuck_in_a_collective_ends_all(
+    number: int, words: str, code: int
+) -> None:
+    with ring(2, "sleep", 1) as started:
+        event = wait_ready(started)
+        started.processes[0].send_signal(number)
+        assert check_ended(started, f"rank 0 was {words}", event) == [code] * 2
+
+
+@needs_ranks
+def test_under_nohup_sigterm_ends_all_and_sighup_does_not() -> None:
+    with ring(2, "nohup", 0) as started:
+        event = wait_ready(started)
+        started.processes[1].send_signal(signal.SIGHUP)
+        started.processes[1].send_signal(signal.SIGTERM)
+        reason = "rank 1 was told to end (SIGTERM)"
+        assert check_ended(started, reason, event) == [143] * 2
+        assert "Traceback" not in started.outcome(1).stderr
+
+
+@needs_ranks
+def test_sigint_to_all_ends_all() -> None:
+    with ring(2, "loop", 0) as started:
+        event = wait_ready(started)
+        for process in started.processes:
+            process.send_signal(signal.SIGINT)
+        assert check_ended(started, "was interrupted", event) == [130] * 2
+
+
+@needs_ranks
+def test_a_frozen_rank_ends_all() -> None:
+    with ring(2, "freeze", 1) as started:
+        event = wait_ready(started)
+        other, frozen = started.processes
+        frozen.send_signal(signal.SIGSTOP)
+        wait_until(lambda: other.poll() is not None, END_WITHIN)
+        frozen.send_signal(signal.SIGCONT)  # it finds the other gone
+        check_ended(started, "rank 1 has been silent for 2 s", event, silent=1)
+
+
+@needs_ranks
+def test_a_rank_that_holds_the_gil_for_good_is_ended_too() -> None:
+    with ring(2, "hold-gil", 0) as started:
+        check_ended(started, "rank 0 has been silent for 2 s", silent=0)
+        assert "Timeout" in started.outcome(0).stderr  # the watchdog's stacks
+
+
+@needs_ranks
+@pytest.mark.parametrize(("case", "bad_rank", "code"), [("exit", 1, 2), ("fail", 0, 7)])
+def test_an_exit_code_reaches_all(case: str, bad_rank: int, code: int) -> None:
+    with ring(2, case, bad_rank) as started:
+        assert check_ended(started, f"rank {bad_rank} failed: ") == [code] * 2
+
+
+@needs_ranks
+def test_a_normal_end_is_no_failure() -> None:
+    with ring(3, "leave", 0) as started:  # rank 0 returns, the others sys.exit(0)
+        outcomes = started.wait(30)
+    assert [(o.returncode, o.stderr) for o in outcomes] == [(0, "")] * 3
+
+
+@needs_ranks
+def test_rank_0_relays_after_its_own_end() -> None:
+    with ring(3, "leave-first", 2) as started:
+        check_ended(started, "rank 2 ended without a word", silent=2)
+
+
+@pytest.mark.requires("mpi")
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("raise", "rank 1 failed: ValueError: boom"),
+        ("kill", ""),  # mpirun may end rank 0 before it has a word
+        ("leave", None),
+    ],
+)
+def test_over_mpi(case: str, reason: str | None) -> None:
+    command, variables = mpirun_command(2)
+    done = subprocess.run(
+        [*command, *argv("mpi", case, 1)],
+        env=rank_environment(variables),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    end = time.time()
+    print(done)
+    assert (done.returncode == 0) == (reason is None)
+    if reason is not None:
+        assert reason in done.stderr
+        words = done.stdout.split()
+        seconds = end - float(words[words.index("event") + 1])
+        print(f"ENDED in {seconds:.2f} s over MPI: {case}")
+        assert seconds < END_WITHIN
+
+
+def test_a_stranger_at_the_address_is_not_taken_for_rank_0() -> None:
+    from mlx_ep.comm.side_channel import connect
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1024)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        stranger = threading.Thread(target=answer)
+        stranger.start()
+        invitation = {
+            "addresses": ["127.0.0.1"],
+            "port": listener.getsockname()[1],
+            "tokens": ["a", "b"],
+        }
+        with pytest.raises(RuntimeError, match=r"\[comm\] rank 1 could not reach"):
+            connect(invitation, 1)
+        stranger.join()
+
+
+def test_one_rank_needs_no_guard(capsys: pytest.CaptureFixture[str]) -> None:
+    from mlx_ep.comm.liveness import guard
+
+    with pytest.raises(KeyError), guard() as channel:
+        assert channel is None
+        raise KeyError("as without guard")
+    with pytest.raises(SystemExit) as exit_info, guard():
+        raise KeyboardInterrupt
+    assert exit_info.value.code == 130
+    assert capsys.readouterr().err == "[mlx_ep] interrupted (Ctrl-C)\n"

@@ -1,0 +1,121 @@
+"""Tests of the harness that runs code on several ranks."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tests.ranks import RanksError, run_commands, run_ranks, start_commands
+
+pytestmark = pytest.mark.requires("ranks")
+
+WAITING = """
+import sys, mlx.core as mx
+group = mx.distributed.init(strict=True, backend="ring")
+print("line", sys.stdin.readline().strip(), group.rank(), flush=True)
+if group.rank() == 0:
+    mx.eval(mx.distributed.recv((1,), mx.int32, 1, group=group))
+else:
+    import time
+    time.sleep(60)
+"""
+
+
+def rank_and_sum(group, offset):
+    total = mx.distributed.all_sum(mx.array(group.rank() + offset), group=group)
+    return group.rank(), group.size(), np.array(total)
+
+
+def raise_on_rank_one(group):
+    if group.rank() == 1:
+        raise ValueError("the second rank is unhappy")
+    mx.eval(mx.distributed.all_sum(mx.array(1), group=group))
+
+
+def wait_for_ever(group):
+    a_function_that_hangs(group)
+
+
+def a_function_that_hangs(group):
+    if group.rank() == 0:
+        mx.eval(mx.distributed.recv((1,), mx.int32, 1, group=group))
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize(
+    "transport", ["ring", pytest.param("mpi", marks=pytest.mark.requires("mpi"))]
+)
+def test_results_come_in_rank_order(num_ranks, transport):
+    results = run_ranks(num_ranks, rank_and_sum, 10, transport=transport)
+    expected = sum(10 + rank for rank in range(num_ranks))
+    assert [(r, p) for r, p, _ in results] == [
+        (rank, num_ranks) for rank in range(num_ranks)
+    ]
+    assert all(total == expected for _, _, total in results)
+
+
+@pytest.mark.parametrize(
+    "transport", ["ring", pytest.param("mpi", marks=pytest.mark.requires("mpi"))]
+)
+def test_a_rank_that_raises_fails_the_run(transport):
+    start = time.monotonic()
+    with pytest.raises(RanksError, match="the second rank is unhappy") as error:
+        run_ranks(2, raise_on_rank_one, transport=transport, timeout=30)
+    assert "--- rank 0 ---" in str(error.value)
+    assert time.monotonic() - start < 15
+
+
+@pytest.mark.parametrize(
+    "transport", ["ring", pytest.param("mpi", marks=pytest.mark.requires("mpi"))]
+)
+def test_a_rank_that_hangs_shows_its_stack(transport):
+    with pytest.raises(RanksError, match="not done after") as error:
+        # Without the shape checks the ranks start sooner.
+        quick = {"PYTEST_CURRENT_TEST": ""}
+        run_ranks(2, wait_for_ever, transport=transport, timeout=5, env=quick)
+    # One rank waits inside mlx, the other in Python.
+    assert str(error.value).count("in a_function_that_hangs") == 2
+
+
+def test_commands_give_each_rank_its_own_outcome():
+    script = (
+        "import sys, mlx.core as mx\n"
+        "group = mx.distributed.init(strict=True, backend='ring')\n"
+        "print('rank', group.rank(), sys.stdin.read())\n"
+        "print('error', group.rank(), file=sys.stderr)\n"
+        "mx.eval(mx.distributed.all_sum(mx.array(1), group=group))\n"
+        "sys.exit(3 * group.rank())\n"
+    )
+    outcomes = run_commands(2, [sys.executable, "-c", script], stdin="hello")
+    assert [outcome.returncode for outcome in outcomes] == [0, 3]
+    assert [o.stdout for o in outcomes] == ["rank 0 hello\n", "rank 1 hello\n"]
+    assert ["error 0" in outcomes[0].stderr, "error 1" in outcomes[1].stderr] == [
+        True,
+        True,
+    ]
+
+
+def test_commands_that_hang_show_their_stacks():
+    with pytest.raises(RanksError, match="did not end within") as error:
+        run_commands(2, [sys.executable, "-c", WAITING], timeout=4)
+    assert str(error.value).count('File "<string>"') == 2
+
+
+def test_a_started_rank_can_be_killed():
+    with start_commands(2, [sys.executable, "-c", WAITING], stdin="x\n") as started:
+        while not all("line" in started.outcome(rank).stdout for rank in range(2)):
+            time.sleep(0.05)
+        started.processes[1].kill()
+        assert started.processes[1].wait(10) == -signal.SIGKILL
+    assert all(process.poll() is not None for process in started.processes)
+
+
+def test_no_ranks_is_refused():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        run_ranks(0, rank_and_sum, 1)
