@@ -1,0 +1,28 @@
+"""Gate-weighted sums in a fixed order (pure, no communication)."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from jaxtyping import Float, Float32, Int32
+
+
+def with_zero_row(outputs: Float[mx.array, "N D"]) -> Float[mx.array, "N+1 D"]:
+    """The outputs and one row of zeros behind them, for an index that says "none"."""
+    zero = mx.zeros((1, outputs.shape[1]), outputs.dtype)
+    return mx.concatenate([outputs, zero])
+
+
+def weighted_sum(
+    outputs: Float[mx.array, "N D"],
+    pair_ids: Int32[mx.array, "M C"],
+    gates: Float32[mx.array, "M C"],
+) -> Float32[mx.array, "M D"]:
+    """``sum_c gates[m, c] * outputs[pair_ids[m, c]]``, in float32, c ascending.
+
+    Args:
+        outputs: what the experts returned, one line per (row, slot) pair.
+        pair_ids: the pairs of each row; N is "none" and must have gate 0.
+        gates: the weight of each of those pairs.
+    """
+    terms = with_zero_row(outputs)[pair_ids].astype(mx.float32)
+    return (terms * gates[..., None]).sum(axis=1)
