@@ -1,0 +1,53 @@
+"""Strategies: how tokens meet the experts of other ranks, one strategy a file.
+
+A new one is a file like `gathered.py` and a line below; docs/add-a-strategy.md.
+"""
+
+from __future__ import annotations
+
+from mlx_ep.exchange.all_to_all import AllToAll
+from mlx_ep.exchange.auto import Auto
+from mlx_ep.exchange.base import (
+    Collective,
+    ExchangeShape,
+    Strategy,
+    Traffic,
+    agree_tokens,
+    check_tokens,
+    layer_traffic,
+)
+from mlx_ep.exchange.counted import CountedComm
+from mlx_ep.exchange.functions import (
+    ExchangeHandle,
+    moe_combine_exchange,
+    moe_dispatch_exchange,
+)
+from mlx_ep.exchange.gathered import Gathered
+from mlx_ep.exchange.replicated import Replicated
+from mlx_ep.exchange.table import StrategyTable
+
+STRATEGIES = StrategyTable()
+STRATEGIES.register("replicated", Replicated)
+STRATEGIES.register("gathered", Gathered)
+STRATEGIES.register("all_to_all", AllToAll)
+STRATEGIES.register("auto", Auto)
+
+__all__ = [
+    "moe_dispatch_exchange",
+    "moe_combine_exchange",
+    "ExchangeHandle",
+    "agree_tokens",
+    "check_tokens",
+    "STRATEGIES",
+    "Strategy",
+    "StrategyTable",
+    "Replicated",
+    "Gathered",
+    "AllToAll",
+    "Auto",
+    "Collective",
+    "ExchangeShape",
+    "Traffic",
+    "layer_traffic",
+    "CountedComm",
+]

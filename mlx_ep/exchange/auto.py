@@ -1,0 +1,95 @@
+"""Strategy `auto`: the same choice on every rank, from numbers that all ranks know."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import mlx.core as mx
+from jaxtyping import Float, Float32
+
+from mlx_ep.comm import CAPABILITIES, Comm
+from mlx_ep.config import EPConfig
+from mlx_ep.exchange.all_to_all import ChosenPlan
+from mlx_ep.exchange.base import ExchangeShape, Strategy, Traffic, expected_share
+from mlx_ep.exchange.gathered import Gathered
+from mlx_ep.exchange.low_latency import LowLatency
+from mlx_ep.exchange.normal import Normal
+from mlx_ep.placement import Placement
+from mlx_ep.types import Routing, Rows, TokenCounts
+
+
+class Auto:
+    """Strategy `auto`, for ranks with tokens of their own.
+
+    - 2 ranks: an all-to-all is one collective that moves nothing unwanted.
+      `low_latency` where no rank has more than `low_latency_tokens` tokens; above, in
+      rounds of `round_tokens`, the same with all tokens where nearly every token
+      needs both ranks (K of 4 and more: picking out the others costs more than moving
+      them), else `normal`.
+    - More ranks: there, an all-to-all is point-to-point transfers one by one, or a
+      gather of everything. `gathered`, unless a token needs less than half of the
+      ranks, the transport can move exact rows and there are enough tokens for that to
+      matter (above `low_latency_tokens`): then `normal`.
+
+    T is the largest of all ranks, so that all choose alike, also a rank without tokens.
+    """
+
+    is_sharded = True
+    needs_tokens = True
+
+    def __init__(self, config: EPConfig | None = None) -> None:
+        config = config or EPConfig()
+        self.round_tokens: int | None = config.round_tokens
+        self.gathered = Gathered(config)
+        self.low_latency = LowLatency(config)
+        # Agreed counts fix its shapes, and rounds bound them: no capacity is needed.
+        self.dense = LowLatency(config, capacity=sys.maxsize)
+        self.normal = Normal(config)
+
+    def choose(self, tokens: TokenCounts, top_k: int, transport: str) -> Strategy:
+        """The strategy for these numbers."""
+        num_ranks = len(tokens.per_rank)
+        is_small = tokens.largest <= self.low_latency.capacity
+        if num_ranks <= 2:
+            if is_small:
+                return self.low_latency
+            is_dense = expected_share(top_k, num_ranks) > 0.9
+            return self.dense if is_dense else self.normal
+        is_sparse = expected_share(top_k, num_ranks) < 0.5
+        can_move_exact_rows = not CAPABILITIES[transport].is_fixed_shape
+        if is_sparse and can_move_exact_rows and not is_small:
+            return self.normal
+        return self.gathered
+
+    def plan(
+        self,
+        routing: Routing,
+        placement: Placement,
+        comm: Comm,
+        tokens: TokenCounts | None,
+    ) -> ChosenPlan:
+        """See `Strategy.plan`."""
+        assert tokens is not None
+        strategy = self.choose(tokens, routing.gates.shape[1], comm.transport)
+        plan: Any = strategy.plan(routing, placement, comm, tokens)
+        return ChosenPlan(strategy, plan)
+
+    def dispatch(self, x: Float[mx.array, "T D"], plan: ChosenPlan, comm: Comm) -> Rows:
+        """See `Strategy.dispatch`."""
+        return plan.strategy.dispatch(x, plan.plan, comm)
+
+    def combine(
+        self,
+        partial: Float32[mx.array, "M D"],
+        plan: ChosenPlan,
+        comm: Comm,
+        dtype: mx.Dtype,
+    ) -> Float32[mx.array, "T D"]:
+        """See `Strategy.combine`."""
+        return plan.strategy.combine(partial, plan.plan, comm, dtype)
+
+    def traffic(self, shape: ExchangeShape) -> Traffic:
+        """See `Strategy.traffic`."""
+        chosen = self.choose(shape.tokens, shape.top_k, shape.transport)
+        return chosen.traffic(shape)

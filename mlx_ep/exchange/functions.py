@@ -1,0 +1,85 @@
+"""One exchange by hand: dispatch, experts of the caller's own, combine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from jaxtyping import Float, Float32
+
+from mlx_ep.comm import Comm
+from mlx_ep.exchange.base import Strategy, agree_tokens
+from mlx_ep.placement import Placement
+from mlx_ep.types import Routing, Rows, TokenCounts
+
+
+@dataclass(frozen=True)
+class ExchangeHandle:
+    """What links a dispatch to its combine. Opaque; keep it as long as the routing.
+
+    Dispatching other tokens with the same routing through the handle exchanges no
+    counts again.
+    """
+
+    strategy: Strategy
+    plan: Any
+    comm: Comm
+    sum_dtype: mx.Dtype
+
+
+def moe_dispatch_exchange(
+    x: Float[mx.array, "T D"],
+    routing: Routing,
+    placement: Placement,
+    comm: Comm,
+    strategy: Strategy,
+    *,
+    tokens: TokenCounts | None = None,
+    sum_dtype: mx.Dtype | None = None,
+    handle: ExchangeHandle | None = None,
+) -> tuple[Rows, ExchangeHandle]:
+    """Send every token to the ranks that hold its experts.
+
+    Every rank calls it, also with no tokens, and computes from the rows
+
+        partial[m] = sum of gates[m, k] * expert(slot_ids[m, k])(x[m])  where slot >= 0
+
+    in float32. All at once: the caller cuts long inputs into rounds.
+
+    Args:
+        x: this rank's tokens, in float32, float16 or bfloat16.
+        routing: their experts; -1 is none, the same expert twice is two terms.
+        placement: where the experts are.
+        comm: the ranks.
+        strategy: from `STRATEGIES`.
+        tokens: T of every rank, where the caller has agreed on it for this step;
+            else strategies that need it agree here, one more collective.
+        sum_dtype: what sums travel back in, where the strategy adds them at home;
+            default: the dtype of x.
+        handle: of an earlier dispatch with the same routing.
+
+    Returns:
+        The rows of this rank, and the handle that `moe_combine_exchange` takes.
+
+    Raises:
+        ValueError: more tokens than the strategy takes, or `tokens` do not fit.
+    """
+    if handle is None:
+        if tokens is None and strategy.needs_tokens:
+            tokens = agree_tokens(x.shape[0], comm)
+        plan = strategy.plan(routing, placement, comm, tokens)
+        handle = ExchangeHandle(strategy, plan, comm, sum_dtype or x.dtype)
+    return handle.strategy.dispatch(x, handle.plan, handle.comm), handle
+
+
+def moe_combine_exchange(
+    partial: Float32[mx.array, "M D"], handle: ExchangeHandle
+) -> Float32[mx.array, "T D"]:
+    """The finished sum of this rank's tokens, from the sums of every rank's rows.
+
+    Args:
+        partial: this rank's gate-weighted sum of each row, in the order of the rows.
+        handle: from the dispatch.
+    """
+    return handle.strategy.combine(partial, handle.plan, handle.comm, handle.sum_dtype)

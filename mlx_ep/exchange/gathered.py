@@ -1,0 +1,128 @@
+"""Every rank gets all tokens, computes its slots, and the sums are reduce-scattered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+from jaxtyping import Float
+
+from mlx_ep.comm import Comm
+from mlx_ep.config import EPConfig
+from mlx_ep.dispatch import (
+    join_rows,
+    pad_routing,
+    routing_from_words,
+    routing_words,
+    split_rows,
+)
+from mlx_ep.exchange.base import (
+    Collective,
+    ExchangeShape,
+    Traffic,
+    check_tokens,
+    depends_on,
+    padded,
+)
+from mlx_ep.placement import Placement
+from mlx_ep.types import Routing, Rows, TokenCounts
+
+# Up to here tokens and their routing travel in one buffer, which saves a collective and
+# costs a copy; above, they travel in two.
+JOIN_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class GatherPlan:
+    """What a dispatch that gathers hands to its combine.
+
+    Attributes:
+        routing: of this rank's T tokens.
+        placement: of the experts.
+        padded_tokens: C, to which every rank pads its tokens.
+    """
+
+    routing: Routing
+    placement: Placement
+    padded_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.routing.gates.shape[0]
+
+
+def gather_rows(x: Float[mx.array, "T D"], plan: GatherPlan, comm: Comm) -> Rows:
+    """All tokens of all ranks as rows (M = P*C), padding included.
+
+        rank 0: t0 t1    rank 1: t0 --   ->   (r0,t0) (r0,t1) (r1,t0) (r1,--)
+
+    A row of padding has no slot. So has a token that needs no expert of this rank.
+    """
+    x = padded(x, plan.padded_tokens)
+    words = routing_words(pad_routing(plan.routing, plan.padded_tokens))
+    if x.nbytes <= JOIN_BYTES:
+        rows = comm.all_gather(join_rows(x, words))
+        everyone, words = split_rows(rows, x.shape[1], x.dtype)
+    else:
+        words = comm.all_gather(words)
+        # Collectives run in the order of the graph: this one has to come second.
+        everyone = comm.all_gather(mx.depends(x, words))
+    routing = routing_from_words(words)
+    slot_ids = plan.placement.local_slots(routing.expert_ids, comm.rank)
+    return depends_on(Rows(everyone, slot_ids, routing.gates), everyone)
+
+
+def gather_traffic(shape: ExchangeShape, padded_tokens: int) -> list[Collective]:
+    """The collectives of `gather_rows`."""
+    x = padded_tokens * shape.width * shape.itemsize
+    words = padded_tokens * shape.top_k * 8  # an int32 id and a float32 gate
+    sizes = [x + words] if x <= JOIN_BYTES else [words, x]
+    return [Collective("all_gather", size) for size in sizes]
+
+
+class Gathered:
+    """Strategy `gathered`: all_gather of tokens, reduce_scatter of sums.
+
+    Static shapes and no host sync once the ranks agree on T. Sums are added by the
+    transport, so they travel in float32: in the model's dtype every addition on the
+    way would round.
+    """
+
+    is_sharded = True
+    needs_tokens = True
+
+    def __init__(self, config: EPConfig | None = None) -> None:
+        self.round_tokens: int | None = (config or EPConfig()).round_tokens
+
+    def plan(
+        self,
+        routing: Routing,
+        placement: Placement,
+        comm: Comm,
+        tokens: TokenCounts | None,
+    ) -> GatherPlan:
+        """See `Strategy.plan`."""
+        assert tokens is not None
+        check_tokens(tokens, routing.gates.shape[0], comm)
+        return GatherPlan(routing, placement, tokens.largest)
+
+    def dispatch(self, x: Float[mx.array, "T D"], plan: GatherPlan, comm: Comm) -> Rows:
+        """See `gather_rows`."""
+        return gather_rows(x, plan, comm)
+
+    def combine(
+        self,
+        partial: Float[mx.array, "M D"],
+        plan: GatherPlan,
+        comm: Comm,
+        dtype: mx.Dtype = mx.float32,
+    ) -> Float[mx.array, "T D"]:
+        """See `Strategy.combine`; the result has the dtype of `partial`."""
+        return comm.reduce_scatter(partial)[: plan.num_tokens]
+
+    def traffic(self, shape: ExchangeShape) -> Traffic:
+        """See `Strategy.traffic`."""
+        num_ranks, largest = shape.num_ranks, shape.tokens.largest
+        sums = Collective("reduce_scatter", 4 * num_ranks * largest * shape.width)
+        rows = shape.tokens.per_rank[shape.rank] * num_ranks
+        return Traffic((*gather_traffic(shape, largest), sums), rows)

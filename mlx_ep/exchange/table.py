@@ -1,0 +1,53 @@
+"""The table of strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from mlx_ep.config import ALIASES, EPConfig
+from mlx_ep.exchange.base import Strategy
+
+# A strategy is made from the configuration; without one it takes the defaults.
+Factory = Callable[..., Strategy]
+
+
+class StrategyTable(Mapping[str, Factory]):
+    """Strategy name -> what makes it from an `EPConfig`."""
+
+    def __init__(self) -> None:
+        self._factories: dict[str, Factory] = {}
+
+    def register(self, name: str, factory: Factory) -> None:
+        """Add a strategy.
+
+        Raises:
+            ValueError: the name is a strategy's or an alias already.
+        """
+        if name in self._factories or name in ALIASES:
+            raise ValueError(
+                f"A strategy's name must be new; {name!r} is taken. Strategies are "
+                f"{', '.join(self._factories)}, aliases {', '.join(ALIASES)}."
+            )
+        self._factories[name] = factory
+
+    def create(self, config: EPConfig) -> Strategy:
+        """The strategy that a configuration names, with its settings.
+
+        Raises:
+            ValueError: there is no such strategy.
+        """
+        if config.strategy not in self._factories:
+            raise ValueError(
+                f"strategy must be one of {', '.join(self._factories)}, or an alias ("
+                f"{', '.join(ALIASES)}); got {config.strategy!r}."
+            )
+        return self._factories[config.strategy](config)
+
+    def __getitem__(self, name: str) -> Factory:
+        return self._factories[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._factories)
+
+    def __len__(self) -> int:
+        return len(self._factories)

@@ -1,0 +1,264 @@
+"""One expert-parallel MoE layer: route, assign, dispatch, experts, combine."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from jaxtyping import Float, Float32
+from mlx_lm.models.switch_layers import SwitchGLU
+
+from mlx_ep.comm import Comm, GroupComm
+from mlx_ep.config import EPConfig
+from mlx_ep.dispatch import limit_to_capacity
+from mlx_ep.exchange import (
+    STRATEGIES,
+    CountedComm,
+    Gathered,
+    Strategy,
+    agree_tokens,
+    check_tokens,
+)
+from mlx_ep.experts import Runner, run_experts, run_slots
+from mlx_ep.metrics import Counters
+from mlx_ep.placement import Placement
+from mlx_ep.router import TopKRouter
+from mlx_ep.types import Routing, Rows, TokenCounts
+
+
+@dataclass
+class Step:
+    """What holds for one step (one forward pass) of all layers.
+
+    Attributes:
+        tokens: T of every rank, where the caller has agreed on it.
+        dropped_pairs: (token, expert) pairs of this rank beyond the capacity, so far.
+    """
+
+    tokens: TokenCounts | None = None
+    dropped_pairs: int = 0
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """What the MoE layers of one model share: ranks, placement, strategy, counters.
+
+    Attributes:
+        share_routing: send rank 0's routing to all ranks before it is used; only
+            where ranks hold the same tokens.
+        capacity: most pairs of one expert and this rank's tokens; None: no limit.
+        sum_dtype: what sums travel back in where they are added at home; None: the
+            dtype of the tokens.
+        step: what the caller has agreed on for this step.
+    """
+
+    comm: Comm
+    placement: Placement
+    strategy: Strategy
+    counters: Counters
+    share_routing: bool = False
+    capacity: int | None = None
+    sum_dtype: mx.Dtype | None = None
+    step: Step = field(default_factory=Step)
+
+    @classmethod
+    def from_config(
+        cls,
+        comm: Comm,
+        placement: Placement,
+        config: EPConfig,
+        share_routing: bool = False,
+    ) -> ExpertGroup:
+        """The group that a configuration describes, with counters of its own."""
+        return cls(
+            comm,
+            placement,
+            STRATEGIES.create(config),
+            Counters(),
+            share_routing,
+            capacity=config.capacity,
+            sum_dtype=mx.float32 if config.sums == "float32" else None,
+        )
+
+    @cached_property
+    def counted(self) -> CountedComm:
+        """`comm`, counting into `counters`."""
+        return CountedComm(self.comm, self.counters)
+
+    @contextmanager
+    def agreed(self, num_tokens: int) -> Iterator[TokenCounts]:
+        """Agree on the ranks' token counts once, for all layers called inside.
+
+        Every rank enters it once per step, with the tokens it has (also 0).
+        """
+        before = self.step.tokens
+        self.step.tokens = agree_tokens(num_tokens, self.counted)
+        try:
+            yield self.step.tokens
+        finally:
+            self.step.tokens = before
+
+    def weighted_sum(
+        self, x: Float[mx.array, "T D"], routing: Routing, runner: Runner
+    ) -> Float32[mx.array, "T D"]:
+        """``sum_k gate_k * expert_k(x)`` of every token, over the experts of all ranks.
+
+        Partial sums accumulate in float32: on a rank in slot order, over ranks in
+        rank order, or in the order of the transport where it reduces (`replicated`,
+        `gathered`). Long inputs go in rounds, where the strategy limits them.
+        """
+        routing = self._limited(self._agreed(routing))
+        limit, tokens = self.strategy.round_tokens, self._token_counts(x.shape[0])
+        if tokens is None:
+            return self._one_round(x, routing, runner, None)
+        outputs = []
+        for index in range(rounds := tokens.num_rounds(limit)):
+            part = slice(None) if limit is None else _slice(index, limit)
+            output = self._one_round(
+                x[part],
+                Routing(routing.expert_ids[part], routing.gates[part]),
+                runner,
+                tokens.of_round(index, limit),
+            )
+            outputs.append(output)
+            # Peers wait for this rank's part, whether or not it uses the result.
+            mx.async_eval(output)
+            if rounds > 1:
+                # sync: the buffers of a round are freed before the next one starts.
+                mx.eval(output)
+        return outputs[0] if rounds == 1 else mx.concatenate(outputs)
+
+    def _one_round(
+        self, x: mx.array, routing: Routing, runner: Runner, tokens: TokenCounts | None
+    ) -> mx.array:
+        plan = self.strategy.plan(routing, self.placement, self.counted, tokens)
+        rows = self.strategy.dispatch(x, plan, self.counted)
+        partial = run_experts(rows, runner, self.counters)
+        sum_dtype = self.sum_dtype or x.dtype
+        return self.strategy.combine(partial, plan, self.counted, sum_dtype)
+
+    def slot_outputs(
+        self, x: Float[mx.array, "T D"], routing: Routing, runner: Runner
+    ) -> Float[mx.array, "T K D"]:
+        """``expert_k(x)`` of every token and k, unweighted, in the dtype of x.
+
+        Exactly one rank contributes each ``[t, k]``, the others add zeros: the
+        result is bit-identical on any number of ranks. Moves K times the bytes of
+        `weighted_sum`. Where ranks hold tokens of their own, these are gathered.
+        """
+        if not self.strategy.is_sharded:
+            slot_ids = self.placement.local_slots(routing.expert_ids, self.comm.rank)
+            rows = Rows(x, slot_ids, routing.gates)
+            return self.counted.all_reduce(run_slots(rows, runner, self.counters))
+        gathered = Gathered()
+        tokens = self.step.tokens or agree_tokens(x.shape[0], self.counted)
+        plan = gathered.plan(routing, self.placement, self.counted, tokens)
+        rows = gathered.dispatch(x, plan, self.counted)
+        outputs = run_slots(rows, runner, self.counters)
+        flat = outputs.flatten(1)
+        total = gathered.combine(flat, plan, self.counted)
+        mx.async_eval(total)
+        return total.reshape(x.shape[0], *outputs.shape[1:])
+
+    def _token_counts(self, num_tokens: int) -> TokenCounts | None:
+        if self.step.tokens is None and self.strategy.needs_tokens:
+            return agree_tokens(num_tokens, self.counted)
+        if self.step.tokens is None or not self.strategy.is_sharded:
+            return None
+        # Here and not in each round, where some ranks would find it and some not.
+        check_tokens(self.step.tokens, num_tokens, self.comm)
+        return self.step.tokens
+
+    def _agreed(self, routing: Routing) -> Routing:
+        """Rank 0's routing, where ranks may have rounded to different experts."""
+        if not self.share_routing or self.strategy.is_sharded:
+            return routing
+        # Ids are below 2^24, which float32 holds exactly: one collective for both.
+        ids = routing.expert_ids.astype(mx.float32)
+        both = self.counted.broadcast(mx.stack([ids, routing.gates]))
+        return Routing(both[0].astype(mx.int32), both[1])
+
+    def _limited(self, routing: Routing) -> Routing:
+        """The routing within the capacity; what is dropped is counted and warned of."""
+        if self.capacity is None:
+            return routing
+        # sync: which pairs are dropped is counted here and has to be reported.
+        ids, dropped = limit_to_capacity(np.array(routing.expert_ids), self.capacity)
+        if dropped and not self.step.dropped_pairs:
+            warnings.warn(
+                f"rank {self.comm.rank} drops {dropped} of {ids.size} (token, expert) "
+                f"pairs beyond capacity={self.capacity}; this is said once, "
+                "ExpertGroup.step.dropped_pairs has the count.",
+                stacklevel=3,
+            )
+        self.step.dropped_pairs += dropped
+        return Routing(mx.array(ids), routing.gates)
+
+
+class MixtureOfExperts(nn.Module):
+    """A MoE layer whose experts are spread over the ranks of a group.
+
+    1. route     `TopKRouter` chooses K experts per token
+    2. assign    `Placement` says on which rank and in which slot each of them lives
+    3. dispatch  the strategy brings tokens to the ranks that hold their experts
+    4. experts   each rank runs its own SwiGLU experts and sums their outputs
+    5. combine   the strategy brings the sums home and adds them
+
+    Each rank holds its experts only, drawn as a single process would draw them: the
+    layer computes the same on any number of ranks. `nn.quantize` quantizes it.
+
+    Args:
+        hidden_dims: D.
+        expert_dims: F.
+        num_experts: E.
+        top_k: K.
+        group: the ranks; default: ``mx.distributed.init()``.
+        config: strategy and its settings.
+        **router_options: of `TopKRouter`.
+
+    Raises:
+        ValueError: the numbers do not make a layer.
+    """
+
+    def __init__(
+        self,
+        hidden_dims: int,
+        expert_dims: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        group: mx.distributed.Group | None = None,
+        config: EPConfig | None = None,
+        **router_options: object,
+    ) -> None:
+        super().__init__()
+        config = config or EPConfig()
+        comm = GroupComm(group or mx.distributed.init())
+        placement = Placement.contiguous(num_experts, comm.size)
+        self.router = TopKRouter(hidden_dims, num_experts, top_k, **router_options)  # type: ignore[arg-type]
+        self.experts = SwitchGLU(hidden_dims, expert_dims, num_experts)
+        own = mx.array(placement.rank_experts[comm.rank], mx.int32)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            self.experts[name].weight = mx.contiguous(self.experts[name].weight[own])
+            # sync: one projection at a time, so that one at most is held whole.
+            mx.eval(self.experts[name].weight)
+        self._group = ExpertGroup.from_config(comm, placement, config)
+
+    def __call__(self, x: Float[mx.array, "... D"]) -> Float[mx.array, "... D"]:
+        tokens = x.flatten(0, -2)
+        routing = self.router(tokens)
+        total = self._group.weighted_sum(tokens, routing, self._run_experts)
+        return total.astype(x.dtype).reshape(x.shape)
+
+    def _run_experts(self, rows: mx.array, slots: mx.array) -> mx.array:
+        return self.experts(rows, slots[:, None]).squeeze(1)
+
+
+def _slice(index: int, length: int) -> slice:
+    return slice(index * length, (index + 1) * length)

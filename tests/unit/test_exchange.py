@@ -1,0 +1,239 @@
+"""Names, the table, `auto`, traffic as numbers, and the example in the docs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_ep.comm import GroupComm
+from mlx_ep.config import ALIASES, EPConfig, Strategy
+from mlx_ep.dispatch import pad_routing
+from mlx_ep.exchange import (
+    STRATEGIES,
+    AllToAll,
+    Auto,
+    Collective,
+    CountedComm,
+    ExchangeShape,
+    Traffic,
+    layer_traffic,
+)
+from mlx_ep.exchange import Strategy as StrategyProtocol
+from mlx_ep.exchange.base import depends_on, expected_share, padded
+from mlx_ep.metrics import Counters
+from mlx_ep.moe import ExpertGroup
+from mlx_ep.placement import Placement
+from mlx_ep.types import Routing, Rows, TokenCounts
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def shape_of(*tokens, top_k=8, width=64, itemsize=2, **options):
+    counts = TokenCounts(tokens)
+    numbers = {"width": width, "top_k": top_k, "itemsize": itemsize}
+    return ExchangeShape(tokens=counts, **numbers, **options)
+
+
+def test_the_table_holds_what_the_configuration_lists():
+    assert tuple(STRATEGIES) == get_args(Strategy)
+    for name in STRATEGIES:
+        strategy = STRATEGIES[name]()
+        assert isinstance(strategy, StrategyProtocol)
+        assert isinstance(STRATEGIES.create(EPConfig(strategy=name)), type(strategy))
+
+
+@pytest.mark.parametrize(
+    ("alias", "strategy", "mode"),
+    [
+        ("none", "replicated", "auto"),
+        ("disabled", "replicated", "auto"),
+        ("local_allreduce", "replicated", "auto"),
+        ("tp_ep", "replicated", "auto"),
+        ("allgather_reducescatter", "gathered", "auto"),
+        ("ag_rs", "gathered", "auto"),
+        ("naive", "gathered", "auto"),
+        ("deepep", "all_to_all", "auto"),
+        ("low_latency", "all_to_all", "low_latency"),
+        ("normal", "all_to_all", "normal"),
+        ("auto", "auto", "auto"),
+    ],
+)
+def test_aliases_are_printed_canonically(alias, strategy, mode):
+    config = EPConfig(strategy=alias)
+    assert (config.strategy, config.mode) == (strategy, mode)
+    assert f"strategy={strategy!r}, mode={mode!r}" in str(config)
+
+
+def test_wrong_settings_are_said():
+    with pytest.raises(
+        ValueError, match=r"strategy must be one of replicated, .*'fast'"
+    ):
+        STRATEGIES.create(EPConfig(strategy="fast"))
+    with pytest.raises(ValueError, match="Give one of the two"):
+        EPConfig(strategy="normal", mode="low_latency")
+    with pytest.raises(ValueError, match="capacity must be 1 or more; got 0"):
+        EPConfig(capacity=0)
+    with pytest.warns(UserWarning, match="mode='normal' has no effect"):
+        EPConfig(strategy="gathered", mode="normal")
+
+
+@pytest.mark.parametrize("name", ["gathered", *ALIASES])
+def test_a_taken_name_raises(name):
+    with pytest.raises(ValueError, match=f"'{name}' is taken. Strategies are replicat"):
+        STRATEGIES.register(name, AllToAll)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "transport", "expected"),
+    [
+        ((1,), 8, "none", "low_latency"),
+        ((64, 0), 8, "mpi", "low_latency"),
+        ((65, 0), 8, "mpi", "dense"),
+        ((65, 0), 1, "mpi", "normal"),
+        ((1, 1, 1, 1), 8, "mpi", "gathered"),
+        ((1, 1, 1, 1), 1, "mpi", "gathered"),
+        ((500, 0, 1, 1), 1, "mpi", "normal"),
+        ((500, 0, 1, 1), 1, "jaccl", "gathered"),
+        ((500, 500, 500, 500), 8, "ring", "gathered"),
+    ],
+)
+def test_auto(tokens, top_k, transport, expected):
+    auto = Auto()
+    chosen = auto.choose(TokenCounts(tokens), top_k, transport)
+    assert chosen is getattr(auto, expected)
+
+
+def test_all_to_all_falls_over_to_rounds():
+    strategy = AllToAll(EPConfig(low_latency_tokens=4, round_tokens=8))
+    assert strategy.choose(TokenCounts((4, 1))) is strategy.low_latency
+    assert strategy.choose(TokenCounts((5, 1))) is strategy.normal
+    rounds = layer_traffic(strategy, shape_of(17, 2))
+    parts = [strategy.traffic(shape_of(*t)) for t in ((8, 2), (8, 0), (1, 0))]
+    assert rounds.collectives == tuple(c for part in parts for c in part.collectives)
+    assert rounds.num_bytes == sum(part.num_bytes for part in parts)
+    assert rounds.host_syncs == 2  # the last round is small enough without
+
+
+def test_buffers_do_not_grow_with_the_tokens():
+    strategy = STRATEGIES.create(EPConfig(strategy="normal", round_tokens=32))
+    for num_tokens in (32, 320, 3200):
+        traffic = layer_traffic(strategy, shape_of(num_tokens, num_tokens))
+        assert max(c.num_bytes for c in traffic.collectives) <= 32 * 64 * 2
+        assert len(traffic.collectives) == 3 * num_tokens // 32
+
+
+@pytest.mark.parametrize("strategy", ["gathered", "normal", "auto"])
+def test_memory_is_constant_while_tokens_grow(strategy):
+    """Beyond the result, which is held twice while the rounds are joined."""
+
+    def peak(num_tokens, round_tokens):
+        config = EPConfig(strategy=strategy, round_tokens=round_tokens)
+        comm = GroupComm(mx.distributed.init())
+        group = ExpertGroup.from_config(comm, Placement.contiguous(4, 1), config)
+        x = mx.random.normal((num_tokens, 128))
+        ids = mx.random.randint(0, 4, (num_tokens, 4)).astype(mx.int32)
+        routing = Routing(ids, mx.ones(ids.shape))
+        mx.eval(x, routing)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        result = group.weighted_sum(x, routing, lambda rows, slots: rows * 2)
+        mx.eval(result)
+        return mx.get_peak_memory() - before - 2 * result.nbytes
+
+    bound = 64 * 128 * 4 * 20  # a round: 4 slots a token, in and out, and some
+    assert max(peak(num_tokens, 64) for num_tokens in (256, 1024, 4096)) < bound
+    assert peak(4096, 4096) > 10 * bound
+
+
+def test_traffic_by_hand():
+    shape = shape_of(3, 1, rows_to=(2, 2), rows_from=(2, 1))
+    replicated = STRATEGIES["replicated"]().traffic(shape)
+    assert replicated == Traffic((Collective("all_reduce", 4 * 3 * 64),), 3)
+    gathered = STRATEGIES["gathered"]().traffic(shape)
+    # 3 padded tokens of 128 bytes with 8 ids and 8 gates; 2 x 3 sums in float32
+    assert gathered.collectives == (
+        Collective("all_gather", 3 * (128 + 64)),
+        Collective("reduce_scatter", 2 * 3 * 256),
+    )
+    normal = STRATEGIES.create(EPConfig(strategy="normal")).traffic(shape)
+    # everybody's routing; then 2 rows one way and 1 the other, padded to 2
+    assert normal.collectives == (
+        Collective("all_gather", 3 * 64),
+        Collective("all_gather", 2 * 128),
+        Collective("all_gather", 2 * 128),
+    )
+    assert (normal.num_rows, normal.host_syncs) == (3 + 2, 1)
+
+
+def test_rows_per_token_beside_one_row_per_expert():
+    """At K=8: 4.0 times fewer on 2 ranks, 2.2 times on 4."""
+    assert 8 / (2 * expected_share(8, 2)) == pytest.approx(4.0, abs=0.05)
+    assert 8 / (4 * expected_share(8, 4)) == pytest.approx(2.2, abs=0.05)
+
+
+def test_layer_traffic_wants_an_estimate():
+    with pytest.raises(ValueError, match="rows_to and rows_from must be None"):
+        layer_traffic(Auto(), shape_of(3, 1, rows_to=(2, 2), rows_from=(2, 1)))
+
+
+def example() -> dict[str, object]:
+    """The names that the code blocks of the page define."""
+    text = (ROOT / "docs" / "add-a-strategy.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names = {
+        "Collective": Collective,
+        "Rows": Rows,
+        "STRATEGIES": STRATEGIES,
+        "Traffic": Traffic,
+        "depends_on": depends_on,
+        "mx": mx,
+        "pad_routing": pad_routing,
+        "padded": padded,
+    }
+    for block in blocks:
+        exec(block, names)
+    return names
+
+
+class Solo(CountedComm):
+    """A group of one that keeps what goes through it."""
+
+    def __init__(self):
+        super().__init__(GroupComm(mx.distributed.init()), Counters())
+        self.calls = []
+
+    def record(self, operation, x):
+        self.calls.append(Collective(operation, x.nbytes))
+
+
+def test_the_documented_strategy_works(monkeypatch):
+    monkeypatch.setattr(STRATEGIES, "_factories", dict(STRATEGIES._factories))
+    names = example()
+    strategy = STRATEGIES.create(EPConfig(strategy="broadcast"))
+    assert type(strategy) is names["Broadcast"]
+    assert isinstance(strategy, StrategyProtocol)
+    with pytest.raises(ValueError, match="'broadcast' is taken"):
+        STRATEGIES.register("broadcast", names["Broadcast"])
+    comm = Solo()
+    group = ExpertGroup(comm, Placement.contiguous(3, 1), strategy, Counters())
+    x = mx.random.normal((4, 5))
+    ids = mx.array([[0, 1], [2, 2], [-1, 0], [1, -1]], mx.int32)
+    gates = mx.random.uniform(shape=(4, 2))
+
+    def run(rows, slots):
+        return rows * (slots[:, None] + 1)
+
+    got = group.weighted_sum(x, Routing(ids, gates), run)
+    scale = (np.array(gates) * (np.array(ids) + 1)).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(np.array(got), np.array(x) * scale, rtol=1e-6)
+    comm.calls.pop(0)  # the agreement on T
+    shape = shape_of(4, top_k=2, width=5, itemsize=4)
+    assert tuple(comm.calls) == strategy.traffic(shape).collectives
+    assert len(
+        re.findall(r"^    def", (ROOT / "docs/add-a-strategy.md").read_text(), re.M)
+    )
