@@ -1,0 +1,201 @@
+"""The kernels in plain mx ops: what they compute, and the path without Metal."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from jaxtyping import Float, Float32, Int32
+
+from mlx_ep.kernels.records import Activation, Projection, RoutePlan
+
+CLAMP_LIMIT = 7.0  # of gpt-oss
+CLAMP_SLOPE = 1.702
+
+
+def route_plan(
+    expert_ids: Int32[mx.array, "T K"],
+    expert_ranks: Int32[mx.array, " E"],
+    expert_slots: Int32[mx.array, " E"],
+    *,
+    num_ranks: int,
+    num_slots: int,
+) -> RoutePlan:
+    """Counts, offsets and stable positions of pairs and rows; no host sync.
+
+    Args:
+        expert_ids: the experts of each token; -1 is "no expert".
+        expert_ranks: the rank of each expert, 0..P-1.
+        expert_slots: the slot of each expert in the group, 0..S-1.
+        num_ranks: P, at most 32.
+        num_slots: S.
+    """
+    num_tokens, per_token = expert_ids.shape
+    num_pairs = num_tokens * per_token
+    if not num_pairs:
+        return RoutePlan.of_nothing(expert_ids.shape, num_slots, num_ranks)
+    none = expert_ids < 0
+    slots = mx.where(none, num_slots, expert_slots[expert_ids]).reshape(-1)
+    slot_counts = mx.zeros((num_slots + 1,), mx.int32).at[slots].add(1)[:-1]
+    # Distinct keys, so that the sort keeps pairs of one slot in their order.
+    order = mx.argsort(slots * num_pairs + mx.arange(num_pairs))
+    places = mx.zeros((num_pairs,), mx.int32)
+    places[order] = mx.arange(num_pairs).astype(mx.int32)
+    positions = mx.where(none, -1, places.reshape(expert_ids.shape))
+
+    ranks = mx.where(none, num_ranks, expert_ranks[expert_ids])
+    on_rank = (ranks[..., None] == mx.arange(num_ranks)).any(axis=1)  # [T P]
+    rank_counts = on_rank.sum(axis=0).astype(mx.int32)
+    rank_offsets = _offsets(rank_counts)
+    before = mx.cumsum(on_rank, axis=0) - on_rank
+    token_rows = mx.where(on_rank, rank_offsets[:-1] + before, -1)
+    # One row too many: the pairs that make none are all written there, and cut off.
+    capacity = num_tokens * min(per_token, num_ranks)
+    tokens = mx.broadcast_to(mx.arange(num_tokens)[:, None], on_rank.shape)
+    row_tokens = mx.full((capacity + 1,), -1, dtype=mx.int32)
+    row_tokens[mx.where(on_rank, token_rows, capacity)] = tokens.astype(mx.int32)
+    return RoutePlan(
+        slot_counts,
+        _offsets(slot_counts),
+        positions.astype(mx.int32),
+        rank_counts,
+        rank_offsets,
+        row_tokens[:capacity],
+        token_rows.astype(mx.int32),
+    )
+
+
+def pack_rows(
+    x: Float[mx.array, "T D"],
+    row_tokens: Int32[mx.array, " M"],
+    count: Int32[mx.array, " 1"],
+) -> Float[mx.array, "M D"]:
+    """The token of each row: ``out[m] = x[row_tokens[m]]`` for ``m < count``.
+
+    Rows from ``count`` on hold anything.
+
+    Args:
+        x: the tokens.
+        row_tokens: the token of each row, as in `RoutePlan`.
+        count: rows to pack, at most M; on the device.
+    """
+    if not x.shape[0]:
+        return mx.zeros((row_tokens.shape[0], x.shape[1]), x.dtype)
+    return x[mx.maximum(row_tokens, 0)]
+
+
+def unpack_sum(
+    rows: Float[mx.array, "M D"],
+    row_ids: Int32[mx.array, "T C"],
+    gates: Float32[mx.array, "T C"],
+) -> Float[mx.array, "T D"]:
+    """``out[t] = sum_c gates[t, c] * rows[row_ids[t, c]]``, c ascending.
+
+    Sums are float32 and are rounded once, to the dtype of `rows`.
+
+    Args:
+        rows: what came back for the tokens.
+        row_ids: the rows of each token; -1 is "none".
+        gates: the weight of each of them.
+    """
+    out = mx.zeros((row_ids.shape[0], rows.shape[1]), mx.float32)
+    if not rows.shape[0]:
+        return out.astype(rows.dtype)
+    for choice in range(row_ids.shape[1]):
+        ids = row_ids[:, choice]
+        term = gates[:, choice, None] * rows[mx.maximum(ids, 0)].astype(mx.float32)
+        out = out + mx.where(ids[:, None] >= 0, term, 0.0)
+    return out.astype(rows.dtype)
+
+
+def expert_glu(
+    x: Float[mx.array, "T D"],
+    slot_ids: Int32[mx.array, "T K"],
+    gate: Projection,
+    up: Projection,
+    activation: Activation = "swiglu",
+) -> Float32[mx.array, "T K F"]:
+    """Gate and up projection and SwiGLU of each token's slots on this rank.
+
+    Entries whose slot id is -1 hold anything. All arithmetic is float32.
+
+    Args:
+        x: the tokens.
+        slot_ids: the slots of this rank that each token visits; -1 elsewhere.
+        gate, up: ``[L, F, D]``, packed alike.
+        activation: ``"swiglu"``, or ``"clamped_swiglu"`` as in gpt-oss.
+    """
+    if not gate.num_slots:
+        return mx.zeros((*slot_ids.shape, gate.rows), mx.float32)
+    gated = _project(x[:, None], slot_ids, gate)
+    linear = _project(x[:, None], slot_ids, up)
+    if activation == "swiglu":
+        return gated * mx.sigmoid(gated) * linear
+    gated = mx.minimum(gated, CLAMP_LIMIT)
+    linear = mx.clip(linear, -CLAMP_LIMIT, CLAMP_LIMIT)
+    return gated * mx.sigmoid(CLAMP_SLOPE * gated) * (linear + 1.0)
+
+
+def expert_down(
+    hidden: Float32[mx.array, "T K F"],
+    slot_ids: Int32[mx.array, "T K"],
+    gates: Float32[mx.array, "T K"],
+    down: Projection,
+) -> Float32[mx.array, "T D"]:
+    """Down projection and the gate-weighted sum over the slots of this rank.
+
+    The sum is in the order of k; a token without a slot here gives zeros.
+
+    Args:
+        hidden: as `expert_glu` returns it.
+        slot_ids: as in `expert_glu`.
+        gates: the weight of each slot's output.
+        down: ``[L, D, F]``.
+    """
+    out = mx.zeros((slot_ids.shape[0], down.rows), mx.float32)
+    if not down.num_slots:
+        return out
+    own = slot_ids >= 0
+    # Zeros for what nobody computed: it may be NaN, which no gate would cancel.
+    hidden = mx.where(own[..., None], hidden, 0.0)
+    outputs = _project(hidden, slot_ids, down)
+    terms = mx.where(own[..., None], gates[..., None] * outputs, 0.0)
+    for k in range(slot_ids.shape[1]):
+        out = out + terms[:, k]
+    return out
+
+
+def _project(
+    x: mx.array, slot_ids: mx.array, projection: Projection
+) -> Float32[mx.array, "T K rows"]:
+    """``projection[slot] @ x + bias`` of [T, K or 1, columns] inputs, in float32.
+
+    MLX's CPU quantized product accumulates in the dtype of x, hence float32. This
+    converts all scales, and dense weights whole: right, not fast.
+    """
+    slots = mx.maximum(slot_ids, 0)
+    vectors = x.astype(mx.float32)[:, :, None]
+    if projection.mode == "dense":
+        weight = projection.weight.astype(mx.float32).swapaxes(1, 2)
+        out = mx.gather_mm(vectors, weight, rhs_indices=slots)
+    else:
+        scales, offsets = projection.scales, projection.offsets
+        assert scales is not None
+        out = mx.gather_qmm(
+            vectors,
+            projection.weight,
+            scales.astype(mx.float32) if projection.mode == "affine" else scales,
+            offsets.astype(mx.float32) if offsets is not None else None,
+            rhs_indices=slots,
+            transpose=True,
+            group_size=projection.group_size,
+            bits=projection.bits,
+            mode=projection.mode,
+        )
+    out = out.squeeze(-2)
+    if projection.bias is not None:
+        out = out + projection.bias[slots].astype(mx.float32)
+    return out
+
+
+def _offsets(counts: mx.array) -> mx.array:
+    """Exclusive prefix sums, and the total at the end."""
+    return mx.concatenate([mx.zeros((1,), mx.int32), mx.cumsum(counts)])

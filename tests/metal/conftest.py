@@ -1,0 +1,78 @@
+"""Fixtures: kernels run on the GPU where there is one, else on the CPU with checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import mlx.core as mx
+import pytest
+
+from mlx_ep.kernels import loader, metal, ops
+from tests.metal import host
+from tests.ranks import is_required
+
+
+def require_host_metal() -> None:
+    """Skips where the CPU cannot execute kernels; fails where it has to."""
+    reason = host.missing()
+    if reason is None:
+        return
+    if is_required("host_metal"):
+        pytest.fail(f"MLX_EP_REQUIRE names host_metal: {reason}", pytrace=False)
+    pytest.skip(f"host_metal: {reason}")
+
+
+@pytest.fixture(params=[0, 1, 7], ids=lambda seed: f"schedule{seed}")
+def schedule(request: pytest.FixtureRequest) -> int:
+    """Order in which threads and groups run on the CPU: up, down, shuffled."""
+    return request.param
+
+
+def installed(
+    monkeypatch: pytest.MonkeyPatch, seed: int = 0
+) -> Iterator[list[host.Launch]]:
+    """Kernels execute on the CPU until resumed; every launch must be spotless."""
+    require_host_metal()
+    loader.forget_kernels()
+    launches = host.install(monkeypatch, seed=seed)
+    yield launches
+    loader.forget_kernels()
+    for launch in launches:
+        assert not launch.warnings, launch.warnings
+        assert "divergent_simd_operations" not in launch.statistics, launch.name
+
+
+@pytest.fixture
+def host_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[host.Launch]]:
+    """Kernels execute on the CPU; the list holds what each launch did."""
+    yield from installed(monkeypatch)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels execute on the GPU where there is one, else on the CPU."""
+    if mx.metal.is_available():
+        yield
+        return
+    for _ in installed(monkeypatch):
+        yield
+
+
+@pytest.fixture(params=["ops", "metal"])
+def module(request: pytest.FixtureRequest) -> ModuleType:
+    """The twins, and the kernels as with `kernels`."""
+    if request.param == "ops":
+        return ops
+    request.getfixturevalue("kernels")
+    return metal
+
+
+@pytest.fixture
+def scheduled_kernels(monkeypatch: pytest.MonkeyPatch, schedule: int) -> Iterator[None]:
+    """As `kernels`, with the threads in several orders where the CPU runs them."""
+    if mx.metal.is_available():
+        yield
+        return
+    for _ in installed(monkeypatch, schedule):
+        yield

@@ -1,0 +1,133 @@
+"""Bugs put into the kernels on purpose: the checks or the values must show each."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_ep.kernels import loader, metal, ops
+from tests.metal import host, reference
+from tests.metal.projections import projection
+
+GLU = "expert_glu"
+DOWN = "expert_down"
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+
+MUTATIONS = [
+    ("pack_rows", "pack_rows.metal", "row < count[0]", "row <= count[0]"),
+    ("pack_rows", "pack_rows.metal", "start + RUN <= width", "start <= width"),
+    ("pack_rows", "pack_rows.metal", "if (token < 0) return;", ""),
+    ("pack_rows", "pack_rows.metal", "to[i] = from[i]", "to[i] = from[start]"),
+    ("unpack_sum", "unpack_sum.metal", "if (row < 0) continue;", ""),
+    ("unpack_sum", "unpack_sum.metal", "if (column + i < width)", ""),
+    ("unpack_sum", "unpack_sum.metal", "gate * values[i]", "values[i]"),
+    ("route_plan", "route_plan.metal", "other < slot", "other <= slot"),
+    ("route_plan", "route_plan.metal", "pair < num_pairs", "true"),
+    ("route_plan", "route_plan.metal", "pair >= num_pairs", "pair > num_pairs"),
+    ("route_plan", "route_plan.metal", "int row = next + lane", "int row = next + 32"),
+    (GLU, "weights.h", "clamp(columns - column, 0, COLUMNS)", "COLUMNS"),
+    (GLU, "weights.h", "word >> (BITS * i)", "word >> i"),
+    (GLU, "weights.h", "row * (columns / GROUP) + column / GROUP", "row"),
+    (GLU, "weights.h", "lane - lane % LANES", "lane % LANES"),
+    (GLU, "expert_glu.metal", "lane == 0 && row < rows", "lane == 0"),
+    (GLU, "expert_glu.metal", "lane == 0 && row < rows", "row < rows"),
+    (GLU, "expert_glu.metal", "bias.x, u + bias.y", "bias.y, u + bias.x"),
+    (GLU, "pairs.h", BARRIER, ""),
+    (GLU, "pairs.h", "slot < 0 ? -1 : leader", "leader"),
+    (DOWN, "expert_down.metal", BARRIER, ""),
+    (DOWN, "expert_down.metal", "if (pairs.slots[pair] >= 0)", ""),
+    (DOWN, "expert_down.metal", "if (first_row + r >= rows) continue;", ""),
+    (
+        DOWN,
+        "expert_down.metal",
+        "vectors[v] = begin + members[v]",
+        "vectors[v] = begin",
+    ),
+    (
+        DOWN,
+        "expert_down.metal",
+        "groups++ % num_simds != simd",
+        "groups++ % num_simds == simd",
+    ),
+]
+
+
+def launch_and_compare(name: str) -> bool:
+    """Runs a kernel on one awkward case; whether its values are right."""
+    ids = np.array(
+        [[3, 0, -1], [3, -1, 1], [-1, 3, -1], [3, 2, 1], [4, 0, 2]], np.int32
+    )
+    key = mx.random.key(0)
+    x = mx.random.normal((5, 96), key=key)
+    gates = mx.random.uniform(shape=ids.shape, key=key)
+    if name == "route_plan":
+        maps = mx.array([0, 0, 1, 1, 2], mx.int32), mx.arange(5).astype(mx.int32)
+        got, expected = (
+            reference.as_lists(
+                module.route_plan(mx.array(ids), *maps, num_ranks=3, num_slots=5)
+            )
+            for module in (metal, ops)
+        )
+        return got == expected
+    if name == "pack_rows":
+        x = x[:, :23]
+        tokens, count = mx.array([4, 1, 0, 2, 999], mx.int32), mx.array([4], mx.int32)
+        packed = metal.pack_rows(x, tokens, count)
+        return mx.array_equal(packed[:4], x[tokens[:4]]).item()
+    if name == "unpack_sum":
+        rows = x[:, :21]
+        return close(
+            metal.unpack_sum(rows, mx.array(ids), gates),
+            reference.unpack_sum(rows, ids, gates),
+        )
+    if name == GLU:
+        gate, up = (
+            projection("affine4-32", 5, 9, 96, bias=True, seed=i) for i in (1, 2)
+        )
+        got = metal.expert_glu(x, mx.array(ids), gate, up)
+        got = mx.where(mx.array(ids >= 0)[..., None], got, 0.0)
+        return close(got, reference.expert_glu(x, ids, gate, up, "swiglu"))
+    down = projection("affine4-32", 5, 9, 96, bias=True)
+    hidden = mx.random.normal((*ids.shape, 96), key=key)
+    return close(
+        metal.expert_down(hidden, mx.array(ids), gates, down),
+        reference.expert_down(hidden, ids, gates, down),
+    )
+
+
+def close(got: mx.array, expected: np.ndarray) -> bool:
+    return np.allclose(reference.as_float64(got), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pack_rows", "unpack_sum", "route_plan", GLU, DOWN])
+def test_unchanged_kernels_pass(host_kernels: list[host.Launch], name: str) -> None:
+    assert launch_and_compare(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "old", "new"), MUTATIONS, ids=[f"{m[0]}-{m[2]}" for m in MUTATIONS]
+)
+def test_bug_shows(
+    host_kernels: list[host.Launch],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    file: str,
+    old: str,
+    new: str,
+) -> None:
+    original = loader.source
+
+    def mutated(which: str) -> str:
+        text = original(which)
+        assert which != file or old in text, "the kernel has changed: adapt this test"
+        return text.replace(old, new) if which == file else text
+
+    monkeypatch.setattr(loader, "source", mutated)
+    loader.forget_kernels()
+    try:
+        assert not launch_and_compare(name)
+    except host.KernelError:
+        pass
+    finally:
+        host_kernels.clear()  # a bug need not be spotless

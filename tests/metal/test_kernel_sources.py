@@ -1,0 +1,94 @@
+"""The .metal files: found, documented, whole, and with the right address spaces."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_ep
+from mlx_ep.kernels import loader, metal, ops
+from tests.metal import host
+from tests.metal.host.lint import clang, lint
+from tests.metal.projections import projection
+
+FOLDER = Path(mlx_ep.__file__).parent.parent / "metal"
+KERNELS = sorted(path.stem for path in FOLDER.glob("*.metal"))
+each_kernel = pytest.mark.parametrize("name", KERNELS)
+
+
+def test_all_are_there() -> None:
+    assert KERNELS == [
+        "expert_down", "expert_glu", "pack_rows", "route_plan", "unpack_sum",
+    ]  # fmt: skip
+
+
+@each_kernel
+def test_twins_have_one_signature(name: str) -> None:
+    kernel, twin = getattr(metal, name), getattr(ops, name)
+    assert inspect.signature(kernel) == inspect.signature(twin)
+
+
+@each_kernel
+def test_file_says_what_it_does(name: str) -> None:
+    text = loader.source(f"{name}.metal")
+    assert text.startswith(f"// {name}: ")
+    assert "// Grid: " in text
+    assert f"METAL_FUNC void {name}(" in text
+
+
+@each_kernel
+def test_header_is_one_text(name: str) -> None:
+    """No includes but Metal's own, every file once, lines where the files have them."""
+    header = loader.header(name)
+    assert re.findall(r'#include "', header) == []
+    assert header.count('#line 1 "common.h"') == 1
+    lines = loader.source(f"{name}.metal").splitlines()
+    last = max(i for i, line in enumerate(lines) if line.startswith("#include"))
+    after = header.split(f'#line {last + 2} "{name}.metal"\n')[1]
+    assert after.splitlines()[: len(lines) - last - 1] == lines[last + 1 :]
+
+
+def test_installed_folder_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a wheel the files lie in the package."""
+    (tmp_path / "mlx_ep" / "metal").mkdir(parents=True)
+    (tmp_path / "mlx_ep" / "metal" / "common.h").write_text("installed")
+    (tmp_path / "metal").mkdir()
+    (tmp_path / "metal" / "pairs.h").write_text("checkout")
+    monkeypatch.setattr(loader.resources, "files", lambda _: tmp_path / "mlx_ep")
+    assert loader.source("common.h") == "installed"
+    assert loader.source("pairs.h") == "checkout"
+
+
+@pytest.mark.parametrize("packing", ["bfloat16", "affine4-64", "mxfp4"])
+def test_lint_experts(host_kernels: list[host.Launch], packing: str) -> None:
+    if clang() is None:
+        pytest.skip("the address-space lint needs clang++ >= 17")
+    for num_tokens in (1, 2):
+        gate = projection(packing, 2, 8, 128, bias=num_tokens == 1)
+        ids = mx.array(np.zeros((num_tokens, 1), np.int32))
+        x, gates = mx.zeros((num_tokens, 128)), mx.ones((num_tokens, 1))
+        metal.expert_glu(x, ids, gate, gate)
+        metal.expert_down(mx.zeros((num_tokens, 1, 128)), ids, gates, gate)
+    for launch in host_kernels:
+        assert lint(launch.name, launch.source) == ""
+
+
+@pytest.mark.parametrize("num_tokens", [1, 9])
+def test_lint_movement(host_kernels: list[host.Launch], num_tokens: int) -> None:
+    """Small arrays lie in the constant address space, larger ones in device memory."""
+    if clang() is None:
+        pytest.skip("the address-space lint needs clang++ >= 17")
+    ids = mx.array(np.zeros((num_tokens, 1), np.int32))
+    one, x = mx.array([0], mx.int32), mx.zeros((num_tokens, 8), mx.bfloat16)
+    metal.route_plan(ids, one, one, num_ranks=1, num_slots=1)
+    metal.pack_rows(x, ids[:, 0], one)
+    metal.unpack_sum(x, ids, mx.ones(ids.shape))
+    for launch in host_kernels:
+        assert lint(launch.name, launch.source) == ""
