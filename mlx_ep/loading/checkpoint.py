@@ -1,0 +1,253 @@
+"""A checkpoint folder on disk: what it holds, and reading parts of it.
+
+The safetensors format: 8 bytes little-endian header length, a JSON header that gives
+each tensor's dtype, shape and byte range, then the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.utils import load_config
+
+from mlx_ep.placement import runs
+
+# As mlx.core.load maps them: MLX keeps the 8-bit floats as their bits.
+_DTYPES: dict[str, mx.Dtype] = {
+    "BOOL": mx.bool_,
+    "U8": mx.uint8,
+    "I8": mx.int8,
+    "F8_E4M3": mx.uint8,
+    "F8_E8M0": mx.uint8,
+    "U16": mx.uint16,
+    "I16": mx.int16,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "I32": mx.int32,
+    "F32": mx.float32,
+    "U64": mx.uint64,
+    "I64": mx.int64,
+}
+
+_READ_BYTES = 32 << 20  # one read call; several run at once
+_NUM_READERS = 4
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `num_bytes` bytes from `offset` of `file` on."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with config.json and model*.safetensors, checked but not read."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read the headers of a checkpoint and check that all its bytes are there.
+
+        Raises:
+            ValueError: config.json or a weight file is missing, unreadable or shorter
+                than its header says.
+        """
+        config = read_config(path)
+        files = sorted(path.glob("model*.safetensors"))
+        _check_index(path, files)
+        if not files:
+            raise ValueError(
+                f"{path} has a config.json but no model*.safetensors. Download the "
+                "weights, or use --dummy-weights to run the architecture alone."
+            )
+        infos = (info for file in files for info in _read_header(file))
+        return cls(path, config, {info.name: info for info in infos})
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model folder, as mlx-lm reads it (generation_config.json too).
+
+    Raises:
+        ValueError: it is missing or not a JSON object.
+    """
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} has no config.json: a model folder holds config.json, a tokenizer "
+            "and model*.safetensors."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold a JSON object.")
+    return load_config(path)
+
+
+def _check_index(path: Path, files: Sequence[Path]) -> None:
+    """Every weight file that model.safetensors.index.json names must be there."""
+    index_file = path / "model.safetensors.index.json"
+    if not index_file.exists():
+        return
+    try:
+        named = set(json.loads(index_file.read_text())["weight_map"].values())
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index_file} is not a valid index: {error!r}.") from None
+    missing = sorted(named - {file.name for file in files})
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} of the {len(named)} weight files that its "
+            f"index names: {', '.join(missing[:3])}{' ...' if missing[3:] else ''}. "
+            "Download the model again."
+        )
+
+
+def _read_header(file: Path) -> Iterator[TensorInfo]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(
+                f"{file} is truncated: it has {size} bytes, its header alone needs "
+                f"{8 + length}. Download the file again."
+            )
+        try:
+            header = json.loads(stream.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise ValueError(
+                f"{file} is not a safetensors file: its header is not JSON."
+            ) from None
+    header.pop("__metadata__", None)
+    end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
+    if size < end:
+        raise ValueError(
+            f"{file} is truncated: it has {size} bytes, its header says {end}. "
+            "Download the file again."
+        )
+    for name, tensor in header.items():
+        start, stop = tensor["data_offsets"]
+        yield TensorInfo(
+            name,
+            file,
+            tensor["dtype"],
+            tuple(tensor["shape"]),
+            8 + length + start,
+            stop - start,
+        )
+
+
+class TensorReader:
+    """Reads byte ranges of a checkpoint straight into MLX buffers, and counts them.
+
+    ``mx.load`` reads a tensor whole, whatever slice of it is used; here the rows that
+    are asked for are all that is read and held.
+
+    Attributes:
+        bytes_read: bytes read so far.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_read = 0
+        self._files: dict[Path, int] = {}
+        self._pool = ThreadPoolExecutor(_NUM_READERS)
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+        for file in self._files.values():
+            os.close(file)
+
+    def read(self, info: TensorInfo) -> mx.array:
+        """A whole tensor."""
+        return self._read(info, [(0, info.num_bytes)], info.shape)
+
+    def read_rows(self, info: TensorInfo, rows: Sequence[int]) -> mx.array:
+        """``tensor[rows]`` of a stacked tensor ``[E, ...]``, runs of rows at once."""
+        row_bytes = info.num_bytes // info.shape[0]
+        spans = [(row * row_bytes, count * row_bytes) for row, count in runs(rows)]
+        return self._read(info, spans, (len(rows), *info.shape[1:]))
+
+    def _read(
+        self, info: TensorInfo, spans: Sequence[tuple[int, int]], shape: tuple[int, ...]
+    ) -> mx.array:
+        """The bytes of `spans` (start within the tensor, count), one after another."""
+        if info.dtype not in _DTYPES:
+            raise ValueError(
+                f"{info.file}: tensor {info.name} has dtype {info.dtype}, which MLX "
+                f"cannot hold; it can {', '.join(_DTYPES)}."
+            )
+        total = sum(count for _, count in spans)
+        array = mx.zeros((total,), mx.uint8)
+        mx.eval(array)  # sync: the buffer must exist before the file is read into it
+        staging = None if buffers_alias() else np.empty(total, np.uint8)
+        target_of: Any = array if staging is None else staging
+        buffer = memoryview(target_of)
+        position, jobs = 0, []
+        for start, count in spans:
+            for part in range(0, count, _READ_BYTES):
+                size = min(_READ_BYTES, count - part)
+                target = buffer[position : position + size]
+                jobs.append((info, info.offset + start + part, target))
+                position += size
+        self._descriptor(info.file)
+        list(self._pool.map(self._fill, jobs))
+        self.bytes_read += position
+        if staging is not None:
+            array = mx.array(staging)
+        return array.view(_DTYPES[info.dtype]).reshape(shape)
+
+    def _fill(self, job: tuple[TensorInfo, int, memoryview]) -> None:
+        info, offset, target = job
+        while target:
+            count = os.preadv(self._descriptor(info.file), [target], offset)
+            if count == 0:
+                raise OSError(
+                    f"{info.file} ended at byte {offset} while {info.name} was read: "
+                    "the file changed after its header was checked."
+                )
+            offset += count
+            target = target[count:]
+
+    def _descriptor(self, file: Path) -> int:
+        if file not in self._files:
+            self._files[file] = os.open(file, os.O_RDONLY)
+        return self._files[file]
+
+
+@cache
+def buffers_alias() -> bool:
+    """Whether writing into the memoryview of an MLX array changes the array.
+
+    True on MLX's CPU backend, as tried here; where it is not (a GPU with memory of its
+    own), reading goes through a NumPy buffer and holds one tensor twice for a moment.
+    """
+    array = mx.zeros((8,), mx.uint8)
+    mx.eval(array)  # sync: once per process
+    buffer: Any = array
+    view = memoryview(buffer)
+    if view.readonly:
+        return False
+    view[3] = 7
+    return array.tolist() == [0, 0, 0, 7, 0, 0, 0, 0]  # sync: once per process

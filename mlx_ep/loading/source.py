@@ -1,0 +1,72 @@
+"""Where a model's files come from: the embedded model, a folder, or the hub."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+# The name of the model inside the package, the default of every command.
+EMBEDDED_MODEL = "jargon-moe"
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_TOKENIZER_FILES = [
+    "*.json",
+    "*.py",
+    "tokenizer.model",
+    "*.tiktoken",
+    "tiktoken.model",
+    "*.txt",
+    "*.jsonl",
+    "*.jinja",
+]
+_WEIGHT_FILES = ["model*.safetensors"]
+
+
+def find_model(
+    path_or_repo: str, revision: str | None = None, with_weights: bool = True
+) -> Path:
+    """The folder of a model; a hub repository is downloaded first.
+
+    Args:
+        path_or_repo: ``jargon-moe`` (inside the package), a folder, a config.json, or
+            the name of a hub repository such as ``mlx-community/NAME``.
+        revision: a branch, tag or commit of a repository.
+        with_weights: whether the weight files are wanted.
+
+    Raises:
+        ValueError: there is no such folder and no such repository, or it cannot be
+            reached.
+    """
+    if path_or_repo == EMBEDDED_MODEL:
+        return Path(str(files("mlx_ep") / "embedded" / EMBEDDED_MODEL))
+    path = Path(path_or_repo).expanduser()
+    if path.is_dir():
+        return path
+    if path.name == "config.json" and path.is_file():
+        return path.parent
+    if path.exists() or not _REPOSITORY.fullmatch(path_or_repo):
+        raise ValueError(
+            f"--model must be a model folder, a hub repository (OWNER/NAME) or "
+            f"{EMBEDDED_MODEL}; there is no folder {path_or_repo!r}."
+        )
+    patterns = _TOKENIZER_FILES + (_WEIGHT_FILES if with_weights else [])
+    try:
+        return Path(
+            snapshot_download(path_or_repo, revision=revision, allow_patterns=patterns)
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--model {path_or_repo!r} is not a folder here, and as a hub repository "
+            f"it could not be fetched: {reason}"
+        ) from error
+
+
+def has_tokenizer(model_path: Path) -> bool:
+    """Whether a model folder brings a tokenizer."""
+    names = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
+    return any((model_path / name).exists() for name in names)
