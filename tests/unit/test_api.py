@@ -1,0 +1,167 @@
+"""The edge: configuration, memory, where models come from, what a model reports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import mlx_ep
+from mlx_ep.config import EPConfig
+from mlx_ep.loading import MemoryNeed, find_model, memory_problems
+from mlx_ep.metrics import RankReport
+from mlx_ep.models import find_moe_sites
+from tests import tiny
+
+
+def test_unknown_config_fields_raise() -> None:
+    assert EPConfig.from_dict({"reduction": "per_slot"}).reduction == "per_slot"
+    with pytest.raises(ValueError, match="Unknown EPConfig fields: reductoin"):
+        EPConfig.from_dict({"reductoin": "per_slot"})
+
+
+def test_config_values_are_checked() -> None:
+    """In a process without the checks of types that tests switch on."""
+    program = """
+from mlx_ep import EPConfig
+for field in ("mode", "sums", "reduction", "shared_routing", "memory_limit_gb"):
+    try:
+        EPConfig(**{field: -1 if field == "memory_limit_gb" else "nonsense"})
+    except ValueError as error:
+        assert f"{field} must be" in str(error), error
+    else:
+        raise AssertionError(field)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
+def test_report_line() -> None:
+    report = RankReport(
+        rank=1,
+        experts="experts 32..63 (32 of 64 per layer)",
+        held_bytes=1_230_000_000,
+        read_bytes=1_240_000_000,
+        peak_resident_bytes=1_400_000_000,
+        seconds=2.06,
+    )
+    assert str(report) == (
+        "rank 1: experts 32..63 (32 of 64 per layer), 1.23 GB held, 1.24 GB read, "
+        "peak 1.40 GB resident, 2.1 s"
+    )
+
+
+def test_ranks_on_one_host_share_its_memory() -> None:
+    needs = [
+        MemoryNeed("a", 6 * 10**9, 10 * 10**9),
+        MemoryNeed("a", 5 * 10**9, 10 * 10**9),
+        MemoryNeed("b", 9 * 10**9, 10 * 10**9),
+    ]
+    problems = memory_problems(needs, limit_is_per_rank=False)
+    assert "2 ranks on this host need 11.00 GB, 10.00 GB are to be had" in problems[0]
+    assert problems[1]
+    assert problems[2] == ""
+    assert memory_problems(needs, limit_is_per_rank=True) == ["", "", ""]
+
+
+def test_unreachable_repository(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="as a hub repository it could not be fetched"):
+        find_model("no-such-owner/no-such-model")
+
+
+def test_a_file_is_not_a_model(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="there is no folder"):
+        find_model(str(tmp_path / "file"))
+
+
+def test_config_json_itself_names_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert find_model(str(tmp_path / "config.json")) == tmp_path
+
+
+def test_dense_model_is_refused() -> None:
+    model = tiny.make_model(tiny.DENSE)
+    with pytest.raises(ValueError, match="no routed experts"):
+        mlx_ep.parallelize(model)
+
+
+def test_parallelize_twice_is_refused() -> None:
+    model = mlx_ep.parallelize(tiny.make_model(tiny.QWEN3_MOE))
+    with pytest.raises(ValueError, match="expert-parallel already"):
+        mlx_ep.parallelize(model)
+
+
+def test_paths_names_and_classes_stay() -> None:
+    plain, parallel = tiny.make_model(tiny.QWEN2_MOE), tiny.make_model(tiny.QWEN2_MOE)
+    mlx_ep.parallelize(parallel)
+    assert type(parallel) is type(plain)
+    expected = dict(tree_flatten(plain.parameters()))
+    found = dict(tree_flatten(parallel.parameters()))
+    assert list(found) == list(expected)
+    for name, parameter in expected.items():
+        np.testing.assert_array_equal(np.array(found[name]), np.array(parameter))
+    for old, new in zip(find_moe_sites(plain), find_moe_sites(parallel), strict=True):
+        assert old.path == new.path
+        assert isinstance(new.block, type(old.block))
+
+
+@pytest.mark.parametrize(
+    ("config", "width", "has_shared"),
+    [
+        (tiny.QWEN3_MOE, None, False),
+        (tiny.QWEN2_MOE, None, True),
+        (tiny.DEEPSEEK_V3, None, True),
+        (tiny.GPT_OSS, None, False),
+        (tiny.OLMOE, 64, False),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else None,
+)
+def test_routing_is_found_by_structure(
+    config: dict, width: int | None, has_shared: bool
+) -> None:
+    model = mlx_ep.parallelize(tiny.make_model(config))
+    for block in model.expert_parallel.blocks:
+        assert block.probe is not None, block.why_per_slot
+        assert block.probe.width == width
+        assert block.probe.has_shared == has_shared
+        assert block.probe.top_k == 3
+
+
+def test_nonlinear_block_falls_back_with_its_reason() -> None:
+    with pytest.warns(UserWarning, match="K outputs per token travel"):
+        model = mlx_ep.parallelize(tiny.make_model(tiny.LONGCAT))
+    assert model.expert_parallel.per_slot_reasons == [
+        "its output is not linear in what the experts return"
+    ]
+
+
+def test_counters_count_and_reset() -> None:
+    model = mlx_ep.parallelize(tiny.make_model(tiny.QWEN3_MOE))
+    counters = model.expert_parallel.counters
+    assert counters.layer_calls == 0  # checking the blocks does not count
+    mx.eval(model(mx.array([[5, 6, 7]])))
+    assert counters.layer_calls == 2
+    assert counters.pairs_computed == counters.pairs_routed == 2 * 3 * 3
+    counters.reset()
+    assert counters.pairs_computed == 0
+
+
+def test_every_public_name_is_there() -> None:
+    for name in mlx_ep.__all__:
+        assert getattr(mlx_ep, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = mlx_ep.nonsense
+
+
+def test_all_to_all_of_one_rank_is_the_identity() -> None:
+    x = mx.arange(6).reshape(3, 2)
+    assert mlx_ep.all_to_all(x).tolist() == x.tolist()
