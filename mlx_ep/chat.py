@@ -1,0 +1,187 @@
+"""Chat with an expert-parallel model: ``mlx_ep.chat``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.generate import stream_generate
+from mlx_lm.models.cache import (
+    can_trim_prompt_cache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import common_prefix_len
+
+from mlx_ep import cli
+from mlx_ep.api import prepare
+from mlx_ep.comm import Comm, broadcast_object
+from mlx_ep.generate import add_generation_flags, generation_options
+from mlx_ep.sampling import add_sampling_flags, seed_ranks, shared_sampler
+
+_HELP = "Commands: /reset forgets the conversation, /help, /quit (or end of input)."
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        prog="mlx_ep.chat",
+        description="Chat with an expert-parallel model. " + _HELP,
+    )
+    cli.add_model_flags(parser)
+    parser.add_argument(
+        "--system-prompt", help="A system prompt for the chat template."
+    )
+    parser.add_argument(
+        "--max-tokens",
+        "-m",
+        type=cli.positive,
+        default=256,
+        help="Most tokens of an answer (default: %(default)s).",
+    )
+    add_generation_flags(parser)
+    add_sampling_flags(parser, seed=0)
+    cli.add_ep_flags(parser)
+    return parser
+
+
+def main() -> None:
+    cli.run(make_parser(), _chat)
+
+
+def _chat(args: argparse.Namespace, comm: Comm) -> None:
+    with cli.usage_errors():
+        config = cli.ep_config(args)
+        cli.check_strategy(config, "replicated")
+        prepared = prepare(
+            args.model,
+            comm,
+            config,
+            tokenizer_config={"trust_remote_code": args.trust_remote_code},
+            revision=args.revision,
+            dummy_weights=args.dummy_weights,
+        )
+        if not prepared.tokenizer.has_chat_template:
+            raise ValueError(
+                f"--model {args.model} has no chat template; use mlx_ep.generate."
+            )
+    model, tokenizer = prepared.load()
+    cli.print_reports(model, comm, config)
+    seed_ranks(args.seed, comm)
+    conversation = Conversation(args, comm, model, tokenizer)
+    _say(comm, _HELP)
+    while (line := _read_line(comm)) is not None and line != "/quit":
+        if line == "/reset":
+            conversation.reset()
+            _say(comm, "The conversation is forgotten.")
+        elif line == "/help":
+            _say(comm, _HELP)
+        elif line:
+            conversation.answer(line)
+
+
+class Conversation:
+    """The messages so far, and a KV cache that holds a beginning of them."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        comm: Comm,
+        model: nn.Module,
+        tokenizer: TokenizerWrapper,
+    ) -> None:
+        self._args, self._comm = args, comm
+        self._model, self._tokenizer = model, tokenizer
+        self._sampler = shared_sampler(args, tokenizer, comm)
+        self._options = generation_options(args)
+        self._max_kv_size = self._options.pop("max_kv_size")
+        self._messages: list[dict[str, str]] = []
+        self._cache: list[Any] = []
+        self._cached: list[int] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system prompt."""
+        self._messages = []
+        if self._args.system_prompt is not None:
+            self._messages.append(
+                {"role": "system", "content": self._args.system_prompt}
+            )
+        self._forget_cache()
+
+    def answer(self, text: str) -> None:
+        """Print the model's answer to the user's text, as it comes."""
+        self._messages.append({"role": "user", "content": text})
+        prompt = self._tokenizer.apply_chat_template(
+            self._messages, add_generation_prompt=True
+        )
+        reply, last = "", None
+        for last in stream_generate(
+            self._model,
+            self._tokenizer,
+            self._uncached(prompt),
+            max_tokens=self._args.max_tokens,
+            sampler=self._sampler,
+            prompt_cache=self._cache,
+            **self._options,
+        ):
+            _say(self._comm, last.text, end="")
+            reply += last.text
+            self._cached.append(last.token)
+        assert last is not None
+        _say(self._comm)
+        _say(
+            self._comm,
+            f"[{last.generation_tokens} tokens, {last.generation_tps:.1f} "
+            f"tokens-per-sec, peak {last.peak_memory:.2f} GB]",
+        )
+        self._messages.append({"role": "assistant", "content": reply})
+
+    def _uncached(self, prompt: list[int]) -> list[int]:
+        """What of `prompt` the cache lacks, after it is cut to what they share.
+
+        A template may render earlier messages anew (thoughts left out, say), so that
+        the cache need not be a beginning of the prompt.
+        """
+        offset = _cache_length(self._cache)
+        known = self._cached[:offset] if offset is not None else []
+        shared = min(common_prefix_len(known, prompt), len(prompt) - 1)
+        surplus = (offset or 0) - shared
+        if offset is None or (surplus and not can_trim_prompt_cache(self._cache)):
+            self._forget_cache()
+            shared = 0
+        elif surplus:
+            trim_prompt_cache(self._cache, surplus)
+        self._cached = list(prompt)
+        return prompt[shared:]
+
+    def _forget_cache(self) -> None:
+        self._cache = make_prompt_cache(self._model, self._max_kv_size)
+        self._cached = []
+
+
+def _cache_length(cache: list[Any]) -> int | None:
+    """Tokens that a KV cache holds; None where it does not say so."""
+    lengths = {getattr(layer, "offset", None) for layer in cache}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _read_line(comm: Comm) -> str | None:
+    """The user's next line, read by rank 0 and known to all; None at the end."""
+    line = None
+    if comm.rank == 0:
+        print(">> ", end="", flush=True)
+        line = sys.stdin.readline()
+    line = broadcast_object(comm, line)
+    return line.strip() if line else None
+
+
+def _say(comm: Comm, text: str = "", end: str = "\n") -> None:
+    if comm.rank == 0:
+        print(text, end=end, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""What the commands share: flags, starting on all ranks, and wrong usage.
+
+Wrong usage is one line and exit code 2 on every rank, before a weight is read. Any
+other failure ends all ranks with exit code 1 and its reason (`mlx_ep.comm.liveness`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn, TextIO, get_args
+
+import mlx.nn as nn
+
+from mlx_ep.comm import Comm, init
+from mlx_ep.comm.liveness import guard
+from mlx_ep.config import (
+    ALIASES,
+    Backend,
+    EPConfig,
+    Mode,
+    Reduction,
+    Runner,
+    SharedRouting,
+    Sums,
+)
+from mlx_ep.exchange import STRATEGIES
+from mlx_ep.loading.source import EMBEDDED_MODEL
+
+
+class UsageError(Exception):
+    """Wrong usage that every rank knows of, with the same text."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, named by rank where there are several."""
+
+    def error(self, message: str) -> NoReturn:
+        rank = os.environ.get("MLX_RANK", "0")
+        where = "" if rank == "0" else f" (rank {rank})"
+        self.exit(2, f"{self.prog}{where}: error: {message} (--help lists all flags)\n")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """--model and what belongs to it."""
+    parser.add_argument(
+        "--model",
+        default=EMBEDDED_MODEL,
+        help="A model folder, a hub repository, or the model inside the package "
+        "(default: %(default)s).",
+    )
+    parser.add_argument(
+        "--revision", help="A branch, tag or commit of the hub repository."
+    )
+    parser.add_argument(
+        "--dummy-weights",
+        action="store_true",
+        help="Random weights for the architecture in the model's config.json; no "
+        "weight file is needed or read.",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="Let the tokenizer run code that comes with the model.",
+    )
+
+
+def add_ep_flags(parser: argparse.ArgumentParser) -> None:
+    """Expert parallelism; the defaults are those of EPConfig."""
+    defaults = EPConfig()
+    group = parser.add_argument_group("expert parallelism")
+    group.add_argument(
+        "--ranks",
+        type=int,
+        help="The number of ranks this run must have; an error if the launcher started "
+        "another number (default: whatever it started).",
+    )
+    group.add_argument(
+        "--strategy",
+        choices=(*STRATEGIES, *ALIASES),
+        metavar="NAME",
+        help="How tokens meet the experts of other ranks: "
+        f"{', '.join(STRATEGIES)}, or an alias ({', '.join(ALIASES)}) (default: "
+        f"{defaults.strategy}, with --attention data auto).",
+    )
+    group.add_argument(
+        "--mode",
+        choices=get_args(Mode),
+        default=defaults.mode,
+        help="Of the strategy all_to_all (default: %(default)s).",
+    )
+    group.add_argument(
+        "--low-latency-tokens",
+        type=positive,
+        default=defaults.low_latency_tokens,
+        help="Most tokens of a rank in mode low_latency (default: %(default)s).",
+    )
+    group.add_argument(
+        "--round-tokens",
+        type=positive,
+        default=defaults.round_tokens,
+        help="Most tokens of a rank exchanged at once (default: %(default)s).",
+    )
+    group.add_argument(
+        "--sums",
+        choices=get_args(Sums),
+        default=defaults.sums,
+        help="The dtype in which all_to_all sends sums back (default: %(default)s).",
+    )
+    group.add_argument(
+        "--capacity",
+        type=positive,
+        help="Most tokens of a rank that one expert takes; the rest is dropped and "
+        "counted (default: nothing is dropped).",
+    )
+    group.add_argument(
+        "--reduction",
+        choices=get_args(Reduction),
+        default=defaults.reduction,
+        help="per_slot is bit-identical to one process, for K times the bytes "
+        "(default: %(default)s).",
+    )
+    group.add_argument(
+        "--shared-routing",
+        choices=get_args(SharedRouting),
+        default=defaults.shared_routing,
+        help="Send rank 0's routing to all ranks; auto: where the ranks' chips differ "
+        "(default: %(default)s).",
+    )
+    group.add_argument(
+        "--runner",
+        choices=get_args(Runner),
+        default=defaults.runner,
+        help="What runs the experts of a rank (default: %(default)s).",
+    )
+    group.add_argument(
+        "--backend",
+        choices=get_args(Backend),
+        default=defaults.backend,
+        help="What computes them; MLX_EP_BACKEND goes first (default: %(default)s).",
+    )
+    group.add_argument(
+        "--no-warmup",
+        dest="warmup",
+        action="store_false",
+        help="Do not check and time the ways to run experts; a fixed rule chooses.",
+    )
+    group.add_argument(
+        "--memory-limit-gb",
+        type=float,
+        default=defaults.memory_limit_gb,
+        help="Most GB of weights a rank may hold (default: what the device offers).",
+    )
+
+
+def ep_config(args: argparse.Namespace) -> EPConfig:
+    """The EPConfig that the flags say.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+    is_data = getattr(args, "attention", "replicated") == "data"
+    by_default = "auto" if is_data else EPConfig().strategy
+    return EPConfig(
+        strategy=args.strategy or by_default,
+        mode=args.mode,
+        low_latency_tokens=args.low_latency_tokens,
+        round_tokens=args.round_tokens,
+        sums=args.sums,
+        capacity=args.capacity,
+        reduction=args.reduction,
+        runner=args.runner,
+        backend=args.backend,
+        warmup=args.warmup,
+        shared_routing=args.shared_routing,
+        memory_limit_gb=args.memory_limit_gb,
+    )
+
+
+def check_strategy(config: EPConfig, attention: str) -> None:
+    """Raises:
+    ValueError: the strategy is for tokens that the ranks do not have so.
+    """
+    if (attention == "data") == (config.strategy == "replicated"):
+        raise ValueError(
+            "--strategy replicated goes with --attention replicated (every rank holds "
+            "the same tokens), the others with --attention data; got --strategy "
+            f"{config.strategy} and attention {attention}."
+        )
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+    return number
+
+
+def at_least_zero(text: str) -> float:
+    """An argparse type: a number from 0 on."""
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return number
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return number
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    body: Callable[[argparse.Namespace, Comm], None],
+) -> None:
+    """Parse the command line, start all ranks and run `body` on each."""
+    args = parser.parse_args()
+    try:
+        ep_config(args)
+        comm = init(num_ranks=args.ranks)
+    except ValueError as error:
+        parser.error(str(error))
+    except RuntimeError as error:  # the other ranks are not there
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    usage_error = ""
+    with guard(comm.group):
+        try:
+            body(args, comm)
+            # mlx-lm begins the step after the last token too: a rank that left now
+            # would take its part of that step's collectives away from the others.
+            comm.barrier()
+        except UsageError as error:
+            usage_error = str(error)
+    # Outside of guard: every rank leaves by itself, with the same code.
+    if usage_error and comm.rank == 0:
+        parser.error(usage_error)
+    if usage_error:
+        sys.exit(2)
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """A ValueError in the body is wrong usage; it must be raised on every rank."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def print_reports(
+    model: nn.Module, comm: Comm, config: EPConfig, file: TextIO = sys.stdout
+) -> None:
+    """One line per rank, by rank 0, in rank order, and one for the strategy."""
+    if comm.rank == 0:
+        for report in model.expert_parallel.reports:
+            print(report, file=file)
+        mode = f" ({config.mode})" if config.strategy == "all_to_all" else ""
+        print(f"strategy: {config.strategy}{mode}", file=file, flush=True)

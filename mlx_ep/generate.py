@@ -1,0 +1,371 @@
+"""Generate text with an expert-parallel model: ``mlx_ep.generate``.
+
+Flags that mlx_lm.generate has too mean the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.generate import stream_generate
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_ep import cli
+from mlx_ep.api import prepare
+from mlx_ep.comm import Comm, broadcast_object
+from mlx_ep.config import EPConfig
+from mlx_ep.data_parallel import can_batch, generate_replicated, generate_sharded
+from mlx_ep.metrics import format_bytes
+from mlx_ep.prompts_file import open_output, parse_prompts, write_answers
+from mlx_ep.sampling import (
+    add_sampling_flags,
+    rank_sampler,
+    seed_ranks,
+    shared_sampler,
+)
+
+DEFAULT_PROMPT = "What is spaghetti code?"  # the embedded model knows
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        prog="mlx_ep.generate",
+        description="Generate text with an expert-parallel model, on every rank that "
+        "the launcher started (mlx.launch -n 2 -- mlx_ep.generate ...).",
+    )
+    cli.add_model_flags(parser)
+    parser.add_argument(
+        "--prompt",
+        "-p",
+        default=DEFAULT_PROMPT,
+        help="The prompt; '-' reads it from the standard input (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--prompt-file", type=Path, help="A file to read the prompt from instead."
+    )
+    parser.add_argument(
+        "--prompts-file",
+        type=Path,
+        help="A file of many prompts, one a line, or JSON lines (NAME.jsonl) with "
+        '"prompt" or "messages"; the answers come as JSON lines in the same order.',
+    )
+    parser.add_argument(
+        "--attention",
+        choices=("replicated", "data"),
+        default="replicated",
+        help="With --prompts-file. replicated: every rank holds all tokens; data: each "
+        "rank runs attention and KV cache of its own sequences only (default: "
+        "%(default)s).",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="Where the answers to --prompts-file are written."
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=cli.positive,
+        default=32,
+        help="Prompts of --prompts-file that a rank runs at once (default: %(default)s)"
+        ".",
+    )
+    parser.add_argument(
+        "--system-prompt", help="A system prompt for the chat template."
+    )
+    parser.add_argument(
+        "--prefill-response", help="How the response begins, for the chat template."
+    )
+    parser.add_argument(
+        "--ignore-chat-template",
+        action="store_true",
+        help="Use the prompt as it is, without the tokenizer's chat template.",
+    )
+    parser.add_argument(
+        "--chat-template-config",
+        type=_json_object,
+        default={},
+        help="Further arguments of the chat template, as a JSON object.",
+    )
+    parser.add_argument(
+        "--extra-eos-token",
+        nargs="+",
+        default=(),
+        help="More tokens that end the text.",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        "-m",
+        type=cli.positive,
+        default=100,
+        help="Most tokens to generate (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--verbose",
+        type=lambda text: text.lower() not in ("false", "f"),
+        default=True,
+        help="False or F: print the response only.",
+    )
+    add_generation_flags(parser)
+    add_sampling_flags(parser)
+    cli.add_ep_flags(parser)
+    return parser
+
+
+def add_generation_flags(parser: argparse.ArgumentParser) -> None:
+    """Prefill and KV cache, as in mlx_lm.generate."""
+    group = parser.add_argument_group("prefill and KV cache")
+    group.add_argument(
+        "--prefill-step-size",
+        type=cli.positive,
+        default=2048,
+        help="Prompt tokens processed at a time (default: %(default)s).",
+    )
+    group.add_argument(
+        "--max-kv-size", type=cli.positive, help="Most tokens the KV cache keeps."
+    )
+    group.add_argument(
+        "--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="Quantize the KV cache."
+    )
+    group.add_argument(
+        "--kv-group-size",
+        type=int,
+        choices=(32, 64, 128),
+        default=64,
+        help="Its group.",
+    )
+    group.add_argument(
+        "--quantized-kv-start",
+        type=int,
+        default=5000,
+        help="The token from which on --kv-bits applies (default: %(default)s).",
+    )
+
+
+def generation_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of stream_generate that `add_generation_flags` gave."""
+    return {
+        "prefill_step_size": args.prefill_step_size,
+        "max_kv_size": args.max_kv_size,
+        "kv_bits": args.kv_bits,
+        "kv_group_size": args.kv_group_size,
+        "quantized_kv_start": args.quantized_kv_start,
+    }
+
+
+def main() -> None:
+    cli.run(make_parser(), _generate)
+
+
+def _generate(args: argparse.Namespace, comm: Comm) -> None:
+    with cli.usage_errors():
+        config = cli.ep_config(args)
+        _check_flags(args, config)
+        read = _read_prompts(args, comm)
+        prepared = prepare(
+            args.model,
+            comm,
+            config,
+            tokenizer_config={"trust_remote_code": args.trust_remote_code},
+            revision=args.revision,
+            dummy_weights=args.dummy_weights,
+        )
+    model, tokenizer = prepared.load()
+    for token in args.extra_eos_token:
+        tokenizer.add_eos_token(token)
+    seed_ranks(args.seed, comm)
+    if args.prompts_file is None:
+        if args.verbose:
+            cli.print_reports(model, comm, config)
+        prompt = _prompt_tokens(args, tokenizer, [_user(read)])
+        _stream(args, comm, model, tokenizer, prompt)
+    else:
+        if args.verbose:
+            cli.print_reports(model, comm, config, sys.stderr)
+        _answer_all(args, comm, model, tokenizer, read)
+
+
+def _check_flags(args: argparse.Namespace, config: EPConfig) -> None:
+    """Raises:
+    ValueError: flags that do not go together.
+    """
+    if args.attention == "data" and args.prompts_file is None:
+        raise ValueError(
+            "--attention data gives each rank prompts of its own: it needs "
+            "--prompts-file."
+        )
+    cli.check_strategy(config, args.attention)
+    if args.output is not None and args.prompts_file is None:
+        raise ValueError("--output is where the answers to --prompts-file go.")
+    if args.kv_bits is not None and args.prompts_file is not None:
+        raise ValueError("--kv-bits does not go with --prompts-file: mlx-lm cannot.")
+
+
+def _read_prompts(args: argparse.Namespace, comm: Comm) -> Any:
+    """The prompt, or the conversations of --prompts-file: what rank 0 reads, on all.
+
+    A launcher may feed only rank 0, and only its host may have the file.
+
+    Raises:
+        ValueError: on every rank, when it cannot be read.
+    """
+    read: Any = None
+    problem = ""
+    if comm.rank == 0:
+        try:
+            read = _read_on_rank_0(args)
+        except (ValueError, OSError) as error:  # UnicodeDecodeError is a ValueError
+            problem = str(error)
+    read, problem = broadcast_object(comm, [read, problem])
+    if problem:
+        raise ValueError(problem)
+    return read
+
+
+def _read_on_rank_0(args: argparse.Namespace) -> Any:
+    if args.prompts_file is not None:
+        text = args.prompts_file.read_text()
+        is_jsonl = args.prompts_file.suffix == ".jsonl"
+        return parse_prompts(text, is_jsonl, str(args.prompts_file))
+    if args.prompt_file is not None:
+        prompt = args.prompt_file.read_text()
+    elif args.prompt == "-":
+        prompt = sys.stdin.read()
+    else:
+        prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    if not prompt:
+        raise ValueError("The prompt must not be empty; give one with --prompt.")
+    return prompt
+
+
+def _user(prompt: str) -> dict[str, str]:
+    return {"role": "user", "content": prompt}
+
+
+def _answer_all(
+    args: argparse.Namespace,
+    comm: Comm,
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    conversations: list[list[dict[str, str]]],
+) -> None:
+    """Answer every prompt of a file; rank 0 writes."""
+    if not can_batch(model):
+        raise ValueError(
+            f"mlx-lm cannot run several sequences of {args.model} at once (its KV "
+            "cache does not merge); use --prompt."
+        )
+    prompts = [_prompt_tokens(args, tokenizer, c) for c in conversations]
+    start = time.perf_counter()
+    is_sharded = args.attention == "data"
+    result = (generate_sharded if is_sharded else generate_replicated)(
+        model,
+        tokenizer,
+        prompts,
+        comm,
+        max_tokens=args.max_tokens,
+        sampler=(rank_sampler if is_sharded else shared_sampler)(args, tokenizer, comm),
+        prefill_step_size=args.prefill_step_size,
+        max_kv_size=args.max_kv_size,
+        completion_batch_size=args.batch_size,
+        prefill_batch_size=min(args.batch_size, 8),
+    )
+    seconds = time.perf_counter() - start
+    if comm.rank != 0:
+        return
+    with open_output(args.output) as file:
+        lengths = [len(prompt) for prompt in prompts]
+        write_answers(file, result.answers, conversations, lengths, tokenizer)
+    if args.verbose:
+        num_tokens = sum(len(answer.tokens) for answer in result.answers)
+        print(
+            f"Prompts: {len(prompts)}, {len(prompts) / seconds:.3f} per second\n"
+            f"Generation: {num_tokens} tokens, {num_tokens / seconds:.3f} "
+            "tokens-per-sec\n"
+            "KV cache at most: "
+            + ", ".join(
+                f"rank {rank} {format_bytes(num_bytes)}"
+                for rank, num_bytes in enumerate(result.cache_bytes)
+            ),
+            file=sys.stderr,
+        )
+
+
+def _prompt_tokens(
+    args: argparse.Namespace,
+    tokenizer: TokenizerWrapper,
+    messages: list[dict[str, str]],
+) -> list[int]:
+    if args.ignore_chat_template or not tokenizer.has_chat_template:
+        return tokenizer.encode(messages[-1]["content"])
+    messages = list(messages)
+    if args.system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": args.system_prompt})
+    has_prefill = args.prefill_response is not None
+    if has_prefill:
+        messages.append({"role": "assistant", "content": args.prefill_response})
+    return tokenizer.apply_chat_template(
+        messages,
+        continue_final_message=has_prefill,
+        add_generation_prompt=not has_prefill,
+        **args.chat_template_config,
+    )
+
+
+def _stream(
+    args: argparse.Namespace,
+    comm: Comm,
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: list[int],
+) -> None:
+    """Generate on every rank; rank 0 prints, as mlx_lm.generate does."""
+
+    def say(text: str = "", end: str = "\n") -> None:
+        if comm.rank == 0:
+            print(text, end=end, flush=True)
+
+    def note(text: str = "") -> None:
+        if args.verbose:
+            say(text)
+
+    note("=" * 10)
+    is_empty = True
+    for response in stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=args.max_tokens,
+        sampler=shared_sampler(args, tokenizer, comm),
+        **generation_options(args),
+    ):
+        say(response.text, end="")
+        is_empty = is_empty and not response.text
+    say()
+    note("=" * 10)
+    if is_empty:
+        note("No text generated for this prompt")
+        return
+    note(
+        f"Prompt: {response.prompt_tokens} tokens, "
+        f"{response.prompt_tps:.3f} tokens-per-sec"
+    )
+    note(
+        f"Generation: {response.generation_tokens} tokens, "
+        f"{response.generation_tps:.3f} tokens-per-sec"
+    )
+    note(f"Peak memory: {response.peak_memory:.3f} GB")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
+    return value
+
+
+if __name__ == "__main__":
+    main()

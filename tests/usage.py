@@ -1,0 +1,53 @@
+"""Many wrong command lines of mlx_ep.generate in one process per rank.
+
+Starting Python and joining the ranks takes longer than saying what is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from tests.ranks import run_commands
+
+_PROGRAM = """
+import contextlib, io, json, sys
+from mlx_ep.generate import main
+outcomes = []
+for argv in json.loads(sys.argv[1]):
+    sys.argv = ["mlx_ep.generate", *argv]
+    errors, code = io.StringIO(), 0
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
+        try:
+            main()
+        except SystemExit as error:
+            code = error.code
+    outcomes.append([code, errors.getvalue()])
+print(json.dumps(outcomes))
+"""
+
+
+def outcomes_of(
+    num_ranks: int, command_lines: Sequence[Sequence[str]]
+) -> list[list[tuple[int, str]]]:
+    """Per command line and rank: the exit code and what was printed."""
+    argv = [sys.executable, "-c", _PROGRAM, json.dumps(list(map(list, command_lines)))]
+    ranks = []
+    for outcome in run_commands(num_ranks, argv, timeout=120):
+        assert outcome.returncode == 0, outcome.stderr
+        ranks.append(json.loads(outcome.stdout.splitlines()[-1]))
+    return [[tuple(rank[i]) for rank in ranks] for i in range(len(command_lines))]
+
+
+def assert_usage_errors(
+    num_ranks: int, cases: Sequence[tuple[Sequence[str], str]]
+) -> None:
+    """Exit code 2 on every rank, and one line, by rank 0, that says the text."""
+    found = outcomes_of(num_ranks, [options for options, _ in cases])
+    for (options, text), ranks in zip(cases, found, strict=True):
+        assert [code for code, _ in ranks] == [2] * num_ranks, (options, ranks)
+        assert text in ranks[0][1], (options, ranks[0][1])
+        assert ranks[0][1].startswith("mlx_ep.generate: error: ")
+        assert len(ranks[0][1].splitlines()) == 1
+        assert all(printed == "" for _, printed in ranks[1:])
