@@ -17,7 +17,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import common_prefix_len
 
 from mlx_ep import cli
-from mlx_ep.api import prepare
 from mlx_ep.comm import Comm, broadcast_object
 from mlx_ep.generate import add_generation_flags, generation_options
 from mlx_ep.sampling import add_sampling_flags, seed_ranks, shared_sampler
@@ -55,14 +54,7 @@ def _chat(args: argparse.Namespace, comm: Comm) -> None:
     with cli.usage_errors():
         config = cli.ep_config(args)
         cli.check_strategy(config, "replicated")
-        prepared = prepare(
-            args.model,
-            comm,
-            config,
-            tokenizer_config={"trust_remote_code": args.trust_remote_code},
-            revision=args.revision,
-            dummy_weights=args.dummy_weights,
-        )
+        prepared = cli.prepare_model(args, comm, config)
         if not prepared.tokenizer.has_chat_template:
             raise ValueError(
                 f"--model {args.model} has no chat template; use mlx_ep.generate."

@@ -15,6 +15,7 @@ from typing import NoReturn, TextIO, get_args
 
 import mlx.nn as nn
 
+from mlx_ep.api import PreparedModel, prepare
 from mlx_ep.comm import Comm, init
 from mlx_ep.comm.liveness import guard
 from mlx_ep.config import (
@@ -252,6 +253,24 @@ def usage_errors() -> Iterator[None]:
         yield
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def prepare_model(
+    args: argparse.Namespace, comm: Comm, config: EPConfig
+) -> PreparedModel:
+    """Check on all ranks the model that the flags of `add_model_flags` name.
+
+    Raises:
+        ValueError: as `mlx_ep.api.prepare`.
+    """
+    return prepare(
+        args.model,
+        comm,
+        config,
+        tokenizer_config={"trust_remote_code": args.trust_remote_code},
+        revision=args.revision,
+        dummy_weights=args.dummy_weights,
+    )
 
 
 def print_reports(

@@ -17,7 +17,6 @@ from mlx_lm.generate import stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_ep import cli
-from mlx_ep.api import prepare
 from mlx_ep.comm import Comm, broadcast_object
 from mlx_ep.config import EPConfig
 from mlx_ep.data_parallel import can_batch, generate_replicated, generate_sharded
@@ -165,14 +164,7 @@ def _generate(args: argparse.Namespace, comm: Comm) -> None:
         config = cli.ep_config(args)
         _check_flags(args, config)
         read = _read_prompts(args, comm)
-        prepared = prepare(
-            args.model,
-            comm,
-            config,
-            tokenizer_config={"trust_remote_code": args.trust_remote_code},
-            revision=args.revision,
-            dummy_weights=args.dummy_weights,
-        )
+        prepared = cli.prepare_model(args, comm, config)
     model, tokenizer = prepared.load()
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)

@@ -39,12 +39,12 @@ MAY_IMPORT = {
         "placement", "policy",
     },
     # What commands share, and the commands, which nothing imports.
-    "cli": {"comm", "config", "exchange", "loading"},
+    "cli": {"api", "comm", "config", "exchange", "loading"},
     "sampling": {"cli", "comm"},
     "data_parallel": {"comm", "sampling", "types"},
     "prompts_file": {"data_parallel"},
     "generate": {
-        "api", "cli", "comm", "config", "data_parallel", "metrics", "prompts_file",
+        "cli", "comm", "config", "data_parallel", "metrics", "prompts_file",
         "sampling",
     },
     "checks": {"comm", "kernels", "policy", "runners"},

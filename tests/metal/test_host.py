@@ -1,4 +1,7 @@
-"""The tool itself: correct kernels pass on every schedule, all bugs are caught."""
+"""The tool itself: correct kernels pass on every schedule, all bugs are caught.
+
+Over 400 lines, because each seeded bug stands beside the kernel that it is put into.
+"""
 
 from __future__ import annotations
 
