@@ -96,7 +96,9 @@ def _slot_ids(num_tokens: int, sizes: Sizes) -> mx.array:
 
 
 def _check_plan(ids: mx.array, sizes: Sizes) -> Iterator[Check]:
-    experts = mx.arange(sizes.slots, dtype=mx.int32)
+    slots = mx.arange(sizes.slots, dtype=mx.int32)[:, None]
+    # A second replica of each expert, on the other rank.
+    experts = mx.concatenate([slots, (slots + sizes.slots // 2) % sizes.slots], axis=1)
     ranks = experts // -(-sizes.slots // 2)
 
     def run(module: ModuleType) -> list[mx.array]:
@@ -121,6 +123,14 @@ def _check_movement(ids: mx.array, sizes: Sizes, dtype: mx.Dtype) -> Iterator[Ch
         f"unpack_sum {shape} of {top_k}",
         lambda m: [m.unpack_sum(x, own, gates)],
         ROUNDING[dtype],
+    )
+    # As an exchange adds what came back to what stayed: every other choice is local.
+    both = mx.where((own >= 0) & (mx.arange(top_k) % 2 == 0), own + num_tokens, own)
+    local = mx.random.normal((num_tokens, sizes.width), key=mx.random.key(8))
+    yield _compare(
+        f"unpack_sum {shape} and float32 of {top_k}",
+        lambda m: [m.unpack_sum(x, both, gates, local, dtype=mx.float32)],
+        SUM_TOLERANCE,
     )
 
 

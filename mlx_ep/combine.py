@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 from jaxtyping import Float, Float32, Int32
 
@@ -21,8 +23,17 @@ def weighted_sum(
 
     Args:
         outputs: what the experts returned, one line per (row, slot) pair.
-        pair_ids: the pairs of each row; N is "none" and must have gate 0.
+        pair_ids: the pairs of each row; -1 is "none" and must have gate 0.
         gates: the weight of each of those pairs.
     """
+    # As an index, -1 is the last row.
     terms = with_zero_row(outputs)[pair_ids].astype(mx.float32)
     return (terms * gates[..., None]).sum(axis=1)
+
+
+@partial(mx.compile, shapeless=True)
+def add_to(
+    total: Float32[mx.array, ...], sums: Float[mx.array, ...]
+) -> Float32[mx.array, ...]:
+    """The total with another rank's sums, in float32 and without a copy in float32."""
+    return total + sums.astype(mx.float32)

@@ -9,8 +9,9 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Float, Float32, Int32
 
-from mlx_ep.combine import weighted_sum, with_zero_row
+from mlx_ep.combine import with_zero_row
 from mlx_ep.metrics import Counters
+from mlx_ep.movement import OPS, Movement
 from mlx_ep.types import Rows
 
 # [N, D] rows and the [N] slot each one visits, ascending -> [N, D] unweighted outputs.
@@ -81,9 +82,9 @@ def run_experts(
 
 
 def sum_pairs(
-    rows: Rows, runner: PairRunner, counters: Counters
+    rows: Rows, runner: PairRunner, counters: Counters, movement: Movement = OPS
 ) -> Float32[mx.array, "M D"]:
-    """`run_experts` by way of one output per (row, slot) pair."""
+    """`run_experts` by way of one output per (row, slot) pair, summed by `movement`."""
     pairs = local_pairs(rows.slot_ids, counters)
     if not len(pairs.rows):
         return mx.zeros(rows.x.shape, mx.float32)
@@ -95,8 +96,9 @@ def sum_pairs(
     columns = columns[:, :width]
     pair_ids = np.take_along_axis(pairs.position, columns, axis=1)
     gates = mx.take_along_axis(rows.gates, mx.array(columns), axis=1)
-    own = mx.array(pair_ids < len(pairs.rows))
-    return weighted_sum(outputs, mx.array(pair_ids), mx.where(own, gates, 0.0))
+    own = pair_ids < len(pairs.rows)
+    gates = mx.where(mx.array(own), gates, 0.0)
+    return movement.sum_pairs(outputs, mx.array(np.where(own, pair_ids, -1)), gates)
 
 
 def run_slots(
@@ -115,9 +117,7 @@ def local_pairs(slot_ids: Int32[mx.array, "M K"], counters: Counters) -> Pairs:
     """The pairs of this rank, on the host, counted."""
     # sync: how many pairs are this rank's decides the shapes of what it computes.
     pairs = group_by_slot(np.array(slot_ids))
-    counters.layer_calls += 1
-    counters.pairs_routed += slot_ids.size
-    counters.pairs_computed += len(pairs.rows)
+    counters.count_pairs(slot_ids, len(pairs.rows))
     return pairs
 
 

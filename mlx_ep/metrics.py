@@ -4,7 +4,26 @@ from __future__ import annotations
 
 import resource
 import sys
-from dataclasses import dataclass, fields
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+Value = TypeVar("Value")
+
+# The stages of a MoE layer; `wait` is until the slowest rank is there too.
+STAGES = ("route", "assign", "dispatch", "experts", "combine", "wait")
+# Those in which a rank sends, receives or waits for others.
+COMMUNICATION_STAGES = ("dispatch", "combine", "wait")
+
+
+# Calls whose pairs are kept uncounted. When there are more, the older half is counted:
+# what decoding did so many calls ago has been computed long since.
+MOST_UNCOUNTED = 1024
 
 
 @dataclass
@@ -15,24 +34,172 @@ class Counters:
         layer_calls: MoE layers entered.
         pairs_routed: (row, expert) choices that this rank looked at; with the strategy
             `replicated` all that the router made.
-        pairs_computed: (row, slot) pairs that this rank computed.
-        collectives: collectives that MoE layers started.
+        collectives: collectives that the model's layers started: MoE layers, and what
+            `--attention tensor` splits.
         collective_bytes: bytes of their payload on this rank.
     """
 
     layer_calls: int = 0
     pairs_routed: int = 0
-    pairs_computed: int = 0
     collectives: int = 0
     collective_bytes: int = 0
+    _counted_pairs: int = field(default=0, repr=False)
+    _uncounted: list[mx.array] = field(default_factory=list, repr=False)
+
+    @property
+    def pairs_computed(self) -> int:
+        """(row, slot) pairs that this rank computed. May wait for the device."""
+        self._count(len(self._uncounted))
+        return self._counted_pairs
 
     def count_collective(self, num_bytes: int) -> None:
         self.collectives += 1
         self.collective_bytes += num_bytes
 
+    def count_pairs(self, slot_ids: mx.array, num_pairs: int | None = None) -> None:
+        """Count one layer's pairs.
+
+        Args:
+            slot_ids: ``[M, K]`` slots of this rank that rows visit; -1 elsewhere.
+            num_pairs: how many are this rank's, where the host knows it. Else the ids
+                are kept, and counted when somebody asks: nothing waits for the device.
+        """
+        self.layer_calls += 1
+        self.pairs_routed += slot_ids.size
+        if num_pairs is not None:
+            self._counted_pairs += num_pairs
+            return
+        self._uncounted.append(slot_ids)
+        if len(self._uncounted) > MOST_UNCOUNTED:
+            self._count(MOST_UNCOUNTED // 2)
+
+    def _count(self, num_calls: int) -> None:
+        """Count the pairs of the oldest calls."""
+        for slot_ids in self._uncounted[:num_calls]:
+            # sync: only where somebody asks; older calls have been computed.
+            self._counted_pairs += int((np.array(slot_ids) >= 0).sum())
+        del self._uncounted[:num_calls]
+
     def reset(self) -> None:
-        for field in fields(self):
-            setattr(self, field.name, 0)
+        fresh = Counters()
+        for counter in fields(self):
+            setattr(self, counter.name, getattr(fresh, counter.name))
+
+
+@dataclass
+class StageTimings:
+    """Seconds that the MoE layers of this rank spent in each stage.
+
+    Off, it does nothing. On, every stage is evaluated where it ends (MLX is lazy: only
+    then has it happened), and before the ranks exchange anything there is a barrier, so
+    that time spent on waiting for a slower rank is not taken for time of the exchange.
+    What is computed does not change; that nothing overlaps any more costs time.
+
+    Attributes:
+        enabled: whether stages are timed; the same on every rank, or they deadlock.
+        seconds: by stage (`STAGES`), since the last `reset`.
+        layer_calls: layers that were timed.
+    """
+
+    enabled: bool = False
+    seconds: dict[str, float] = field(default_factory=lambda: _no_seconds())
+    layer_calls: int = 0
+    _last: float | None = field(default=None, repr=False)
+
+    @contextmanager
+    def measure(self) -> Iterator[StageTimings]:
+        """Time the layers that are called inside, from zero. On every rank alike."""
+        before, self.enabled = self.enabled, True
+        self.reset()
+        try:
+            yield self
+        finally:
+            self.enabled, self._last = before, None
+
+    def reset(self) -> None:
+        self.seconds = _no_seconds()
+        self.layer_calls, self._last = 0, None
+
+    def start(self) -> None:
+        """The layer begins here and not where its router is done: optional."""
+        if self.enabled:
+            self._last = time.perf_counter()
+
+    def begin(self, x: Any) -> None:
+        """A layer has its tokens; what they are computed from is not the layer's."""
+        if not self.enabled:
+            return
+        self.layer_calls += 1
+        if self._last is None:
+            # sync: stages are being timed.
+            mx.eval(x)
+            self._last = time.perf_counter()
+
+    def lap(self, stage: str, value: Value) -> Value:
+        """Evaluate what a stage made, add its time, and return it."""
+        if self.enabled:
+            # sync: stages are being timed.
+            mx.eval(_arrays(value))
+            self._add(stage)
+        return value
+
+    def wait(self, barrier: Callable[[], None]) -> None:
+        """Wait for the other ranks, as they are about to exchange something."""
+        if self.enabled:
+            barrier()
+            self._add("wait")
+
+    def end(self) -> None:
+        """The layer is done; the next one begins where it begins."""
+        self._last = None
+
+    def _add(self, stage: str) -> None:
+        now = time.perf_counter()
+        # A stage outside of a layer has no beginning.
+        self.seconds[stage] += now - (now if self._last is None else self._last)
+        self._last = now
+
+
+def _no_seconds() -> dict[str, float]:
+    return dict.fromkeys(STAGES, 0.0)
+
+
+def _arrays(value: Any) -> list[mx.array]:
+    """The arrays inside tuples and records, such as the plan of a strategy."""
+    if isinstance(value, mx.array):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [array for item in value for array in _arrays(item)]
+    if is_dataclass(value):
+        return [a for f in fields(value) for a in _arrays(getattr(value, f.name))]
+    return []
+
+
+def stage_table(ranks: Sequence[Mapping[str, float]], layer_calls: int) -> str:
+    """Microseconds per layer of each stage, one column a rank, as a Markdown table.
+
+    Args:
+        ranks: the `seconds` of every rank's `StageTimings`, in rank order.
+        layer_calls: layers that each of them timed.
+    """
+    totals = [sum(seconds.values()) for seconds in ranks]
+    names = [f"rank {rank}" for rank in range(len(ranks))]
+    lines = [
+        f"| us per layer, {layer_calls} layers timed | {' | '.join(names)} |",
+        f"| --- |{' ---: |' * len(ranks)}",
+    ]
+    for stage in (*STAGES, "all"):
+        cells = [
+            _stage_cell(total if stage == "all" else seconds[stage], total, layer_calls)
+            for seconds, total in zip(ranks, totals, strict=True)
+        ]
+        lines.append(f"| {stage} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _stage_cell(seconds: float, total: float, layer_calls: int) -> str:
+    share = seconds / total if total else 0.0
+    return f"{seconds / max(layer_calls, 1) * 1e6:.0f} ({share:.0%})"
 
 
 @dataclass(frozen=True)

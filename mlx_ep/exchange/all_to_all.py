@@ -12,6 +12,7 @@ from mlx_ep.config import EPConfig
 from mlx_ep.exchange.base import ExchangeShape, Strategy, Traffic
 from mlx_ep.exchange.low_latency import LowLatency
 from mlx_ep.exchange.normal import Normal
+from mlx_ep.movement import Mover
 from mlx_ep.placement import Placement
 from mlx_ep.types import Routing, Rows, TokenCounts
 
@@ -35,8 +36,9 @@ class AllToAll:
     def __init__(self, config: EPConfig | None = None) -> None:
         config = config or EPConfig()
         self.mode = config.mode
-        self.low_latency = LowLatency(config)
-        self.normal = Normal(config)
+        self.mover = Mover()
+        self.low_latency = LowLatency(config, mover=self.mover)
+        self.normal = Normal(config, self.mover)
         self.needs_tokens = self.mode != "low_latency"
         is_fixed = self.mode == "low_latency"
         self.round_tokens = None if is_fixed else config.round_tokens

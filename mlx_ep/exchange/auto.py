@@ -15,8 +15,23 @@ from mlx_ep.exchange.base import ExchangeShape, Strategy, Traffic, expected_shar
 from mlx_ep.exchange.gathered import Gathered
 from mlx_ep.exchange.low_latency import LowLatency
 from mlx_ep.exchange.normal import Normal
+from mlx_ep.movement import Mover
 from mlx_ep.placement import Placement
 from mlx_ep.types import Routing, Rows, TokenCounts
+
+_TITLES = {
+    "gathered": "gathered",
+    "low_latency": "low_latency",
+    "dense": "low_latency with all tokens",
+    "normal": "normal",
+}
+_SHARE = "(a token needs a given rank with probability {share:.2g} at K={top_k})"
+_SMALL = "no rank has more than {limit} tokens"
+_DENSE = f"nearly every token needs both ranks {_SHARE}"
+_PARTLY = f"there are more than {{limit}} tokens, and not all need both ranks {_SHARE}"
+_MOST = f"a token needs at least half of the ranks {_SHARE}"
+_FIXED = "{transport} moves buffers of fixed shapes only"
+_SPARSE = f"a token needs less than half of the ranks {_SHARE}"
 
 
 class Auto:
@@ -41,26 +56,52 @@ class Auto:
     def __init__(self, config: EPConfig | None = None) -> None:
         config = config or EPConfig()
         self.round_tokens: int | None = config.round_tokens
+        self.mover = Mover()
         self.gathered = Gathered(config)
-        self.low_latency = LowLatency(config)
+        self.low_latency = LowLatency(config, mover=self.mover)
         # Agreed counts fix its shapes, and rounds bound them: no capacity is needed.
-        self.dense = LowLatency(config, capacity=sys.maxsize)
-        self.normal = Normal(config)
+        self.dense = LowLatency(config, capacity=sys.maxsize, mover=self.mover)
+        self.normal = Normal(config, self.mover)
 
     def choose(self, tokens: TokenCounts, top_k: int, transport: str) -> Strategy:
         """The strategy for these numbers."""
+        chosen: Strategy = getattr(self, self._rule(tokens, top_k, transport)[0])
+        return chosen
+
+    @property
+    def options(self) -> dict[str, Strategy]:
+        """What it chooses from; low_latency without a limit to the tokens."""
+        return {
+            "gathered": self.gathered,
+            "low_latency": self.dense,
+            "normal": self.normal,
+        }
+
+    def explain(self, tokens: TokenCounts, top_k: int, transport: str) -> str:
+        """The choice and its reason, for a person."""
+        name, why = self._rule(tokens, top_k, transport)
+        return f"{_TITLES[name]}, because " + why.format(
+            limit=self.low_latency.capacity,
+            share=expected_share(top_k, len(tokens.per_rank)),
+            top_k=top_k,
+            transport=transport,
+        )
+
+    def _rule(self, tokens: TokenCounts, top_k: int, transport: str) -> tuple[str, str]:
+        """The attribute that holds the strategy, and the reason's template."""
         num_ranks = len(tokens.per_rank)
         is_small = tokens.largest <= self.low_latency.capacity
         if num_ranks <= 2:
             if is_small:
-                return self.low_latency
-            is_dense = expected_share(top_k, num_ranks) > 0.9
-            return self.dense if is_dense else self.normal
-        is_sparse = expected_share(top_k, num_ranks) < 0.5
-        can_move_exact_rows = not CAPABILITIES[transport].is_fixed_shape
-        if is_sparse and can_move_exact_rows and not is_small:
-            return self.normal
-        return self.gathered
+                return "low_latency", _SMALL
+            if expected_share(top_k, num_ranks) > 0.9:
+                return "dense", _DENSE
+            return "normal", _PARTLY
+        if expected_share(top_k, num_ranks) >= 0.5:
+            return "gathered", _MOST
+        if CAPABILITIES[transport].is_fixed_shape:
+            return "gathered", _FIXED
+        return ("gathered", _SMALL) if is_small else ("normal", _SPARSE)
 
     def plan(
         self,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float
 
 from mlx_ep.comm import Comm
 from mlx_ep.placement import Placement
@@ -215,11 +214,3 @@ def depends_on(rows: Rows, dependency: mx.array) -> Rows:
     to them, or its peers would wait for a collective that it never starts.
     """
     return rows._replace(slot_ids=mx.depends(rows.slot_ids, dependency))
-
-
-@partial(mx.compile, shapeless=True)
-def add_to(
-    total: Float32[mx.array, ...], sums: Float[mx.array, ...]
-) -> Float32[mx.array, ...]:
-    """The total with another rank's sums, in float32 and without a copy in float32."""
-    return total + sums.astype(mx.float32)

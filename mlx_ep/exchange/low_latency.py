@@ -11,11 +11,11 @@ from mlx_ep.exchange.base import (
     Collective,
     ExchangeShape,
     Traffic,
-    add_to,
     check_tokens,
     swap_with_peer,
 )
 from mlx_ep.exchange.gathered import GatherPlan, gather_rows, gather_traffic
+from mlx_ep.movement import Mover
 from mlx_ep.placement import Placement
 from mlx_ep.types import Routing, Rows, TokenCounts
 
@@ -40,9 +40,13 @@ class LowLatency:
     round_tokens: int | None = None
 
     def __init__(
-        self, config: EPConfig | None = None, capacity: int | None = None
+        self,
+        config: EPConfig | None = None,
+        capacity: int | None = None,
+        mover: Mover | None = None,
     ) -> None:
         self.capacity = capacity or (config or EPConfig()).low_latency_tokens
+        self.mover = mover or Mover()
 
     def plan(
         self,
@@ -85,17 +89,15 @@ class LowLatency:
         (r0,t0) (r0,t1) (r1,t0) (r1,t1)  sums of this rank's slots, by home rank
           ->  (s0,t0) (s0,t1) (s1,t0) (s1,t1)  sums of its own tokens, by slots' rank
         """
-        chunks = mx.split(partial, comm.size)
+        capacity = plan.padded_tokens
         if comm.size == 2:
-            peer = 1 - comm.rank
-            chunks[peer] = swap_with_peer(chunks[peer].astype(dtype), comm)
+            first = (1 - comm.rank) * capacity
+            sent = partial[first : first + capacity].astype(dtype)
+            back = swap_with_peer(sent, comm)
         else:
-            sums = mx.split(comm.all_to_all(partial.astype(dtype)), comm.size)
-            sums[comm.rank] = chunks[comm.rank]  # not rounded: it did not travel
-            chunks = sums
-        total = chunks[0].astype(mx.float32)
-        for chunk in chunks[1:]:
-            total = add_to(total, chunk)
+            back = comm.all_to_all(partial.astype(dtype))
+        movement = self.mover("ranks", capacity)
+        total = movement.add_ranks(partial, back, comm.rank, comm.size)
         return total[: plan.num_tokens]
 
     def traffic(self, shape: ExchangeShape) -> Traffic:

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import mlx.core as mx
-import numpy as np
 from jaxtyping import Float, Float32, Int32
 
 from mlx_ep.comm import Comm
 from mlx_ep.config import EPConfig
-from mlx_ep.dispatch import (
-    Packing,
-    pack,
-    pad_routing,
-    routing_from_words,
-    routing_words,
-    tokens_in_ranks,
-)
+from mlx_ep.dispatch import pad_routing, routing_from_words, routing_words
 from mlx_ep.exchange.base import (
     Collective,
     ExchangeShape,
     Traffic,
-    add_to,
     check_tokens,
     depends_on,
     expected_rows,
     swap_with_peer,
 )
+from mlx_ep.movement import Movement, Mover, RowPlan
 from mlx_ep.placement import Placement
 from mlx_ep.types import Routing, Rows, TokenCounts
 
@@ -38,24 +29,19 @@ class NormalPlan:
     """Which rows leave and arrive, known on every rank.
 
     Attributes:
-        packing: of this rank's tokens, without those for itself: they stay.
-        recv_counts: rows that arrive from each rank; 0 from this one.
+        rows: those that leave and those that arrive.
+        movement: what made `rows`, packs them and sums them.
         slot_ids: of the rows of this rank: its own T tokens, then the rows that
             arrive, rank 0's first.
         gates: likewise.
         num_tokens: T.
     """
 
-    packing: Packing
-    recv_counts: tuple[int, ...]
+    rows: RowPlan
+    movement: Movement
     slot_ids: Int32[mx.array, "M K"]
     gates: Float32[mx.array, "M K"]
     num_tokens: int
-
-    @property
-    def widest(self) -> int:
-        """The most rows that go one way; on 2 ranks the same number on both."""
-        return max(*self.packing.counts, *self.recv_counts)
 
 
 class Normal:
@@ -73,8 +59,11 @@ class Normal:
     is_sharded = True
     needs_tokens = True
 
-    def __init__(self, config: EPConfig | None = None) -> None:
+    def __init__(
+        self, config: EPConfig | None = None, mover: Mover | None = None
+    ) -> None:
         self.round_tokens: int | None = (config or EPConfig()).round_tokens
+        self.mover = mover or Mover()
 
     def plan(
         self,
@@ -89,20 +78,15 @@ class Normal:
         check_tokens(tokens, num_tokens, comm)
         words = comm.all_gather(routing_words(pad_routing(routing, tokens.largest)))
         everyone = routing_from_words(words)  # [P*C K]
-        # sync: how many rows go where decides the shapes of what is exchanged.
-        needed = np.array(tokens_in_ranks(everyone.expert_ids, placement))
-        by_home = needed.reshape(comm.size, tokens.largest, comm.size)
-        leaving = by_home[rank, :num_tokens].copy()
-        leaving[:, rank] = False
-        arriving = by_home[:, :, rank].copy()
-        arriving[rank] = False
-        rows = mx.array(np.flatnonzero(arriving.reshape(-1)).astype(np.int32))
-        expert_ids = mx.concatenate([routing.expert_ids, everyone.expert_ids[rows]])
+        movement = self.mover("rows", tokens.largest)
+        leaving = movement.plan_rows(everyone.expert_ids, placement, rank, tokens)
+        lines = leaving.arriving
+        expert_ids = mx.concatenate([routing.expert_ids, everyone.expert_ids[lines]])
         return NormalPlan(
-            packing=pack(leaving),
-            recv_counts=tuple(arriving.sum(axis=1).tolist()),  # on host
+            rows=leaving,
+            movement=movement,
             slot_ids=placement.local_slots(expert_ids, rank),
-            gates=mx.concatenate([routing.gates, everyone.gates[rows]]),
+            gates=mx.concatenate([routing.gates, everyone.gates[lines]]),
             num_tokens=num_tokens,
         )
 
@@ -111,28 +95,18 @@ class Normal:
 
         (t0) (t1) (t2)  ->  (t0) (t1) (t2) (r1,t0) (r1,t3) (r2,t1)   on rank 0
         """
-        tokens, counts = plan.packing.tokens, plan.packing.counts
+        counts = plan.rows.send_counts
         if comm.size == 2:
-            arrived = self._swap_rows(x, plan, comm)
+            # What both send is padded to the longer of the two.
+            arrived = plan.movement.pack(x, plan.rows, plan.rows.widest)
+            if plan.rows.widest:
+                received = plan.rows.recv_counts[1 - comm.rank]
+                arrived = swap_with_peer(arrived, comm)[:received]
         else:
-            sent = x[mx.array(tokens)]
-            arrived = comm.all_to_all_v(sent, counts, plan.recv_counts)
+            sent = plan.movement.pack(x, plan.rows, sum(counts))
+            arrived = comm.all_to_all_v(sent, counts, plan.rows.recv_counts)
         rows = Rows(mx.concatenate([x, arrived]), plan.slot_ids, plan.gates)
         return depends_on(rows, arrived)
-
-    def _swap_rows(
-        self, x: Float[mx.array, "T D"], plan: NormalPlan, comm: Comm
-    ) -> Float[mx.array, "R D"]:
-        """The peer's rows: what both send is padded to the longer of the two."""
-        if not plan.widest or not len(x):
-            sent = mx.zeros((plan.widest, x.shape[1]), x.dtype)
-        else:
-            ids = np.zeros(plan.widest, np.int32)  # any row will do for padding
-            ids[: len(plan.packing.tokens)] = plan.packing.tokens
-            sent = x[mx.array(ids)]
-        if not plan.widest:
-            return sent
-        return swap_with_peer(sent, comm)[: plan.recv_counts[1 - comm.rank]]
 
     def combine(
         self,
@@ -142,25 +116,20 @@ class Normal:
         dtype: mx.Dtype,
     ) -> Float32[mx.array, "T D"]:
         """See `Strategy.combine`; sums are added in rank order."""
-        own, counts = partial[: plan.num_tokens], plan.packing.counts
-        if comm.size == 2 and not plan.widest:
+        own, counts = partial[: plan.num_tokens], plan.rows.send_counts
+        widest = plan.rows.widest
+        if comm.size == 2 and not widest:
             return own
         if comm.size == 2:
             # The last rows are those that the peer waits for; in front of them, rows
             # of this rank's own tokens serve as padding.
-            sent = partial[partial.shape[0] - plan.widest :].astype(dtype)
+            sent = partial[partial.shape[0] - widest :].astype(dtype)
             back = swap_with_peer(sent, comm)
-            back = back[plan.widest - counts[1 - comm.rank] :]
+            back = back[widest - counts[1 - comm.rank] :]
         else:
             others = partial[plan.num_tokens :].astype(dtype)
-            back = comm.all_to_all_v(others, plan.recv_counts, counts)
-        total: mx.array | None = None
-        bounds = list(accumulate(counts))[:-1]
-        for rank, chunk in enumerate(mx.split(back, bounds)):
-            is_own = rank == comm.rank
-            term = own if is_own else _by_token(chunk, plan.packing.positions[rank])
-            total = term.astype(mx.float32) if total is None else add_to(total, term)
-        assert total is not None
+            back = comm.all_to_all_v(others, plan.rows.recv_counts, counts)
+        total = plan.movement.add_rows(own, back, plan.rows, comm.rank)
         # Also a rank that gets no sums back has to join in sending them.
         return mx.depends(total, back)
 
@@ -176,19 +145,6 @@ class Normal:
             collectives.append(Collective("all_gather", shape.sum_bytes * widest))
         num_rows = shape.tokens.per_rank[shape.rank] + sent
         return Traffic(tuple(collectives), num_rows, host_syncs=1)
-
-
-def _by_token(
-    rows: Float[mx.array, "N D"], positions: Int32[np.ndarray, " T"]
-) -> Float[mx.array, "T D"]:
-    """The row of each token, zeros where it has none (position -1)."""
-    if len(positions) == len(rows):
-        return rows
-    if not len(rows):
-        return mx.zeros((len(positions), rows.shape[1]), rows.dtype)
-    found = rows[mx.array(np.maximum(positions, 0))]
-    zero = mx.array(0, rows.dtype)
-    return mx.where(mx.array(positions >= 0)[:, None], found, zero)
 
 
 def _rows(shape: ExchangeShape) -> tuple[int, int]:

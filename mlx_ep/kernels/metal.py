@@ -33,8 +33,8 @@ THREADS = (
 
 def route_plan(
     expert_ids: Int32[mx.array, "T K"],
-    expert_ranks: Int32[mx.array, " E"],
-    expert_slots: Int32[mx.array, " E"],
+    expert_ranks: Int32[mx.array, "E R"],
+    expert_slots: Int32[mx.array, "E R"],
     *,
     num_ranks: int,
     num_slots: int,
@@ -43,8 +43,10 @@ def route_plan(
 
     Args:
         expert_ids: the experts of each token; -1 is "no expert".
-        expert_ranks: the rank of each expert, 0..P-1.
-        expert_slots: the slot of each expert in the group, 0..S-1.
+        expert_ranks: the ranks of each expert's replicas, 0..P-1. Token t uses
+            replica ``t % R`` of every expert; one with fewer repeats them.
+        expert_slots: the slots of the replicas in the group, 0..S-1, all ranks'
+            slots counted through.
         num_ranks: P, at most 32.
         num_slots: S.
 
@@ -59,7 +61,7 @@ def route_plan(
     inputs = ("expert_ids", "expert_ranks", "expert_slots")
     body = (
         f"route_plan({', '.join((*inputs, *shapes))}, expert_ids_shape[0], "
-        f"expert_ids_shape[1], NUM_SLOTS, NUM_RANKS, "
+        f"expert_ids_shape[1], expert_ranks_shape[1], NUM_SLOTS, NUM_RANKS, "
         f"expert_ids_shape[0] * min(expert_ids_shape[1], NUM_RANKS), {LANE}, "
         f"{POSITION});"
     )
@@ -110,30 +112,44 @@ def unpack_sum(
     rows: Float[mx.array, "M D"],
     row_ids: Int32[mx.array, "T C"],
     gates: Float32[mx.array, "T C"],
+    local: Float[mx.array, "L D"] | None = None,
+    *,
+    dtype: mx.Dtype | None = None,
 ) -> Float[mx.array, "T D"]:
-    """``out[t] = sum_c gates[t, c] * rows[row_ids[t, c]]``, c ascending.
+    """``out[t] = sum_c gates[t, c] * both[row_ids[t, c]]``, c ascending.
 
-    Sums are float32 and are rounded once, to the dtype of `rows`.
+    `both` is `rows` and behind them `local`. Sums are float32 and are rounded once, to
+    `dtype`; sums that are added to others later must not be, and stay float32.
 
     Args:
         rows: what came back for the tokens.
-        row_ids: the rows of each token; -1 is "none".
+        row_ids: the rows of each token, 0..M+L-1; -1 is "none".
         gates: the weight of each of them.
+        local: rows that did not travel, in a dtype of their own.
+        dtype: of the result; default: that of `rows`.
 
     Raises:
         ValueError: D is below 8.
     """
     shape = (row_ids.shape[0], _checked_width(rows.shape[1]))
+    dtype = dtype or rows.dtype
+    if not rows.shape[0] and local is not None:  # then the ids are those of `local`
+        rows, local = local, None
     if not rows.size or not row_ids.size:
-        return mx.zeros(shape, rows.dtype)
+        return mx.zeros(shape, dtype)
+    arrays = {"rows": rows, "row_ids": row_ids, "gates": gates}
+    if local is not None and local.size:
+        arrays["local"] = local
     body = (
-        "unpack_sum(rows, row_ids, gates, out, rows_shape[1], row_ids_shape[1], "
+        f"unpack_sum(rows, {'local' if 'local' in arrays else 'rows'}, row_ids, gates, "
+        "out, rows_shape[0], rows_shape[1], row_ids_shape[1], "
         f"{LANE}, {POSITION});"
     )
-    (out,) = kernel("unpack_sum", "", ("rows", "row_ids", "gates"), ("out",), body)(
-        inputs=[rows, row_ids, gates],
+    variant = "_local" if "local" in arrays else ""
+    (out,) = kernel("unpack_sum", variant, tuple(arrays), ("out",), body)(
+        inputs=list(arrays.values()),
         output_shapes=[shape],
-        output_dtypes=[rows.dtype],
+        output_dtypes=[dtype],
         **_rows_of_segments(*shape, rows.dtype),
     )
     return out

@@ -13,8 +13,8 @@ CLAMP_SLOPE = 1.702
 
 def route_plan(
     expert_ids: Int32[mx.array, "T K"],
-    expert_ranks: Int32[mx.array, " E"],
-    expert_slots: Int32[mx.array, " E"],
+    expert_ranks: Int32[mx.array, "E R"],
+    expert_slots: Int32[mx.array, "E R"],
     *,
     num_ranks: int,
     num_slots: int,
@@ -23,8 +23,10 @@ def route_plan(
 
     Args:
         expert_ids: the experts of each token; -1 is "no expert".
-        expert_ranks: the rank of each expert, 0..P-1.
-        expert_slots: the slot of each expert in the group, 0..S-1.
+        expert_ranks: the ranks of each expert's replicas, 0..P-1. Token t uses
+            replica ``t % R`` of every expert; one with fewer repeats them.
+        expert_slots: the slots of the replicas in the group, 0..S-1, all ranks'
+            slots counted through.
         num_ranks: P, at most 32.
         num_slots: S.
     """
@@ -33,15 +35,16 @@ def route_plan(
     if not num_pairs:
         return RoutePlan.of_nothing(expert_ids.shape, num_slots, num_ranks)
     none = expert_ids < 0
-    slots = mx.where(none, num_slots, expert_slots[expert_ids]).reshape(-1)
+    replica = mx.arange(num_tokens)[:, None] % expert_ranks.shape[1]
+    slots = mx.where(none, num_slots, expert_slots[expert_ids, replica]).reshape(-1)
     slot_counts = mx.zeros((num_slots + 1,), mx.int32).at[slots].add(1)[:-1]
     # Distinct keys, so that the sort keeps pairs of one slot in their order.
     order = mx.argsort(slots * num_pairs + mx.arange(num_pairs))
-    places = mx.zeros((num_pairs,), mx.int32)
-    places[order] = mx.arange(num_pairs).astype(mx.int32)
-    positions = mx.where(none, -1, places.reshape(expert_ids.shape))
+    ranked = mx.zeros((num_pairs,), mx.int32)
+    ranked[order] = mx.arange(num_pairs).astype(mx.int32)
+    positions = mx.where(none, -1, ranked.reshape(expert_ids.shape))
 
-    ranks = mx.where(none, num_ranks, expert_ranks[expert_ids])
+    ranks = mx.where(none, num_ranks, expert_ranks[expert_ids, replica])
     on_rank = (ranks[..., None] == mx.arange(num_ranks)).any(axis=1)  # [T P]
     rank_counts = on_rank.sum(axis=0).astype(mx.int32)
     rank_offsets = _offsets(rank_counts)
@@ -86,24 +89,34 @@ def unpack_sum(
     rows: Float[mx.array, "M D"],
     row_ids: Int32[mx.array, "T C"],
     gates: Float32[mx.array, "T C"],
+    local: Float[mx.array, "L D"] | None = None,
+    *,
+    dtype: mx.Dtype | None = None,
 ) -> Float[mx.array, "T D"]:
-    """``out[t] = sum_c gates[t, c] * rows[row_ids[t, c]]``, c ascending.
+    """``out[t] = sum_c gates[t, c] * both[row_ids[t, c]]``, c ascending.
 
-    Sums are float32 and are rounded once, to the dtype of `rows`.
+    `both` is `rows` and behind them `local`. Sums are float32 and are rounded once, to
+    `dtype`; sums that are added to others later must not be, and stay float32.
 
     Args:
         rows: what came back for the tokens.
-        row_ids: the rows of each token; -1 is "none".
+        row_ids: the rows of each token, 0..M+L-1; -1 is "none".
         gates: the weight of each of them.
+        local: rows that did not travel, in a dtype of their own.
+        dtype: of the result; default: that of `rows`.
     """
+    dtype = dtype or rows.dtype
+    if local is not None:
+        both = [part.astype(mx.float32) for part in (rows, local)]
+        rows = mx.concatenate(both)
     out = mx.zeros((row_ids.shape[0], rows.shape[1]), mx.float32)
     if not rows.shape[0]:
-        return out.astype(rows.dtype)
+        return out.astype(dtype)
     for choice in range(row_ids.shape[1]):
         ids = row_ids[:, choice]
         term = gates[:, choice, None] * rows[mx.maximum(ids, 0)].astype(mx.float32)
         out = out + mx.where(ids[:, None] >= 0, term, 0.0)
-    return out.astype(rows.dtype)
+    return out.astype(dtype)
 
 
 def expert_glu(

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 import mlx_ep
+from mlx_ep.kernels.loader import sources_digest
 
 
 def cache_folder() -> Path:
@@ -35,6 +36,7 @@ def cache_key(shape: Mapping[str, Any]) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "system": [platform.system(), platform.machine(), platform.release()],
         "versions": [version("mlx"), version("numpy"), mlx_ep.__version__],
+        "kernels": sources_digest(),
         "threads": os.environ.get("OPENBLAS_NUM_THREADS"),
     }
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from mlx_ep.backend import Backend, Option
 from mlx_ep.comm import Transport
 from mlx_ep.config import EPConfig
 from mlx_ep.exchange.auto import Auto
-from mlx_ep.runners import Backend, Option
 from mlx_ep.types import TokenCounts
 
 # Uncalibrated defaults of the specification, not measured here: on a Mac, the CPU runs
@@ -52,6 +52,20 @@ def default_option(
     if default_backend(num_tokens, row_bytes) == "metal":
         order = ["gather on metal", *cpu_first]
     return next((by_name[name] for name in order if name in by_name), possible[0])
+
+
+def default_movement(
+    num_tokens: int, row_bytes: int, possible: Sequence[Option]
+) -> Option:
+    """What moves the rows of a call as long as nothing has been measured.
+
+    MLX's ops on the backend of `default_backend`, where it is possible; the kernels of
+    this package only where nothing else can.
+    """
+    backend = default_backend(num_tokens, row_bytes)
+    ops = [option for option in possible if option.runner == "ops"]
+    there = [option for option in ops if option.backend == backend]
+    return (there or ops or list(possible))[0]
 
 
 def default_strategy(

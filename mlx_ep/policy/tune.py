@@ -7,103 +7,98 @@ import socket
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-
-from mlx_ep.comm import Comm, gather_objects
+from mlx_ep.backend import Backend, Option
+from mlx_ep.comm import Comm, Transport, gather_objects
+from mlx_ep.exchange import Strategy
+from mlx_ep.movement import MovesRows
+from mlx_ep.placement import Placement
+from mlx_ep.policy.agree import (
+    Agreed,
+    agree,
+    backend_variable,
+    forced_backend,
+)
 from mlx_ep.policy.cache import cache_key, read_cache, write_cache
-from mlx_ep.policy.choose import ExpertsPolicy, Measured
-from mlx_ep.policy.explain import explain
-from mlx_ep.policy.warmup import Result, measure
+from mlx_ep.policy.choose import ExpertsPolicy
+from mlx_ep.policy.explain import explain, explain_exchange, explain_movement
+from mlx_ep.policy.layer import Layer, Wish
+from mlx_ep.policy.move import (
+    MovementPolicy,
+    MovementShape,
+    agree_movement,
+    movement_facts,
+)
+from mlx_ep.policy.warmup import WARMUP_VERSION, measure
 from mlx_ep.runners import (
-    Backend,
-    Option,
     expert_weights,
     limit_blas_threads,
     options,
     switch_runner,
 )
 
-BACKEND_VARIABLE = "MLX_EP_BACKEND"
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What the user asks for.
-
-    Attributes:
-        runner: a name in `RUNNERS` that has to be taken, or ``"auto"``.
-        backend: ``"cpu"`` or ``"metal"``, or ``"auto"``; MLX_EP_BACKEND goes first.
-        warmup: whether options are checked and timed; else the default rule holds.
-    """
-
-    runner: str = "auto"
-    backend: str = "auto"
-    warmup: bool = True
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A switch and what its router gives it.
-
-    Attributes:
-        dtype: of the rows.
-        top_k: K.
-    """
-
-    switch: nn.Module
-    dtype: mx.Dtype
-    top_k: int
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        """What layers with the same policy have in common, on all ranks."""
-        weights = expert_weights(self.switch)
-        dtype = str(self.dtype).removeprefix("mlx.core.")
-        shape: dict[str, Any] = {"rows": dtype, "top_k": self.top_k}
-        if weights is None:
-            return {"form": type(self.switch).__name__, **shape}
-        return {
-            "form": type(weights.activation).__name__,
-            "width": weights.up.columns,
-            "expert_width": weights.up.rows,
-            "packings": [matrices.packing for matrices in weights.matrices],
-            "bias": weights.up.bias is not None,
-            **shape,
-        }
-
 
 @dataclass(frozen=True)
 class ModelPolicy:
-    """What runs the experts of a model, by the shape of the layers."""
+    """What runs the experts of a model, by the shape of the layers.
+
+    Attributes:
+        shapes: of experts.
+        top_k: K of each of them.
+        movement: what packs and sums rows, by their shape; the first one's is the
+            exchange's.
+        strategy: what exchanges rows; None: the caller has not said.
+        num_ranks: P.
+        transport: what carries the rows.
+    """
 
     shapes: tuple[ExpertsPolicy, ...]
     top_k: tuple[int, ...]
+    movement: tuple[MovementPolicy, ...] = ()
+    strategy: Strategy | None = None
+    num_ranks: int = 1
+    transport: Transport = "none"
 
     def explain(self, num_tokens: Iterable[int] = (1, 16, 64, 256, 1024)) -> str:
         """Every option with its times; see `mlx_ep.policy.explain`."""
         counts = list(num_tokens)
-        parts = zip(self.shapes, self.top_k, strict=True)
-        return "\n\n".join(explain(shape, top_k, counts) for shape, top_k in parts)
+        pairs = list(zip(self.shapes, self.top_k, strict=True))
+        parts = [explain(shape, top_k, counts) for shape, top_k in pairs]
+        parts += [explain_movement(policy, counts) for policy in self.movement]
+        if self.strategy is not None and self.movement:
+            rows = self.movement[0]
+            parts.append(
+                explain_exchange(
+                    self.strategy, rows, self.num_ranks, self.transport, counts
+                )
+            )
+        return "\n\n".join(part for part in parts if part)
 
 
 def tune(
-    layers: Sequence[Layer], num_experts: int, comm: Comm, wish: Wish = Wish()
+    layers: Sequence[Layer],
+    num_experts: int,
+    comm: Comm,
+    wish: Wish = Wish(),  # noqa: B008, it is frozen
+    *,
+    strategy: Strategy | None = None,
+    placement: Placement | None = None,
 ) -> ModelPolicy:
-    """Decide for every layer what runs its experts. Every rank must call it.
+    """Decide for every layer what runs its experts and moves its rows.
 
-    Each rank checks and times the options on its own weights, unless the cache knows
-    them. An option that is impossible or wrong on any rank is used by none; the times
-    are those of rank 0. Two exchanges, of a few hundred bytes per shape, always. Ranks
-    on one host share its cores: see `limit_blas_threads`.
+    Every rank must call it. Each rank checks and times the options on its own weights,
+    unless the cache knows them. An option that is impossible or wrong on any rank is
+    used by none; the times are those of rank 0. Two exchanges, of a few hundred bytes
+    per shape, always. Ranks on one host share its cores: see `limit_blas_threads`.
 
     Args:
         layers: of the model, in one order on all ranks.
         num_experts: E.
         comm: the ranks.
         wish: what the user asks for.
+        strategy: what exchanges rows; its mover is set, where it has one.
+        placement: of the experts; default: contiguous.
 
     Raises:
         ValueError: on every rank: what the configuration forces is impossible.
@@ -112,23 +107,79 @@ def tune(
     for layer in layers:
         groups.setdefault(str(layer.shape), []).append(layer)
     firsts = [group[0] for group in groups.values()]
+    placement = placement or Placement.contiguous(num_experts, comm.size)
+    exchanges = isinstance(strategy, MovesRows) and comm.size > 1
+    moved = _movement_shapes(firsts, placement, comm.rank, exchanges)
     sharing = share_cores(comm)
     mine = {
-        "backend": os.environ.get(BACKEND_VARIABLE, ""),
+        "backend": backend_variable(),
         "shapes": [_facts(layer, wish, sharing) for layer in firsts],
+        "movement": [
+            movement_facts(shape, wish.warmup, sharing) for shape in moved.values()
+        ],
     }
     ranks = gather_objects(comm, mine)
-    backend = _forced_backend([rank["backend"] for rank in ranks], wish)
+    backend = forced_backend([rank["backend"] for rank in ranks], wish.backend)
     policies = []
     for index, group in enumerate(groups.values()):
         facts = [rank["shapes"][index] for rank in ranks]
-        policy = _agree(group[0], facts, backend, num_experts, wish)
+        agreed = _agree(group[0], facts, backend, wish)
+        forced = backend is not None or wish.runner != "auto"
+        policy = _experts_policy(group[0], agreed, len(ranks), num_experts, forced)
         policies.append(policy)
         for layer in group:
             switch_runner(layer.switch).choose = policy.choose
         if comm.rank == 0:
-            _warn_of_wrong(policy, facts)
-    return ModelPolicy(tuple(policies), tuple(first.top_k for first in firsts))
+            _warn_of_wrong(f"Experts of {policy.name}", agreed)
+    movement = _set_movement(layers, moved, ranks, backend, comm)
+    if exchanges and movement and isinstance(strategy, MovesRows):
+        strategy.mover.choose = movement[0].choose
+    return ModelPolicy(
+        tuple(policies),
+        tuple(first.top_k for first in firsts),
+        movement,
+        strategy,
+        comm.size,
+        comm.transport,
+    )
+
+
+def _set_movement(
+    layers: Sequence[Layer],
+    moved: Mapping[str, MovementShape],
+    ranks: Sequence[Mapping[str, Any]],
+    backend: Backend | None,
+    comm: Comm,
+) -> tuple[MovementPolicy, ...]:
+    """What moves the rows of each shape, set for its layers' pairs."""
+    policies = {}
+    for index, (key, shape) in enumerate(moved.items()):
+        facts = [rank["movement"][index] for rank in ranks]
+        policies[key], by_job = agree_movement(shape, facts, backend)
+        if comm.rank == 0:
+            for job, agreed in by_job.items():
+                _warn_of_wrong(f"Movement of {shape.name}, {job}", agreed)
+    for layer in layers:
+        if found := policies.get(layer.moved_as):
+            switch_runner(layer.switch).mover.choose = found.choose
+    return tuple(policies.values())
+
+
+def _movement_shapes(
+    firsts: Sequence[Layer], placement: Placement, rank: int, exchanges: bool
+) -> dict[str, MovementShape]:
+    return {
+        key: MovementShape(
+            width=int(layer.shape["width"]),
+            dtype=layer.dtype,
+            top_k=layer.top_k,
+            placement=placement,
+            rank=rank,
+            exchanges=exchanges,
+        )
+        for layer in firsts
+        if (key := layer.moved_as)
+    }
 
 
 def share_cores(comm: Comm) -> int:
@@ -153,6 +204,7 @@ def _facts(layer: Layer, wish: Wish, sharing: int) -> dict[str, Any]:
     results: Mapping[str, Any] = {}
     if wish.warmup and weights is not None:
         shape = {**layer.shape, "slots": min(weights.num_slots, layer.top_k)}
+        shape["checks"] = WARMUP_VERSION
         shape |= {"options": [str(o) for o in possible], "ranks_on_host": sharing}
         key = cache_key(shape)
         results = read_cache(key) or {}
@@ -164,85 +216,46 @@ def _facts(layer: Layer, wish: Wish, sharing: int) -> dict[str, Any]:
     return {"holds": 1, "impossible": impossible, "results": results}
 
 
-def _forced_backend(variables: Sequence[str], wish: Wish) -> Backend | None:
-    """What rank 0's environment says, else the configuration; None: neither."""
-    wanted = variables[0] or wish.backend
-    if any(variable != variables[0] for variable in variables):
-        warnings.warn(
-            f"{BACKEND_VARIABLE} differs between ranks ({', '.join(variables)}); rank "
-            "0's is used on all.",
-            stacklevel=3,
-        )
-    for backend in get_args(Backend):
-        if wanted == backend:
-            return backend
-    if wanted != "auto":
-        raise ValueError(
-            f"{BACKEND_VARIABLE} must be cpu, metal or auto; got {wanted!r}."
-        )
-    return None
-
-
 def _agree(
     layer: Layer,
     facts: Sequence[Mapping[str, Any]],
     backend: Backend | None,
-    num_experts: int,
     wish: Wish,
+) -> Agreed:
+    """What the ranks can run the experts of a shape with.
+
+    Raises:
+        ValueError: nothing.
+    """
+
+    def excluded(option: Option) -> str:
+        if backend not in (None, option.backend):
+            return f"backend {backend} is forced"
+        if wish.runner not in ("auto", option.runner):
+            return f"runner {wish.runner} is forced"
+        return ""
+
+    # Who asks for MLX's own gets it, with MLX's own precision.
+    checks_count = wish.runner != "gather"
+    found = agree(options(layer.switch), facts, excluded, checks_count=checks_count)
+    if not found.possible:
+        raise ValueError(_impossible(layer, found.left_out, backend, wish))
+    return found
+
+
+def _experts_policy(
+    layer: Layer, agreed: Agreed, num_ranks: int, num_experts: int, forced: bool
 ) -> ExpertsPolicy:
-    """The policy that follows from the facts of all ranks: a pure function of them."""
-    results = [
-        {name: _result(found) for name, found in rank["results"].items()}
-        for rank in facts
-    ]
-    possible, left_out = [], {}
-    for option in options(layer.switch):
-        name = str(option)
-        whys = [rank["impossible"].get(name, "") for rank in facts]
-        # Who asks for MLX's own gets it, with MLX's own precision.
-        if wish.runner != "gather":
-            wrong = [found.get(name, Result()).left_out for found in results]
-            whys = [a or b for a, b in zip(whys, wrong, strict=True)]
-        if why := _joined(whys):
-            left_out[option] = why
-        elif backend not in (None, option.backend):
-            left_out[option] = f"backend {backend} is forced"
-        elif wish.runner not in ("auto", option.runner):
-            left_out[option] = f"runner {wish.runner} is forced"
-        else:
-            possible.append(option)
-    if not possible:
-        raise ValueError(_impossible(layer, left_out, backend, wish))
-    # Rank 0 may hold no expert where there are more ranks than experts.
-    timed = next((found for found in results if found), {})
-    measured = {
-        option: Measured(timed[str(option)].rows, timed[str(option)].seconds)
-        for option in possible
-        if str(option) in timed and timed[str(option)].rows
-    }
     return ExpertsPolicy(
-        name=_title(layer),
+        name=layer.title,
         num_experts=num_experts,
-        num_ranks=len(facts),
+        num_ranks=num_ranks,
         row_bytes=layer.dtype.size * int(layer.shape.get("width", 0)),
-        possible=tuple(possible),
-        left_out=left_out,
-        measured=measured if len(measured) == len(possible) else {},
-        forced=backend is not None or wish.runner != "auto",
+        possible=agreed.possible,
+        left_out=agreed.left_out,
+        measured=agreed.measured,
+        forced=forced,
     )
-
-
-def _result(found: Mapping[str, Any]) -> Result:
-    times = {name: tuple(found[name]) for name in ("rows", "seconds")}
-    return Result(**{**found, **times})
-
-
-def _joined(whys: Sequence[str]) -> str:
-    """One reason where all ranks agree, else each with its ranks."""
-    different = sorted(set(whys))
-    if len(different) == 1:
-        return different[0]
-    return "; ".join(f"rank {r}: {why}" for r, why in enumerate(whys) if why)
 
 
 def _impossible(
@@ -253,31 +266,17 @@ def _impossible(
 ) -> str:
     reasons = "; ".join(f"{option}: {why}" for option, why in left_out.items())
     return (
-        f"Nothing can run the experts of {_title(layer)} with runner="
+        f"Nothing can run the experts of {layer.title} with runner="
         f"{wish.runner!r} and backend={backend or 'auto'!r} ({reasons}). Use "
         "runner='auto' and backend='auto'."
     )
 
 
-def _title(layer: Layer) -> str:
-    shape = layer.shape
-    if "width" not in shape:
-        return f"{shape['form']}, {shape['rows']} rows"
-    packings = " / ".join(dict.fromkeys(shape["packings"]))
-    return (
-        f"{shape['width']} x {shape['expert_width']}, {packings}, {shape['form']}, "
-        f"{shape['rows']} rows, top {shape['top_k']}"
-    )
-
-
-def _warn_of_wrong(policy: ExpertsPolicy, facts: Sequence[Mapping[str, Any]]) -> None:
-    wrong = {
-        name for rank in facts for name, r in rank["results"].items() if r["left_out"]
-    }
-    for option, why in policy.left_out.items():
+def _warn_of_wrong(what: str, agreed: Agreed) -> None:
+    for option in agreed.wrong:
         # MLX's own are known to sum 16-bit rows in 16 bits on a CPU: no surprise.
-        if str(option) in wrong and option.runner != "gather":
+        if option in agreed.left_out and option.runner != "gather":
             warnings.warn(
-                f"Experts of {policy.name}: {option} is left out, because {why}.",
+                f"{what}: {option} is left out, because {agreed.left_out[option]}.",
                 stacklevel=3,
             )

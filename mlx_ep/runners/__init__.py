@@ -4,16 +4,15 @@
 decode. All of them give each row's gate-weighted sum over this rank's slots.
 """
 
+from mlx_ep.backend import Backend, Option, uses_metal
 from mlx_ep.runners.base import (
-    Backend,
     ExpertRunner,
     ExpertWeights,
     Matrices,
     expert_weights,
-    uses_metal,
 )
 from mlx_ep.runners.switch import SwitchRunner, switch_runner
-from mlx_ep.runners.table import RUNNERS, Option, options
+from mlx_ep.runners.table import RUNNERS, options
 from mlx_ep.runners.threads import blas_threads, limit_blas_threads
 
 __all__ = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,8 +17,6 @@ from mlx_lm.models.switch_layers import (
 
 from mlx_ep.metrics import Counters
 from mlx_ep.types import Rows
-
-Backend = Literal["cpu", "metal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +155,6 @@ class ExpertRunner(Protocol):
     ) -> Float[mx.array, "N D"]:
         """The unweighted output of each (row, slot) pair, slots ascending."""
         ...
-
-
-def uses_metal() -> bool:
-    """Whether MLX computes on a GPU through Metal in this process."""
-    return mx.metal.is_available() and mx.default_device() == mx.gpu
 
 
 def _name(dtype: mx.Dtype) -> str:

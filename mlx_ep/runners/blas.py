@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Float, Float32, Int32
 from mlx_lm.models.switch_layers import SwiGLU
 
+from mlx_ep.backend import Backend
 from mlx_ep.experts import local_pairs
 from mlx_ep.metrics import Counters
-from mlx_ep.runners.base import Backend, ExpertWeights, Matrices, expert_weights
+from mlx_ep.runners.base import ExpertWeights, Matrices, expert_weights
 from mlx_ep.runners.unpack import BLOCK_BYTES, host_view, to_float32, unpacker
 from mlx_ep.types import Rows
 

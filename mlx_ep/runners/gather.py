@@ -6,17 +6,24 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float, Float32, Int32
 
+from mlx_ep.backend import Backend
 from mlx_ep.experts import sum_pairs
 from mlx_ep.metrics import Counters
-from mlx_ep.runners.base import Backend, expert_weights
+from mlx_ep.movement import Mover
+from mlx_ep.runners.base import expert_weights
 from mlx_ep.types import Rows
 
 
 class GatherRunner:
-    """MLX's gather_mm and gather_qmm. Works with every switch."""
+    """MLX's gather_mm and gather_qmm. Works with every switch.
+
+    Attributes:
+        mover: sums the outputs of the pairs.
+    """
 
     def __init__(self, switch: nn.Module) -> None:
         self.switch = switch
+        self.mover = Mover()
 
     @staticmethod
     def why_not(switch: nn.Module, backend: Backend) -> str:
@@ -35,7 +42,8 @@ class GatherRunner:
 
     def partial_sum(self, rows: Rows, counters: Counters) -> Float32[mx.array, "M D"]:
         """See `ExpertRunner`; sums in slot order."""
-        return sum_pairs(rows, self.slot_outputs, counters)
+        movement = self.mover("pairs", rows.slot_ids.shape[0])
+        return sum_pairs(rows, self.slot_outputs, counters, movement)
 
     def slot_outputs(
         self, rows: Float[mx.array, "N D"], slots: Int32[mx.array, " N"]

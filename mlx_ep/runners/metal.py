@@ -11,15 +11,11 @@ from jaxtyping import Float, Float32, Int32
 from mlx_lm.models.activations import SwigluOAI
 from mlx_lm.models.switch_layers import SwiGLU
 
+from mlx_ep.backend import Backend
 from mlx_ep.kernels import Activation, Projection, metal
 from mlx_ep.kernels.ops import CLAMP_LIMIT, CLAMP_SLOPE
 from mlx_ep.metrics import Counters
-from mlx_ep.runners.base import (
-    Backend,
-    ExpertWeights,
-    Matrices,
-    expert_weights,
-)
+from mlx_ep.runners.base import ExpertWeights, Matrices, expert_weights
 from mlx_ep.types import Rows
 
 
@@ -56,13 +52,15 @@ class MetalRunner:
         return ""
 
     def partial_sum(self, rows: Rows, counters: Counters) -> Float32[mx.array, "M D"]:
-        """See `ExpertRunner`. `pairs_computed` stays: only the device knows it."""
-        counters.layer_calls += 1
-        counters.pairs_routed += rows.slot_ids.size
+        """See `ExpertRunner`. No host sync, also for counting."""
+        counters.count_pairs(rows.slot_ids)
         hidden = metal.expert_glu(
             rows.x, rows.slot_ids, self.gate, self.up, self.activation
         )
-        return metal.expert_down(hidden, rows.slot_ids, rows.gates, self.down)
+        total = metal.expert_down(hidden, rows.slot_ids, rows.gates, self.down)
+        # Without slots or rows no kernel has read the ids. What was received is tied to
+        # them, and the peers wait until this rank has taken part in it.
+        return mx.depends(total, rows.slot_ids)
 
     def slot_outputs(
         self, rows: Float[mx.array, "N D"], slots: Int32[mx.array, " N"]

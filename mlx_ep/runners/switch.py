@@ -8,9 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float, Float32, Int32
 
+from mlx_ep.backend import Backend, Option, uses_metal
 from mlx_ep.metrics import Counters
-from mlx_ep.runners.base import Backend, ExpertRunner, uses_metal
-from mlx_ep.runners.table import RUNNERS, Option
+from mlx_ep.movement import Mover, MovesRows
+from mlx_ep.runners.base import ExpertRunner
+from mlx_ep.runners.table import RUNNERS
 from mlx_ep.types import Rows
 
 # Rows and choices per row (M, K) -> what runs them.
@@ -22,11 +24,13 @@ class SwitchRunner:
 
     Attributes:
         choose: what runs a call. `gather` where it can, until a policy sets it.
+        mover: sums the outputs of pairs, for runners that leave it to others.
     """
 
     def __init__(self, switch: nn.Module) -> None:
         self.switch = switch
         self.choose: Choice = self._first_possible
+        self.mover = Mover()
         self._names = [n for n, child in switch.children().items() if "weight" in child]
         self._runners: dict[str, ExpertRunner] = {}
         self._default: Option | None = None
@@ -54,7 +58,9 @@ class SwitchRunner:
         """A runner of this switch, built once for its present weights."""
         self._forget_old_weights()
         if name not in self._runners:
-            self._runners[name] = RUNNERS[name](self.switch)
+            runner = self._runners[name] = RUNNERS[name](self.switch)
+            if isinstance(runner, MovesRows):
+                runner.mover = self.mover
         return self._runners[name]
 
     def _forget_old_weights(self) -> None:

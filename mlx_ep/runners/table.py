@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_ep.runners.base import Backend, ExpertRunner, uses_metal
+from mlx_ep.backend import Backend, Option, uses_metal
+from mlx_ep.runners.base import ExpertRunner
 from mlx_ep.runners.blas import BlasRunner
 from mlx_ep.runners.gather import GatherRunner
 from mlx_ep.runners.metal import MetalRunner
@@ -38,31 +37,6 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "blas": ("cpu",),
     "metal": ("metal",),
 }
-
-
-@dataclass(frozen=True)
-class Option:
-    """One way to run experts.
-
-    Attributes:
-        runner: its name in `RUNNERS`.
-        backend: what computes; None: MLX's default device.
-    """
-
-    runner: str
-    backend: Backend | None = None
-
-    @property
-    def stream(self) -> mx.DeviceType | None:
-        """Where MLX has to compute, None where it does so by default."""
-        if self.backend == "cpu" and mx.default_device() == mx.gpu:
-            return mx.cpu
-        return None
-
-    def __str__(self) -> str:
-        return (
-            self.runner if self.backend is None else f"{self.runner} on {self.backend}"
-        )
 
 
 def options(switch: nn.Module) -> Mapping[Option, str]:

@@ -45,8 +45,8 @@ def test_layer_on_ranks(module: ModuleType, packing: str, num_tokens: int) -> No
 
     plan = module.route_plan(
         mx.array(ids),
-        mx.array(RANKS.astype(np.int32)),
-        mx.array(GROUP_SLOTS.astype(np.int32)),
+        mx.array(RANKS.astype(np.int32))[:, None],
+        mx.array(GROUP_SLOTS.astype(np.int32))[:, None],
         num_ranks=NUM_RANKS,
         num_slots=8,
     )

@@ -22,6 +22,9 @@ MUTATIONS = [
     ("unpack_sum", "unpack_sum.metal", "if (row < 0) continue;", ""),
     ("unpack_sum", "unpack_sum.metal", "if (column + i < width)", ""),
     ("unpack_sum", "unpack_sum.metal", "gate * values[i]", "values[i]"),
+    ("unpack_sum", "unpack_sum.metal", "row < num_rows", "row <= num_rows"),
+    ("unpack_sum", "unpack_sum.metal", "row - num_rows", "row"),
+    ("route_plan", "route_plan.metal", "pair / K % replicas", "pair % replicas"),
     ("route_plan", "route_plan.metal", "other < slot", "other <= slot"),
     ("route_plan", "route_plan.metal", "pair < num_pairs", "true"),
     ("route_plan", "route_plan.metal", "pair >= num_pairs", "pair > num_pairs"),
@@ -62,7 +65,11 @@ def launch_and_compare(name: str) -> bool:
     x = mx.random.normal((5, 96), key=key)
     gates = mx.random.uniform(shape=ids.shape, key=key)
     if name == "route_plan":
-        maps = mx.array([0, 0, 1, 1, 2], mx.int32), mx.arange(5).astype(mx.int32)
+        first = np.array([0, 0, 1, 1, 2], np.int32)
+        slots = np.arange(5, dtype=np.int32)
+        # Two replicas of each expert, the second one where the next expert is.
+        columns = [np.stack([m, np.roll(m, -1)], axis=1) for m in (first, slots)]
+        maps = [mx.array(m) for m in columns]
         got, expected = (
             reference.as_lists(
                 module.route_plan(mx.array(ids), *maps, num_ranks=3, num_slots=5)
@@ -76,10 +83,12 @@ def launch_and_compare(name: str) -> bool:
         packed = metal.pack_rows(x, tokens, count)
         return mx.array_equal(packed[:4], x[tokens[:4]]).item()
     if name == "unpack_sum":
-        rows = x[:, :21]
+        # Ids from 3 on are rows that stayed here, in another dtype.
+        rows, local = x[:3, :21].astype(mx.bfloat16), x[3:, :21]
+        both = mx.concatenate([rows.astype(mx.float32), local])
         return close(
-            metal.unpack_sum(rows, mx.array(ids), gates),
-            reference.unpack_sum(rows, ids, gates),
+            metal.unpack_sum(rows, mx.array(ids), gates, local, dtype=mx.float32),
+            reference.unpack_sum(both, ids, gates),
         )
     if name == GLU:
         gate, up = (

@@ -17,13 +17,17 @@ from tests.metal import host, reference
 def plan(
     module: ModuleType,
     ids: np.ndarray,
-    ranks: list[int],
-    slots: list[int],
+    ranks: list[int] | list[list[int]],
+    slots: list[int] | list[list[int]],
     num_ranks: int,
 ) -> RoutePlan:
-    maps = mx.array(ranks, mx.int32), mx.array(slots, mx.int32)
+    """With the maps [E], or [E R] with replicas."""
+    maps = [np.array(m, np.int32).reshape(len(m), -1) for m in (ranks, slots)]
     return module.route_plan(
-        mx.array(ids.astype(np.int32)), *maps, num_ranks=num_ranks, num_slots=len(slots)
+        mx.array(ids.astype(np.int32)),
+        *(mx.array(m) for m in maps),
+        num_ranks=num_ranks,
+        num_slots=int(maps[1].max()) + 1,
     )
 
 
@@ -85,6 +89,29 @@ def test_ops_against_sorting(
         st.lists(st.integers(-1, len(ranks) - 1), min_size=size, max_size=size)
     )
     check(ops, np.array(flat, int).reshape(num_tokens, per_token), ranks, num_ranks)
+
+
+# Ranks and slots of 4 experts with up to 3 replicas, those of fewer repeated.
+REPLICA_RANKS = [[0, 1, 0], [1, 1, 1], [2, 0, 1], [2, 2, 2]]
+REPLICA_SLOTS = [[0, 2, 0], [3, 3, 3], [5, 1, 4], [6, 6, 6]]
+
+
+@pytest.mark.parametrize(("num_tokens", "per_token"), [(1, 2), (5, 1), (37, 3)])
+def test_replicas(module: ModuleType, num_tokens: int, per_token: int) -> None:
+    """Token t takes replica t % R: as if each replica were an expert of its own."""
+    ids = np.random.default_rng(num_tokens).integers(-1, 4, (num_tokens, per_token))
+    got = reference.as_lists(plan(module, ids, REPLICA_RANKS, REPLICA_SLOTS, 3))
+    replica = np.arange(num_tokens)[:, None] % 3
+    apart = np.where(ids < 0, -1, ids * 3 + replica)
+    ranks, slots = (np.array(m).reshape(-1) for m in (REPLICA_RANKS, REPLICA_SLOTS))
+    assert got == reference.route_plan(apart, ranks, slots, 3, 7)
+
+
+def test_replicas_share_the_pairs(module: ModuleType) -> None:
+    """All 6 tokens want expert 0, which is on ranks 0 and 1."""
+    got = plan(module, np.zeros((6, 1)), [[0, 1]], [[0, 1]], 2)
+    assert reference.as_lists(got)["rank_counts"] == [3, 3]
+    assert reference.as_lists(got)["row_tokens"] == [0, 2, 4, 1, 3, 5]
 
 
 def test_zero_tokens(module: ModuleType) -> None:

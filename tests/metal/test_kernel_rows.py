@@ -104,6 +104,36 @@ def test_unpack_choices(module: ModuleType, choices: int) -> None:
     assert np.allclose(reference.as_float64(out), expected, rtol=0, atol=2e-5)
 
 
+@dtypes
+@pytest.mark.parametrize("width", WIDTHS)
+def test_unpack_reads_two_sources(
+    module: ModuleType, dtype: mx.Dtype, width: int
+) -> None:
+    """Rows that came back, and behind them float32 ones that never left."""
+    rows, local = normal(4, width, dtype=dtype), normal(2, width)
+    row_ids = np.array([[0, 5, 3], [-1, 4, -1], [4, 2, 1]], np.int32)
+    gates = mx.random.uniform(shape=row_ids.shape, key=mx.random.key(0))
+    both = mx.concatenate([rows.astype(mx.float32), local])
+    expected = reference.unpack_sum(both, row_ids, gates)
+    arguments = rows, mx.array(row_ids), gates, local
+    out = module.unpack_sum(*arguments, dtype=mx.float32)
+    assert out.dtype == mx.float32
+    assert np.abs(np.array(out) - expected).max() <= 1e-6 * np.abs(expected).max()
+    rounded = module.unpack_sum(*arguments)
+    assert rounded.dtype == dtype
+    assert mx.array_equal(rounded, out.astype(dtype))
+
+
+@pytest.mark.parametrize("source", ["rows", "local"])
+def test_unpack_with_one_source_empty(module: ModuleType, source: str) -> None:
+    full, row_ids, gates = normal(3, 24), int32([[2, 0], [-1, 1]]), normal(2, 2)
+    empty = mx.zeros((0, 24), mx.float16 if source == "local" else mx.float32)
+    rows, local = (full, empty) if source == "rows" else (empty, full)
+    out = module.unpack_sum(rows, row_ids, gates, local, dtype=mx.float32)
+    expected = reference.unpack_sum(full, np.array(row_ids), gates)
+    assert np.allclose(np.array(out), expected, atol=1e-6)
+
+
 def test_unpack_on_schedules(scheduled_kernels: None) -> None:
     rows, gates = normal(9, 2100), normal(5, 2)
     row_ids = int32([[0, 8], [1, -1], [-1, 7], [3, 3], [2, 4]])
@@ -138,6 +168,17 @@ def test_unpack_reads_each_row_once(host_kernels: list[host.Launch]) -> None:
     traffic = host_kernels[0].traffic
     assert traffic["rows"].read == traffic["rows"].distinct == 5 * 1100 * 4
     assert traffic["out"].written == 3 * 1100 * 4 and not traffic["out"].unwritten
+
+
+def test_unpack_copies_neither_source(host_kernels: list[host.Launch]) -> None:
+    """Both are read where they are, and float32 sums are not rounded on the way."""
+    rows, local = normal(4, 1100, dtype=mx.bfloat16), normal(2, 1100)
+    row_ids = int32([[0, 4], [5, 3], [-1, -1]])
+    metal.unpack_sum(rows, row_ids, normal(3, 2), local, dtype=mx.float32)
+    (launch,) = host_kernels
+    assert launch.traffic["rows"].read == 2 * 1100 * 2
+    assert launch.traffic["local"].read == 2 * 1100 * 4
+    assert launch.traffic["out"].written == 3 * 1100 * 4
 
 
 def test_too_narrow() -> None:

@@ -22,9 +22,7 @@ each_kernel = pytest.mark.parametrize("name", KERNELS)
 
 
 def test_all_are_there() -> None:
-    assert KERNELS == [
-        "expert_down", "expert_glu", "pack_rows", "route_plan", "unpack_sum",
-    ]  # fmt: skip
+    assert tuple(KERNELS) == loader.KERNELS
 
 
 @each_kernel
@@ -51,6 +49,19 @@ def test_header_is_one_text(name: str) -> None:
     last = max(i for i, line in enumerate(lines) if line.startswith("#include"))
     after = header.split(f'#line {last + 2} "{name}.metal"\n')[1]
     assert after.splitlines()[: len(lines) - last - 1] == lines[last + 1 :]
+
+
+def test_what_was_measured_with_other_kernels_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The digest is part of the key under which warm-ups are kept."""
+    before, original = loader.sources_digest(), loader.source
+    assert before == loader.sources_digest()
+    monkeypatch.setattr(loader, "source", lambda name: original(name) + "// changed\n")
+    loader.forget_kernels()
+    assert loader.sources_digest() != before
+    monkeypatch.undo()
+    loader.forget_kernels()
 
 
 def test_installed_folder_comes_first(
@@ -87,8 +98,12 @@ def test_lint_movement(host_kernels: list[host.Launch], num_tokens: int) -> None
         pytest.skip("the address-space lint needs clang++ >= 17")
     ids = mx.array(np.zeros((num_tokens, 1), np.int32))
     one, x = mx.array([0], mx.int32), mx.zeros((num_tokens, 8), mx.bfloat16)
-    metal.route_plan(ids, one, one, num_ranks=1, num_slots=1)
+    for replicas in (1, 9):
+        maps = [mx.zeros((1, replicas), mx.int32)] * 2
+        metal.route_plan(ids, *maps, num_ranks=1, num_slots=1)
     metal.pack_rows(x, ids[:, 0], one)
     metal.unpack_sum(x, ids, mx.ones(ids.shape))
+    local = x.astype(mx.float32)
+    metal.unpack_sum(x, ids, mx.ones(ids.shape), local, dtype=mx.float32)
     for launch in host_kernels:
         assert lint(launch.name, launch.source) == ""

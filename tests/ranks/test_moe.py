@@ -13,6 +13,7 @@ from tests.reference import moe_sum, swiglu_expert
 pytestmark = pytest.mark.requires("ranks")
 
 D, F, E, K = 64, 32, 5, 2
+ATOL = {"float32": 1e-5, "float16": 0.005, "bfloat16": 0.02}
 STRATEGIES = ("replicated", "gathered", "low_latency", "normal", "auto")
 
 
@@ -67,12 +68,16 @@ def check_layer(group):
                 )
 
 
-def run_quantized(group, strategy, dtype):
-    """The outputs of one global batch, quantized, in the order of the tokens."""
+def run_layer(group, strategy, dtype, bits):
+    """The outputs of one global batch in the order of the tokens; bits: None is dense.
+
+    Dense 16-bit experts are what MLX's gather_mm refuses on a CPU.
+    """
     rank, size = group.rank(), group.size()
     layer = layer_of(group, strategy)
-    nn.quantize(layer, group_size=32, bits=4)
-    assert "scales" in layer.experts.gate_proj
+    if bits:
+        nn.quantize(layer, group_size=32, bits=bits)
+        assert "scales" in layer.experts.gate_proj
     layer.set_dtype(getattr(mx, dtype))
     x = tokens_of(0, 12).astype(getattr(mx, dtype))
     part = slice(None) if strategy == "replicated" else slice(rank, None, size)
@@ -81,17 +86,21 @@ def run_quantized(group, strategy, dtype):
     return np.array(y.astype(mx.float32))
 
 
-def check_quantized(group):
+# What is in the experts: bits and the dtype of rows.
+CONTENTS = ((4, "float32"), (4, "bfloat16"), (None, "float16"), (None, "bfloat16"))
+
+
+def check_contents(group):
     return {
-        (strategy, dtype): run_quantized(group, strategy, dtype)
+        (strategy, dtype, bits): run_layer(group, strategy, dtype, bits)
         for strategy in STRATEGIES
-        for dtype in ("float32", "bfloat16")
+        for bits, dtype in CONTENTS
     }
 
 
 def check_all(group):
     check_layer(group)
-    return check_quantized(group)
+    return check_contents(group)
 
 
 @pytest.fixture(scope="module")
@@ -100,24 +109,53 @@ def one_rank():
 
 
 def test_one_rank_agrees_with_itself(one_rank):
-    for dtype, atol in (("float32", 1e-5), ("bfloat16", 0.02)):
+    for bits, dtype in CONTENTS:
         for strategy in STRATEGIES:
-            expected = one_rank["replicated", dtype]
-            got = one_rank[strategy, dtype]
+            expected = one_rank["replicated", dtype, bits]
+            got = one_rank[strategy, dtype, bits]
+            atol = ATOL[dtype]
             np.testing.assert_allclose(got, expected, atol=atol, err_msg=strategy)
+
+
+def rounded(values, dtype):
+    return np.array(mx.array(values).astype(getattr(mx, dtype)).astype(mx.float32))
+
+
+def test_dense_16_bit_layers_are_right(one_rank):
+    """Beside float64 loops over the weights as they were rounded."""
+    weights = whole_weights(E)
+    x = np.array(tokens_of(0, 12))
+    layer = layer_of(mx.distributed.init(), "replicated")
+    for dtype in ("float16", "bfloat16"):
+        layer.router.set_dtype(getattr(mx, dtype))
+        routing = layer.router(mx.array(x).astype(getattr(mx, dtype)))
+        parts = [[rounded(w[e], dtype) for w in weights] for e in range(E)]
+        experts = [swiglu_expert(*part) for part in parts]
+        ids, gates = np.array(routing.expert_ids), np.array(routing.gates)
+        expected = moe_sum(rounded(x, dtype), ids, gates, experts)
+        got = one_rank["replicated", dtype, None]
+        np.testing.assert_allclose(got, expected, rtol=0, atol=ATOL[dtype])
 
 
 @pytest.mark.requires("mpi")
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_any_number_of_ranks(num_ranks, one_rank):
     results = run_ranks(num_ranks, check_all, transport="mpi")
-    for (strategy, dtype), expected in one_rank.items():
+    for (strategy, dtype, bits), expected in one_rank.items():
         for rank, result in enumerate(results):
             shares = strategy == "replicated"
             part = slice(None) if shares else slice(rank, None, num_ranks)
             np.testing.assert_allclose(
-                result[strategy, dtype],
+                result[strategy, dtype, bits],
                 expected[part],
-                atol=1e-5 if dtype == "float32" else 0.02,
-                err_msg=f"{strategy} {dtype} rank {rank}",
+                atol=ATOL[dtype],
+                err_msg=f"{strategy} {dtype} {bits} rank {rank}",
             )
+
+
+def test_settings_of_models_have_no_effect():
+    from mlx_ep import EPConfig
+    from mlx_ep.moe import MixtureOfExperts
+
+    with pytest.warns(UserWarning, match="runner='gather' and backend='auto' have no"):
+        MixtureOfExperts(8, 8, 2, 1, config=EPConfig(runner="gather"))

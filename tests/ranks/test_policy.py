@@ -124,3 +124,38 @@ def test_what_is_forced_is_refused_on_all_ranks(tmp_path: Path) -> None:
         2, force_differently, env={"XDG_CACHE_HOME": str(tmp_path)}
     )
     assert first == second and len(first) == 2
+
+
+def explain_a_model(group):
+    """What a model that was made expert-parallel says, and how its strategy moves."""
+    import mlx_ep
+    from mlx_ep.config import EPConfig
+    from mlx_ep.movement import OPS
+    from tests import tiny
+
+    model = tiny.make_model(tiny.QWEN3_MOE)
+    mlx_ep.parallelize(model, group, EPConfig(strategy="auto"))
+    state = model.expert_parallel
+    (movement,) = state.policy.movement
+    mover = state.group.strategy.mover
+    assert mover.choose == movement.choose
+    assert type(mover("rows", 5)) is type(OPS) and mover("rows", 5) is mover("ranks", 9)
+    mx.eval(model(mx.array([[1, 2, 3]])))
+    return state.policy.explain([1, 256])
+
+
+def test_a_model_explains_movement_and_exchange(tmp_path: Path) -> None:
+    first, second = run_ranks(
+        2, explain_a_model, env={"XDG_CACHE_HOME": str(tmp_path)}, timeout=120
+    )
+    for text in (first, second):
+        for line in (
+            "Movement of 64 float32, top 3, 2 ranks; an all-to-all's rows: plan, pack",
+            "Movement of 64 float32, top 3, 2 ranks; sums of all ranks; by the default",
+            "ops on cpu: not measured",
+            "left out: metal on metal, because MLX does not compute on a GPU",
+            "Exchange of 64 float32, top 3, 2 ranks; strategy auto, 2 ranks, ring",
+            "T=1: low_latency, because no rank has more than 64 tokens (gathered",
+            "T=256: normal, because there are more than 64 tokens, and not all need",
+        ):
+            assert line in text, text

@@ -45,7 +45,7 @@ def test_the_kernels_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "REPEATS", 1)
     for _ in installed(monkeypatch):
         found = list(check_kernels(SMALL))
-    assert len(found) == 1 + 2 * 2 + 4 * 2
+    assert len(found) == 1 + 2 * 3 + 4 * 2
     assert all(check.is_right for check in found), [c for c in found if not c.is_right]
     names = {check.what.split()[0] for check in found}
     assert names == {
@@ -66,7 +66,7 @@ def _raise(*args: object) -> None:
 
 WRONG = {
     "pack_rows": lambda x, rows, count: x,
-    "unpack_sum": lambda *args: ops.unpack_sum(*args).at[0, 0].add(0.5),
+    "unpack_sum": lambda *args, **kw: ops.unpack_sum(*args, **kw).at[0, 0].add(0.5),
     "expert_glu": lambda *args: ops.expert_glu(*args) * 1.001,
     "expert_down": lambda *args: ops.expert_down(*args) * float("nan"),
 }
@@ -94,7 +94,7 @@ def test_the_exit_code_and_the_report_of_a_wrong_kernel(
     assert ended.value.code == 1
     output = capsys.readouterr().out
     assert "WRONG: Unable to build metal library" in output
-    assert "4 of 18 checks disagree: rank 0: expert_glu T=3 bfloat16" in output
+    assert "4 of 20 checks disagree: rank 0: expert_glu T=3 bfloat16" in output
     assert "Not checked: the Metal kernels" not in output
 
 

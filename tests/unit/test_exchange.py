@@ -27,6 +27,7 @@ from mlx_ep.exchange import Strategy as StrategyProtocol
 from mlx_ep.exchange.base import depends_on, expected_share, padded
 from mlx_ep.metrics import Counters
 from mlx_ep.moe import ExpertGroup
+from mlx_ep.movement import MovesRows
 from mlx_ep.placement import Placement
 from mlx_ep.types import Routing, Rows, TokenCounts
 
@@ -106,6 +107,36 @@ def test_auto(tokens, top_k, transport, expected):
     auto = Auto()
     chosen = auto.choose(TokenCounts(tokens), top_k, transport)
     assert chosen is getattr(auto, expected)
+    title = "low_latency with all tokens" if expected == "dense" else expected
+    assert auto.explain(TokenCounts(tokens), top_k, transport).startswith(
+        f"{title}, because "
+    )
+
+
+def test_auto_gives_its_reason():
+    auto = Auto()
+
+    def why(tokens, top_k, transport="mpi"):
+        return auto.explain(TokenCounts(tokens), top_k, transport).split("because ")[1]
+
+    assert why((64, 0), 8) == "no rank has more than 64 tokens"
+    needs = "(a token needs a given rank with probability"
+    assert why((65, 0), 8) == f"nearly every token needs both ranks {needs} 1 at K=8)"
+    assert "more than 64 tokens, and not all need both" in why((65, 0), 1)
+    assert f"at least half of the ranks {needs} 0.9 at" in why((1,) * 4, 8)
+    assert why((500, 0, 1, 1), 1, "jaccl") == "jaccl moves buffers of fixed shapes only"
+    assert f"less than half of the ranks {needs} 0.25 at K=1" in why((500, 0, 1, 1), 1)
+
+
+def test_one_mover_serves_all_modes():
+    """A policy sets it once, whatever is chosen later."""
+    auto, both = Auto(), AllToAll()
+    assert isinstance(auto, MovesRows) and isinstance(both, MovesRows)
+    for part in (auto.low_latency, auto.dense, auto.normal):
+        assert part.mover is auto.mover
+    assert both.low_latency.mover is both.normal.mover is both.mover
+    # Nothing is packed or summed here where the transport reduces.
+    assert not isinstance(auto.gathered, MovesRows)
 
 
 def test_all_to_all_falls_over_to_rounds():

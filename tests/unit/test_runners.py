@@ -11,6 +11,7 @@ import pytest
 from mlx_lm.models.activations import SwigluOAI
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchMLP
 
+from mlx_ep import metrics
 from mlx_ep.metrics import Counters
 from mlx_ep.runners import (
     RUNNERS,
@@ -218,6 +219,29 @@ def test_counters() -> None:
         switch_runner(switch).runner(name).partial_sum(rows, counters)
         assert (counters.layer_calls, counters.pairs_routed) == (1, 15)
         assert counters.pairs_computed == 10
+
+
+@pytest.mark.requires("host_metal")
+def test_kernels_are_counted_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the device knows how many pairs there were; a call does not wait for it."""
+    monkeypatch.setattr(metrics, "MOST_UNCOUNTED", 4)
+    switch, counters = make_switch(32, 16), Counters()
+    rows = make_rows(slot_ids("mixed"), 32)
+    for _ in installed(monkeypatch):
+        runner = switch_runner(switch).runner("metal")
+        for call in range(1, 4):
+            runner.partial_sum(rows, counters)
+            assert len(counters._uncounted) == call and not counters._counted_pairs
+        assert counters.pairs_computed == 30 and not counters._uncounted
+        for _ in range(5):  # more than are kept: the older half is counted
+            runner.partial_sum(rows, counters)
+        assert counters._counted_pairs == 50 and len(counters._uncounted) == 3
+        switch_runner(switch).runner("gather").partial_sum(rows, counters)
+        assert counters.pairs_computed == 90
+        assert (counters.layer_calls, counters.pairs_routed) == (9, 9 * 15)
+        runner.partial_sum(rows, counters)
+        counters.reset()
+        assert (counters.layer_calls, counters.pairs_computed) == (0, 0)
 
 
 def test_many_rows_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
