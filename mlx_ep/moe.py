@@ -11,7 +11,7 @@ from functools import cached_property
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Shaped
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_ep.comm import Comm, GroupComm
@@ -26,9 +26,10 @@ from mlx_ep.exchange import (
     check_tokens,
 )
 from mlx_ep.experts import Runner, run_experts, run_slots
-from mlx_ep.metrics import Counters
+from mlx_ep.metrics import Counters, StageTimings
 from mlx_ep.placement import Placement
 from mlx_ep.router import TopKRouter
+from mlx_ep.runners import switch_runner
 from mlx_ep.types import Routing, Rows, TokenCounts
 
 
@@ -56,6 +57,8 @@ class ExpertGroup:
         sum_dtype: what sums travel back in where they are added at home; None: the
             dtype of the tokens.
         step: what the caller has agreed on for this step.
+        timings: of each stage; off until asked for:
+            ``with group.timings.measure() as timings: ...``.
     """
 
     comm: Comm
@@ -66,6 +69,7 @@ class ExpertGroup:
     capacity: int | None = None
     sum_dtype: mx.Dtype | None = None
     step: Step = field(default_factory=Step)
+    timings: StageTimings = field(default_factory=StageTimings)
 
     @classmethod
     def from_config(
@@ -105,18 +109,30 @@ class ExpertGroup:
             self.step.tokens = before
 
     def weighted_sum(
-        self, x: Float[mx.array, "T D"], routing: Routing, runner: Runner
+        self,
+        x: Float[mx.array, "T D"],
+        routing: Routing,
+        runner: Runner,
+        extra: Float[mx.array, "T D"] | None = None,
     ) -> Float32[mx.array, "T D"]:
         """``sum_k gate_k * expert_k(x)`` of every token, over the experts of all ranks.
 
         Partial sums accumulate in float32: on a rank in slot order, over ranks in
         rank order, or in the order of the transport where it reduces (`replicated`,
         `gathered`). Long inputs go in rounds, where the strategy limits them.
+
+        Args:
+            extra: what this rank has of another sum over the ranks, such as its part of
+                the shared experts; that sum is added. Only with strategy `replicated`,
+                where it joins the one collective of the layer.
         """
-        routing = self._limited(self._agreed(routing))
+        routing = self._routed(x, routing)
         limit, tokens = self.strategy.round_tokens, self._token_counts(x.shape[0])
         if tokens is None:
-            return self._one_round(x, routing, runner, None)
+            output = self._one_round(x, routing, runner, None, extra)
+            self.timings.end()
+            return output
+        assert extra is None, "other strategies add the tokens of different ranks"
         outputs = []
         for index in range(rounds := tokens.num_rounds(limit)):
             part = slice(None) if limit is None else _slice(index, limit)
@@ -132,16 +148,33 @@ class ExpertGroup:
             if rounds > 1:
                 # sync: the buffers of a round are freed before the next one starts.
                 mx.eval(output)
+        self.timings.end()
         return outputs[0] if rounds == 1 else mx.concatenate(outputs)
 
     def _one_round(
-        self, x: mx.array, routing: Routing, runner: Runner, tokens: TokenCounts | None
+        self,
+        x: mx.array,
+        routing: Routing,
+        runner: Runner,
+        tokens: TokenCounts | None,
+        extra: mx.array | None = None,
     ) -> mx.array:
-        plan = self.strategy.plan(routing, self.placement, self.counted, tokens)
-        rows = self.strategy.dispatch(x, plan, self.counted)
+        strategy, comm, lap = self.strategy, self.counted, self.timings.lap
+        plan = lap("assign", strategy.plan(routing, self.placement, comm, tokens))
+        rows = lap("dispatch", strategy.dispatch(x, plan, comm))
         partial = run_experts(rows, runner, self.counters)
+        partial = lap("experts", partial if extra is None else partial + extra)
+        self.timings.wait(self.comm.barrier)
         sum_dtype = self.sum_dtype or x.dtype
-        return self.strategy.combine(partial, plan, self.counted, sum_dtype)
+        return lap("combine", strategy.combine(partial, plan, comm, sum_dtype))
+
+    def _routed(self, x: mx.array, routing: Routing) -> Routing:
+        """The routing as it is used, and its time."""
+        self.timings.begin(x)
+        routing = self.timings.lap("route", routing)
+        if self.strategy.is_sharded or self.share_routing:
+            self.timings.wait(self.comm.barrier)  # an exchange is next
+        return self.timings.lap("route", self._limited(self._agreed(routing)))
 
     def slot_outputs(
         self, x: Float[mx.array, "T D"], routing: Routing, runner: Runner
@@ -152,19 +185,57 @@ class ExpertGroup:
         result is bit-identical on any number of ranks. Moves K times the bytes of
         `weighted_sum`. Where ranks hold tokens of their own, these are gathered.
         """
+        self.timings.begin(x)
+        lap = self.timings.lap
+        routing = lap("route", routing)
         if not self.strategy.is_sharded:
             slot_ids = self.placement.local_slots(routing.expert_ids, self.comm.rank)
-            rows = Rows(x, slot_ids, routing.gates)
-            return self.counted.all_reduce(run_slots(rows, runner, self.counters))
+            rows = Rows(x, lap("assign", slot_ids), routing.gates)
+            outputs = lap("experts", run_slots(rows, runner, self.counters))
+            self.timings.wait(self.comm.barrier)
+            total = lap("combine", self.counted.all_reduce(outputs))
+            self.timings.end()
+            return total
         gathered = Gathered()
+        self.timings.wait(self.comm.barrier)
         tokens = self.step.tokens or agree_tokens(x.shape[0], self.counted)
-        plan = gathered.plan(routing, self.placement, self.counted, tokens)
-        rows = gathered.dispatch(x, plan, self.counted)
-        outputs = run_slots(rows, runner, self.counters)
+        plan = lap(
+            "assign", gathered.plan(routing, self.placement, self.counted, tokens)
+        )
+        rows = lap("dispatch", gathered.dispatch(x, plan, self.counted))
+        outputs = lap("experts", run_slots(rows, runner, self.counters))
+        self.timings.wait(self.comm.barrier)
         flat = outputs.flatten(1)
-        total = gathered.combine(flat, plan, self.counted)
+        total = lap("combine", gathered.combine(flat, plan, self.counted))
+        self.timings.end()
         mx.async_eval(total)
         return total.reshape(x.shape[0], *outputs.shape[1:])
+
+    def local_slot_outputs(
+        self, x: Float[mx.array, "T D"], routing: Routing, runner: Runner
+    ) -> Float[mx.array, "T K D"]:
+        """``expert_k(x)`` of this rank's experts, exact zeros for the others.
+
+        For ranks that hold the same tokens. What is made of it on each rank has to go
+        through `sum_parts`.
+        """
+        self.timings.begin(x)
+        lap = self.timings.lap
+        ids = lap("route", self._limited(routing)).expert_ids
+        slot_ids = lap("assign", self.placement.local_slots(ids, self.comm.rank))
+        rows = Rows(x, slot_ids, routing.gates)
+        return lap("experts", run_slots(rows, runner, self.counters))
+
+    def sum_parts(self, part: Shaped[mx.array, ...]) -> Shaped[mx.array, ...]:
+        """The sum of the ranks' parts; ends the layer that `local_slot_outputs` began.
+
+        Args:
+            part: of the same shape and dtype on every rank.
+        """
+        self.timings.wait(self.comm.barrier)
+        total = self.timings.lap("combine", self.counted.all_reduce(part))
+        self.timings.end()
+        return total
 
     def _token_counts(self, num_tokens: int) -> TokenCounts | None:
         if self.step.tokens is None and self.strategy.needs_tokens:
@@ -239,7 +310,16 @@ class MixtureOfExperts(nn.Module):
     ) -> None:
         super().__init__()
         config = config or EPConfig()
+        if (config.runner, config.backend) != ("auto", "auto"):
+            warnings.warn(
+                f"runner={config.runner!r} and backend={config.backend!r} have no "
+                "effect in MixtureOfExperts, which takes MLX's own experts where these "
+                "can run and NumPy's BLAS elsewhere; they belong to load() and "
+                "parallelize().",
+                stacklevel=2,
+            )
         comm = GroupComm(group or mx.distributed.init())
+        _check_even(config, comm.size)
         placement = Placement.contiguous(num_experts, comm.size)
         self.router = TopKRouter(hidden_dims, num_experts, top_k, **router_options)  # type: ignore[arg-type]
         self.experts = SwitchGLU(hidden_dims, expert_dims, num_experts)
@@ -253,11 +333,21 @@ class MixtureOfExperts(nn.Module):
     def __call__(self, x: Float[mx.array, "... D"]) -> Float[mx.array, "... D"]:
         tokens = x.flatten(0, -2)
         routing = self.router(tokens)
-        total = self._group.weighted_sum(tokens, routing, self._run_experts)
+        runner = switch_runner(self.experts)
+        total = self._group.weighted_sum(tokens, routing, runner)
         return total.astype(x.dtype).reshape(x.shape)
 
-    def _run_experts(self, rows: mx.array, slots: mx.array) -> mx.array:
-        return self.experts(rows, slots[:, None]).squeeze(1)
+
+def _check_even(config: EPConfig, num_ranks: int) -> None:
+    """Raises:
+    ValueError: the configuration places experts in another way.
+    """
+    is_whole = config.ep_size in (None, num_ranks)
+    if config.memory or config.placement_file or not is_whole:
+        raise ValueError(
+            "MixtureOfExperts gives every rank the same number of whole experts; "
+            "memory, placement_file and ep_size are for load() and parallelize()."
+        )
 
 
 def _slice(index: int, length: int) -> slice:

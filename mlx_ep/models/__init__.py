@@ -1,20 +1,33 @@
 """The MoE blocks of mlx-lm models, found by structure and made expert-parallel."""
 
-from mlx_ep.models.blocks import (
-    MoESite,
-    find_moe_sites,
-    install,
-    keep_experts,
-    verify_blocks,
+from mlx_ep.models.blocks import install, verify_blocks
+from mlx_ep.models.families import (
+    FAMILIES,
+    Family,
+    stack_experts,
+    stack_quantization,
+    stack_shape,
+    stack_tensors,
+    why_not_here,
 )
+from mlx_ep.models.sites import MoESite, find_moe_sites, keep_experts
 from mlx_ep.models.tensor_names import ExpertTensor, expert_tensor
+from mlx_ep.models.tensor_parallel import tensor_problem
 
 __all__ = [
+    "FAMILIES",
     "ExpertTensor",
+    "Family",
     "MoESite",
     "expert_tensor",
     "find_moe_sites",
     "install",
     "keep_experts",
+    "stack_experts",
+    "stack_quantization",
+    "stack_shape",
+    "stack_tensors",
+    "tensor_problem",
     "verify_blocks",
+    "why_not_here",
 ]

@@ -9,6 +9,9 @@ on a view of the block in which some children are stubs:
   return zeros. A block is linear in what its switch returns, so that its output is
   then the gates themselves, with every scaling factor and cast that the model applies.
 - Shared part: the switch returns zeros.
+- Where the experts' sum goes into another layer before the block's end (a projection
+  from a latent width, a norm), the gates are what goes into that layer, and the block
+  is run to its end with the sum in their place.
 
 That a block is linear in this way is not assumed but tried, by `find_probe`, with
 random numbers in the place of expert outputs.
@@ -16,73 +19,36 @@ random numbers in the place of expert outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import MethodType
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
+from mlx_ep.models.block_call import (
+    BlockCall,
+    RandomExperts,
+    tolerance,
+    zero_column,
+    zero_outputs,
+)
 from mlx_ep.types import Routing
 
-SHARED_NAMES = ("shared_experts", "shared_expert", "share_expert", "shared_mlp")
-
-Stub = Callable[..., mx.array]
-
-
-class BlockView:
-    """A block seen with stubs in the place of some children; it is not touched."""
-
-    def __init__(self, block: nn.Module, stubs: dict[str, Stub]) -> None:
-        self._block = block
-        self._stubs = stubs
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self._stubs:
-            return self._stubs[name]
-        value = getattr(self._block, name)
-        if isinstance(value, MethodType) and value.__self__ is self._block:
-            return MethodType(value.__func__, self)  # helpers must see the stubs too
-        return value
-
-    def __getitem__(self, name: str) -> Any:
-        return self._stubs[name] if name in self._stubs else self._block[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._block
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """One call of a block: the block, its class's own ``__call__``, the arguments."""
-
-    block: nn.Module
-    block_class: type[nn.Module]
-    switch_name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def run(self, switch: Stub, without_shared: bool = False) -> mx.array:
-        """The block's output with `switch` in the place of its own."""
-        stubs = {self.switch_name: switch}
-        if without_shared:
-            stubs |= {name: _zero_column for name in SHARED_NAMES if name in self.block}
-        view = BlockView(self.block, stubs)
-        return self.block_class.__call__(view, *self.args, **self.kwargs)
+# Of the identity where something is taken off the gates: a power of two, so large that
+# the rounding of what is taken off does not show in them.
+_SCALE = 4096.0
 
 
 class _RecordingSwitch:
     """Stands for the switch: keeps its arguments, answers with the identity."""
 
-    def __init__(self, width: int | None) -> None:
-        self.width = width
+    def __init__(self, width: int | None, scale: float) -> None:
+        self.width, self.scale = width, scale
 
     def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
         self.x, self.ids = x, ids
         num_slots = ids.shape[-1]
         # float32, so that the model's gates come out as they went in.
-        identity = mx.eye(num_slots, self.width or num_slots)
+        identity = self.scale * mx.eye(num_slots, self.width or num_slots)
         return mx.broadcast_to(identity, (*ids.shape, identity.shape[1]))
 
 
@@ -92,12 +58,16 @@ class Probe:
 
     Attributes:
         width: columns of the identity that stands for the experts: None for K; D for a
-            block that reshapes its sum to the model's width.
+            block that needs the model's width.
         has_shared: whether the block adds something to the experts' sum.
-        out_dtype: the dtype of the block's output.
+        out_dtype: the dtype of the block's output, or of what goes into `exit`.
         top_k: K.
         row_dims: the width of the rows that the experts take.
         row_dtype: their dtype.
+        adds_input: whether the block adds more than its shared experts, such as
+            identity experts: what it gives for no experts is taken off the gates.
+        exit: the layer of the block that the experts' sum goes into, where that is
+            not the block's end: a projection from a latent width, or a norm.
     """
 
     width: int | None
@@ -106,75 +76,99 @@ class Probe:
     top_k: int
     row_dims: int
     row_dtype: mx.Dtype
+    adds_input: bool = False
+    exit: str = ""
 
     def routing(self, call: BlockCall) -> tuple[mx.array, Routing, tuple[int, ...]]:
         """The switch's input ``[T, D]``, its routing, and the output's leading axes."""
-        switch = _RecordingSwitch(self.width)
-        gates = call.run(switch, without_shared=True)
+        scale = _SCALE if self.adds_input else 1.0
+        switch = _RecordingSwitch(self.width, scale)
+        if self.exit:
+            gates = call.run_until(self.exit, switch, zero_column)
+        else:
+            gates = call.run(switch, zero_column)
+        if self.adds_input:
+            gates = (gates - call.run(zero_outputs, zero_column)) / scale
         num_slots = switch.ids.shape[-1]
         routing = Routing(
             switch.ids.reshape(-1, num_slots).astype(mx.int32),
             gates[..., :num_slots].reshape(-1, num_slots).astype(mx.float32),
         )
+        if self.adds_input:  # an identity expert has the number of a real one there
+            ids = mx.where(routing.gates == 0, -1, routing.expert_ids)
+            routing = Routing(ids, routing.gates)
         x = switch.x.reshape(-1, switch.x.shape[-1])
         return x, routing, gates.shape[:-1]
 
     def shared(self, call: BlockCall) -> mx.array | None:
         """What the block adds to the experts' sum, or None."""
-        return call.run(_zero_outputs) if self.has_shared else None
+        return call.run(zero_outputs) if self.has_shared else None
+
+    def leave(self, call: BlockCall, total: mx.array) -> mx.array:
+        """The block's output from the experts' sum that goes into `exit`."""
+        layer = call.block[self.exit]
+        stub = {self.exit: lambda _: layer(total.astype(self.out_dtype))}
+        return call.run(zero_outputs, children=stub)
 
 
-def find_probe(call: BlockCall) -> tuple[Probe | None, str]:
+def find_probe(call: BlockCall, has_partial: bool = False) -> tuple[Probe | None, str]:
     """A probe that reproduces the block, or None and the reason why there is none.
 
     The block runs on random expert outputs, and so does the formula that the probe
     stands for; they must agree within the rounding of the block's dtype.
+
+    Args:
+        has_partial: whether the block's shared experts are a part of what all ranks
+            have, which has to go through the same sum as the experts.
     """
-    experts = _RandomExperts()
+    experts = RandomExperts()
     expected = call.run(experts)
-    tolerance = 1e-4 if expected.dtype == mx.float32 else 3e-2
-    scale = mx.abs(expected).max()
     reason = ""
-    top_k, row_dims = experts.outputs.shape[-2:]
-    for width in (None, row_dims):
-        probe = Probe(
-            width, True, expected.dtype, top_k, row_dims, experts.outputs.dtype
-        )
+    for probe in _candidates(call, experts.outputs, expected.dtype, has_partial):
         try:
-            _, routing, lead = probe.routing(call)
-            shared = probe.shared(call)
-            assert shared is not None
-            terms = experts.outputs.reshape(*routing.gates.shape, -1)
-            routed = (terms * routing.gates[..., None]).sum(axis=1)
-            difference = mx.abs(routed.reshape(*lead, -1) + shared - expected).max()
-        except (ValueError, TypeError) as error:
-            # Shapes that do not meet: the block is not of the form that is tried here.
+            found, probe = _try(probe, call, experts.outputs)
+            difference = mx.abs(found - expected).max()
+        except (ValueError, TypeError, AttributeError) as error:
+            # Shapes that do not meet, or an exit before the experts: the block is not
+            # of the form that is tried here.
             reason = reason or f"its code does not run on an identity ({error})"
             continue
         # sync: once per block, when the model is made expert-parallel.
-        if not (difference <= tolerance * scale).item():
+        if (difference <= tolerance(expected)).item():
+            return probe, ""
+        if not (probe.adds_input or probe.exit):
             reason = "its output is not linear in what the experts return"
-            continue
-        has_shared = bool((mx.abs(shared).max() > 0).item())
-        return replace(probe, has_shared=has_shared), ""
     return None, reason
 
 
-class _RandomExperts:
-    """Random outputs in the place of the experts', the same at each call."""
-
-    outputs: mx.array
-
-    def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
-        shape = (*ids.shape, x.shape[-1])
-        key = mx.random.key(0)  # the model's own random state stays as it is
-        self.outputs = mx.random.normal(shape, key=key).astype(x.dtype)
-        return self.outputs
-
-
-def _zero_outputs(x: mx.array, ids: mx.array) -> mx.array:
-    return mx.zeros((*ids.shape, x.shape[-1]), x.dtype)
+def _candidates(
+    call: BlockCall, outputs: mx.array, out_dtype: mx.Dtype, has_partial: bool
+) -> Iterator[Probe]:
+    top_k, row_dims = outputs.shape[-2:]
+    probe = Probe(None, True, out_dtype, top_k, row_dims, outputs.dtype)
+    yield probe
+    yield (wide := replace(probe, width=row_dims))
+    if has_partial:
+        return
+    yield replace(wide, adds_input=True)
+    for name in call.child_names:
+        yield replace(wide, has_shared=False, exit=name)
 
 
-def _zero_column(x: mx.array, *_: Any) -> mx.array:
-    return mx.zeros((*x.shape[:-1], 1), x.dtype)
+def _try(probe: Probe, call: BlockCall, outputs: mx.array) -> tuple[mx.array, Probe]:
+    """The block's output by a probe's formula, and the probe with what that showed.
+
+    Args:
+        outputs: in the place of the experts', ``[..., K, D]``.
+    """
+    _, routing, lead = probe.routing(call)
+    terms = outputs.reshape(*routing.gates.shape, -1)
+    total = (terms * routing.gates[..., None]).sum(axis=1).reshape(*lead, -1)
+    if probe.exit:
+        dtype = call.run_until(probe.exit, RandomExperts(), zero_column).dtype
+        probe = replace(probe, out_dtype=dtype)
+        return probe.leave(call, total), probe
+    shared = call.run(zero_outputs)
+    # sync: once per block, when the model is made expert-parallel.
+    has_shared = bool((mx.abs(shared).max() > 0).item())
+    return total + shared, replace(probe, has_shared=has_shared)

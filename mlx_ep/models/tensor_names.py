@@ -22,6 +22,8 @@ _STACKED = re.compile(
     r"(?:gate_proj|up_proj|down_proj|gate_up_proj|fc1|fc2)(?:[._]|$)"
     # granitemoe fuses gate and up into one `input_linear`.
     r"|\.block_sparse_moe\.(?:input_linear|output_linear)(?:[._]|$)"
+    # dbrx, given an axis for the experts
+    r"|\.ffn\.experts\.mlp\.(?:w1|v1|w2)$"
     # step3p5
     r"|\.moe\.(?:gate_proj|up_proj|down_proj)(?:[._]|$)"
 )

@@ -11,7 +11,8 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,18 +27,15 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes, load_model, quantize_model, save_model
 
 import mlx_ep
-from mlx_ep.models import find_moe_sites, keep_experts
+from mlx_ep.config import EPConfig
+from mlx_ep.models import blocks, find_moe_sites, keep_experts, stack_experts
 from tests import tiny
 from tests.models.hub_layouts import HUB_LAYOUTS
+from tests.models.metal_stand_in import metal_stand_in
 
 ARCHITECTURES: dict[str, dict[str, Any]] = json.loads(
     Path(__file__).with_suffix(".json").read_text()
 )
-
-# What cannot run, where, and the error that says so.
-CANNOT: dict[str, str] = {"dbrx": "no SwitchGLU or SwitchMLP in mlx_lm.models.dbrx"}
-if not mx.metal.is_available():  # its router is a Metal kernel and nothing else
-    CANNOT["muse_spark"] = "[metal_kernel] No Metal back-end"
 
 AFFINE = {"group_size": 32, "bits": 4, "mode": "affine"}
 
@@ -52,8 +50,8 @@ class Saved:
     """A checkpoint of a tiny model.
 
     Attributes:
-        form: ``float32`` or ``4-bit``, stacked as mlx-lm saves it, or ``hub``, float32
-            in the layout of the architecture's checkpoints on the hub.
+        form: ``float32`` or ``4-bit``, as mlx-lm saves it, or ``hub``, float32 in the
+            layout of the architecture's checkpoints on the hub.
     """
 
     name: str
@@ -65,9 +63,15 @@ class Saved:
         """The logits of mlx-lm in one process."""
         return np.load(self.folder / "expected.npy")
 
+    def error(self, found: np.ndarray) -> float:
+        """How far logits are from those that float32 gives, relative, over all."""
+        exact = np.load(self.folder / "float32.npy")
+        return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
     @property
-    def can_run(self) -> bool:
-        return self.name not in CANNOT
+    def is_half(self) -> bool:
+        """Whether it is not in float32, and has float32's logits beside its own."""
+        return (self.folder / "float32.npy").exists()
 
 
 @dataclass(frozen=True)
@@ -77,22 +81,32 @@ class Measured:
     Attributes:
         error: why it cannot run, or "".
         difference: the largest of a logit to mlx-lm's in one process.
+        half_error: of a checkpoint in half precision, see `Saved.error`.
         digest: of the logits' bits.
-        reasons: why K outputs per token travel; empty where their sum does.
-        warned: whether a warning said so.
+        tiers: of its MoE blocks, see `BlockState.tier`.
+        in_block: whether the blocks' own code adds the ranks' parts.
+        reasons: why blocks are not in the tier ``routed``.
+        warned: whether a warning said that K outputs per token travel.
         computed: (token, expert) pairs that this rank computed.
         routed: all of them.
+        layer_calls: MoE layers entered.
+        collectives: those of the MoE layers.
     """
 
     error: str = ""
     difference: float = np.inf
+    half_error: float = 0.0
     digest: str = ""
+    tiers: list[str] = field(default_factory=list)
+    in_block: bool = False
     reasons: list[str] = field(default_factory=list)
     warned: bool = False
     read_bytes: int = 0
     held_bytes: int = 0
     computed: int = 0
     routed: int = 0
+    layer_calls: int = 0
+    collectives: int = 0
 
 
 def model_file(config: dict[str, Any]) -> str:
@@ -141,13 +155,14 @@ def make_model(config: dict[str, Any], seed: int = 1) -> nn.Module:
     return model
 
 
-def forms(name: str, few: bool = False) -> list[str]:
-    """The forms that an architecture is saved in.
+def few_forms(name: str) -> list[str]:
+    """The forms of an architecture with float32 in one layout only."""
+    return [f for f in forms(name) if f != "float32" or name not in HUB_LAYOUTS]
 
-    Args:
-        few: float32 in one layout only, that of the hub if there is one.
-    """
-    found = [] if few and name in HUB_LAYOUTS else ["float32"]
+
+def forms(name: str) -> list[str]:
+    """The forms that an architecture is saved in."""
+    found = ["float32"]
     if "quantization" not in ARCHITECTURES[name]:  # else it is quantized already
         found.append("4-bit")
     if name in HUB_LAYOUTS:
@@ -155,12 +170,14 @@ def forms(name: str, few: bool = False) -> list[str]:
     return found
 
 
-def save_all(folder: Path, names: Iterable[str], few: bool = False) -> list[Saved]:
-    """Checkpoints of architectures, in their `forms`, with the expected logits."""
+def save_all(
+    folder: Path, names: Iterable[str], forms_of: Callable[[str], list[str]] = forms
+) -> list[Saved]:
+    """Checkpoints of architectures, in some forms each, with the expected logits."""
     tokenizer = tiny.make_tokenizer()
     saved = []
     for name in names:
-        for form in forms(name, few):
+        for form in forms_of(name):
             one = Saved(name, form, folder / f"{name}-{form}")
             _save(one)
             tokenizer.save_pretrained(one.folder)
@@ -180,28 +197,29 @@ def _save(one: Saved) -> None:
     else:
         save_model(one.folder, model)
     (one.folder / "config.json").write_text(json.dumps(config))
-    if one.can_run:
+    with metal_stand_in():
         model, _ = load_model(one.folder)
         np.save(one.folder / "expected.npy", logits(model))
 
 
 def logits(model: nn.Module) -> np.ndarray:
-    """The logits of a prompt, and of single tokens behind it."""
+    """The logits of a prompt, and of single tokens behind it, as float32."""
     cache = make_prompt_cache(model)
     tokens = mx.array(PROMPT)[None]
     steps = [tokens[:, :-NUM_STEPS]]
     steps += [tokens[:, i : i + 1] for i in range(len(PROMPT) - NUM_STEPS, len(PROMPT))]
-    return np.array(mx.concatenate([model(step, cache=cache) for step in steps], 1)[0])
+    found = mx.concatenate([model(step, cache=cache) for step in steps], 1)[0]
+    return np.array(found.astype(mx.float32))
 
 
 def effect_of_experts(config: dict[str, Any]) -> list[float]:
     """Per expert, the largest change of a logit when it returns 0 in every layer."""
-    model = make_model(config)
+    model = stack_experts(make_model(config))
     expected = logits(model)
     sites = find_moe_sites(model)
     effects = []
     for expert in range(sites[0].num_experts):
-        without = make_model(config)
+        without = stack_experts(make_model(config))
         kept = mx.arange(sites[0].num_experts) != expert
         for site in find_moe_sites(without):
             keep_experts(
@@ -211,16 +229,46 @@ def effect_of_experts(config: dict[str, Any]) -> list[float]:
     return effects
 
 
-def measure(group: mx.distributed.Group, saved: list[Saved]) -> list[Measured]:
+@dataclass(frozen=True)
+class Job:
+    """Checkpoints to load and run in one way.
+
+    Attributes:
+        tier: the best that blocks may have: those above it are not looked for.
+    """
+
+    saved: list[Saved]
+    tier: str = "routed"
+    config: EPConfig = EPConfig()  # noqa: RUF009, it is frozen
+
+
+def measure(group: mx.distributed.Group, jobs: list[Job]) -> list[list[Measured]]:
     """Load checkpoints on this rank, one after another, and run them."""
-    return [_measure(group, one) for one in saved]
+    results = []
+    for job in jobs:
+        with metal_stand_in(), _best_tier(job.tier):
+            results.append([_measure(group, one, job.config) for one in job.saved])
+    return results
 
 
-def _measure(group: mx.distributed.Group, one: Saved) -> Measured:
+@contextmanager
+def _best_tier(tier: str) -> Iterator[None]:
+    names = ("find_probe", "find_partial_sum")[: blocks.TIERS.index(tier)]
+    before = {name: getattr(blocks, name) for name in names}
+    for name in names:
+        setattr(blocks, name, lambda *_: (None, "it was not looked for"))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(blocks, name, function)
+
+
+def _measure(group: mx.distributed.Group, one: Saved, config: EPConfig) -> Measured:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model, _ = mlx_ep.load(str(one.folder), group)
+            model, _ = mlx_ep.load(str(one.folder), group, config)
         found = logits(model)
     except (ValueError, RuntimeError) as error:  # on all ranks alike
         return Measured(error=f"{type(error).__name__}: {error}")
@@ -228,11 +276,16 @@ def _measure(group: mx.distributed.Group, one: Saved) -> Measured:
     report = state.reports[group.rank()]
     return Measured(
         difference=float(np.abs(found - one.expected).max()),
+        half_error=one.error(found) if one.is_half else 0.0,
         digest=hashlib.sha256(found.tobytes()).hexdigest(),
-        reasons=state.per_slot_reasons,
+        tiers=sorted({block.tier for block in state.blocks}),
+        in_block=any(b.partial_sum and b.partial_sum.in_block for b in state.blocks),
+        reasons=sorted({b.why_not_routed for b in state.blocks} - {""}),
         warned=any("K outputs per token travel" in str(w.message) for w in caught),
         read_bytes=report.read_bytes,
         held_bytes=report.held_bytes,
         computed=state.counters.pairs_computed,
         routed=state.counters.pairs_routed,
+        layer_calls=state.counters.layer_calls,
+        collectives=state.counters.collectives,
     )

@@ -118,6 +118,32 @@ def step(tensors: Tensors) -> Tensors:
     return moved
 
 
+def laguna(tensors: Tensors) -> Tensors:
+    """Per expert; a bias of the router, also ``[E]``, has a name among the experts."""
+    moved: Tensors = {}
+    for name, tensor in per_expert(tensors).items():
+        name = name.replace(".mlp.gate.proj.", ".mlp.gate.")
+        bias = ".e_score_correction_bias"
+        moved[name.replace(f".gate{bias}", f".experts{bias}")] = tensor
+    return moved
+
+
+def dbrx(tensors: Tensors) -> Tensors:
+    """``ffn.experts.{e}.w1.weight [F, D] -> ffn.experts.mlp.w1 [E * F, D]``.
+
+    So is w2, which is turned.
+    """
+    joined: Tensors = {}
+    parts: dict[str, list[mx.array]] = {}
+    for name, tensor in tensors.items():
+        if found := re.match(r"(.*\.experts)\.\d+\.(w1|v1|w2)\.weight", name):
+            turned = tensor.T if found[2] == "w2" else tensor
+            parts.setdefault(f"{found[1]}.mlp.{found[2]}", []).append(turned)
+        else:
+            joined[name] = tensor
+    return joined | {name: mx.concatenate(all_of) for name, all_of in parts.items()}
+
+
 def deepseek_v41(tensors: Tensors) -> Tensors:
     """Names of its own for everything; one projection without its groups' axis."""
     moved: Tensors = {}
@@ -191,7 +217,7 @@ HUB_LAYOUTS: dict[str, Layout] = {
             "deepseek_v3", "kimi_k2", "joyai_llm_flash", "deepseek_v32", "glm_moe_dsa",
             "glm4_moe", "glm4_moe_lite", "solar_open", "kimi_vl", "kimi_k25",
             "exaone_moe", "ernie4_5_moe", "hunyuan", "longcat_flash",
-            "longcat_flash_ngram", "mimo_v2_flash", "laguna", "bailing_moe",
+            "longcat_flash_ngram", "mimo_v2_flash", "bailing_moe",
             "bailing_moe_linear", "bailing_hybrid", "bailing_moe_v3",
         ),
         per_expert,
@@ -225,6 +251,8 @@ HUB_LAYOUTS: dict[str, Layout] = {
     "gpt_oss": interleaved,
     "step3p5": step,
     "deepseek_v41": deepseek_v41,
+    "dbrx": dbrx,
+    "laguna": laguna,
 }  # fmt: skip
 
 
@@ -241,4 +269,6 @@ def layout_name(name: str) -> str:
         less_one: "per expert",
         step: "stacked, other names",
         deepseek_v41: "per expert",
+        dbrx: "fused, without an axis",
+        laguna: "per expert",
     }[function]
