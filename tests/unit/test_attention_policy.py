@@ -1,0 +1,138 @@
+"""The choice between replicated and tensor attention, by numbers worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_ep.attention import known_speeds
+from mlx_ep.policy.attention import (
+    ASSUMED,
+    AttentionChoice,
+    Speeds,
+    choose_attention,
+    cluster_speeds,
+)
+from mlx_ep.policy.profile import find_profile, write_profile
+
+# 8 GB at 100 GB/s take 80 ms; over 2 ranks 40 ms, and 50 collectives of 0.1 ms 5 ms.
+SPEEDS = Speeds(100e9, 100e-6, "made up")
+
+
+def _choose(wish: str = "auto", **changed: Any) -> AttentionChoice:
+    arguments: dict[str, Any] = {
+        "num_ranks": 2,
+        "problem": "",
+        "split_bytes": 8 * 10**9,
+        "collectives": 50,
+        "fits_replicated": True,
+        "fits_tensor": True,
+        "speeds": SPEEDS,
+    }
+    return choose_attention(wish, **{**arguments, **changed})
+
+
+def test_the_faster_one_is_taken_with_both_times() -> None:
+    choice = _choose()
+    assert choice.attention == "tensor"
+    assert choice.replicated_seconds == pytest.approx(0.080)
+    assert choice.tensor_seconds == pytest.approx(0.045)
+    for text in ("80.00 ms", "45.00 ms", "8 GB", "100 GB/s", "100 us", "made up"):
+        assert text in str(choice)
+
+
+@pytest.mark.parametrize(
+    ("latency", "expected"),
+    # 40 ms are saved: 50 collectives may take 0.8 ms each.
+    [(0.79e-3, "tensor"), (0.81e-3, "replicated")],
+)
+def test_the_latency_decides(latency: float, expected: str) -> None:
+    assert _choose(speeds=Speeds(100e9, latency, "")).attention == expected
+
+
+def test_all_wait_for_the_slowest_rank() -> None:
+    ranks = [Speeds(100e9, 2e-6, "a"), Speeds(50e9, 1e-6, "b")]
+    assert cluster_speeds(ranks) == Speeds(50e9, 2e-6, "a; b")
+    measured = Speeds(70e9, 3e-6, "measured", is_measured=True)
+    assert cluster_speeds([measured, *ranks]) == measured
+    # Another rank's measurement may be of another cluster.
+    assert cluster_speeds([*ranks, measured]).bandwidth == 50e9
+
+
+def _write(folder: Path, name: str, **numbers: Any) -> None:
+    profile = replace(find_profile("m3-ultra"), name=name, kind="measured", **numbers)
+    write_profile(profile, folder / "mlx_ep" / "profiles" / "ring-2-abc.json")
+
+
+def test_speeds_of_a_calibrated_cluster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _write(tmp_path, "2 x Chip, ring", memory_bandwidth=5e9)
+    speeds = known_speeds("Chip", "ring", 2)
+    assert speeds.bandwidth == 5e9
+    # m3-ultra's ring of 2: two messages of 288 us and a crossing of 180 us, 16 KB.
+    assert speeds.latency == pytest.approx(2 * 288e-6 + 180e-6, rel=0.02)
+    assert speeds.is_measured
+    assert "2 x Chip, ring" in speeds.source
+    # Other chips, ranks or cables are another cluster.
+    assert known_speeds("Other", "ring", 2) == ASSUMED
+    assert known_speeds("Chip", "ring", 3) == ASSUMED
+    assert known_speeds("Chip", "jaccl", 2) == ASSUMED
+
+
+def test_speeds_of_a_known_chip(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    speeds = known_speeds("Apple M3 Ultra", "jaccl", 2)
+    assert speeds.bandwidth == find_profile("m3-ultra").memory_bandwidth
+    assert not speeds.is_measured
+    assert "M3 Ultra" in speeds.source
+    # No such cable in the profile: its latency is assumed, and that is said.
+    speeds = known_speeds("Apple M3 Ultra", "mpi", 2)
+    assert speeds.latency == ASSUMED.latency
+    assert "assumed" in speeds.source
+
+
+def test_equal_times_are_replicated() -> None:
+    assert _choose(split_bytes=0, collectives=0).attention == "replicated"
+
+
+def test_more_ranks_save_more() -> None:
+    assert _choose(num_ranks=4).tensor_seconds == pytest.approx(0.025)
+
+
+def test_what_fits_goes_first() -> None:
+    slow = Speeds(100e9, 1.0, "slow")
+    choice = _choose(speeds=slow, fits_replicated=False)
+    assert choice.attention == "tensor"
+    assert "replicated does not fit" in choice.reason
+    # Neither fits: the faster one, and the check of the memory refuses it.
+    neither = _choose(speeds=slow, fits_replicated=False, fits_tensor=False)
+    assert neither.attention == "replicated"
+
+
+def test_one_rank_has_nothing_to_split() -> None:
+    assert _choose(num_ranks=1, speeds=Speeds(1.0, 0.0, "")).attention == "replicated"
+
+
+def test_a_problem() -> None:
+    choice = _choose(problem="it has 3 heads")
+    assert (choice.attention, choice.reason) == ("replicated", "it has 3 heads")
+    assert choice.replicated_seconds is None
+    with pytest.raises(ValueError, match="it has 3 heads"):
+        _choose("tensor", problem="it has 3 heads")
+    assert _choose("replicated", problem="it has 3 heads").reason == "as asked for"
+
+
+def test_a_wish_is_followed() -> None:
+    assert _choose("tensor", speeds=Speeds(100e9, 9.0, "")).attention == "tensor"
+    assert _choose("replicated").attention == "replicated"
+
+
+def test_what_is_assumed_says_so() -> None:
+    assert "assumed" in _choose(speeds=ASSUMED).reason
