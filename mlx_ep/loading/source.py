@@ -7,27 +7,22 @@ from importlib.resources import files
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from mlx_ep.loading.hub.errors import HubError, explained
+from mlx_ep.loading.hub.repository import SMALL_FILES, WEIGHT_FILES, open_repository
 
 # The name of the model inside the package, the default of every command.
 EMBEDDED_MODEL = "jargon-moe"
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_TOKENIZER_FILES = [
-    "*.json",
-    "*.py",
-    "tokenizer.model",
-    "*.tiktoken",
-    "tiktoken.model",
-    "*.txt",
-    "*.jsonl",
-    "*.jinja",
-]
-_WEIGHT_FILES = ["model*.safetensors"]
 
 
 def find_model(
-    path_or_repo: str, revision: str | None = None, with_weights: bool = True
+    path_or_repo: str,
+    revision: str | None = None,
+    with_weights: bool = True,
+    download: str = "full",
 ) -> Path:
     """The folder of a model; a hub repository is downloaded first.
 
@@ -36,6 +31,10 @@ def find_model(
             the name of a hub repository such as ``mlx-community/NAME``.
         revision: a branch, tag or commit of a repository.
         with_weights: whether the weight files are wanted.
+        download: of a repository's weight files. ``full``: all of them. ``ranges``:
+            their headers; the files have holes, which `checkpoint_weights` fills as
+            far as the rank needs it. Where huggingface_hub's cache has the files
+            already, they are used.
 
     Raises:
         ValueError: there is no such folder and no such repository, or it cannot be
@@ -53,17 +52,26 @@ def find_model(
             f"--model must be a model folder, a hub repository (OWNER/NAME) or "
             f"{EMBEDDED_MODEL}; there is no folder {path_or_repo!r}."
         )
-    patterns = _TOKENIZER_FILES + (_WEIGHT_FILES if with_weights else [])
     try:
-        return Path(
-            snapshot_download(path_or_repo, revision=revision, allow_patterns=patterns)
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        with explained(path_or_repo):
+            if with_weights and download == "ranges":
+                return open_repository(path_or_repo, revision)
+            patterns = [*SMALL_FILES, *([WEIGHT_FILES] if with_weights else [])]
+            return Path(
+                snapshot_download(
+                    path_or_repo, revision=revision, allow_patterns=patterns
+                )
+            )
+    except HubError as error:
         raise ValueError(
             f"--model {path_or_repo!r} is not a folder here, and as a hub repository "
-            f"it could not be fetched: {reason}"
+            f"it could not be fetched: {error}"
         ) from error
+
+
+def hub_commit(model_path: Path) -> str:
+    """The commit of a model folder that came from the hub, or ""."""
+    return model_path.name if _COMMIT.fullmatch(model_path.name) else ""
 
 
 def has_tokenizer(model_path: Path) -> bool:
