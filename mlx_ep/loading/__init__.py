@@ -1,7 +1,7 @@
 """Rank-local reading of checkpoints."""
 
 from mlx_ep.loading.checkpoint import Checkpoint, TensorReader, read_config
-from mlx_ep.loading.dummy import held_bytes
+from mlx_ep.loading.hub.fetch import DiskNeed, disk_problems
 from mlx_ep.loading.local import load_local
 from mlx_ep.loading.plan import (
     LoadPlan,
@@ -10,24 +10,39 @@ from mlx_ep.loading.plan import (
     memory_problems,
     plan_load,
 )
-from mlx_ep.loading.source import EMBEDDED_MODEL, find_model, has_tokenizer
+from mlx_ep.loading.shape import model_shape
+from mlx_ep.loading.sizes import choose_placement, expert_sizes, held_bytes
+from mlx_ep.loading.source import (
+    EMBEDDED_MODEL,
+    find_model,
+    has_tokenizer,
+    hub_commit,
+)
 from mlx_ep.loading.weights import Weights, checkpoint_weights, dummy_weights
+from mlx_ep.loading.widths import keep_part
 
 __all__ = [
     "EMBEDDED_MODEL",
     "Checkpoint",
+    "DiskNeed",
     "LoadPlan",
     "MemoryNeed",
     "TensorReader",
     "Weights",
     "checkpoint_weights",
+    "choose_placement",
+    "disk_problems",
     "dummy_weights",
+    "expert_sizes",
     "find_model",
     "has_tokenizer",
     "held_bytes",
+    "hub_commit",
+    "keep_part",
     "load_local",
     "memory_limit",
     "memory_problems",
+    "model_shape",
     "plan_load",
     "read_config",
 ]

@@ -10,8 +10,9 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.utils import load_config
 
+from mlx_ep.loading.hub.ranges import Span
+from mlx_ep.loading.hub.sparse import Journal
+from mlx_ep.models import stack_shape
 from mlx_ep.placement import runs
 
 # As mlx.core.load maps them: MLX keeps the 8-bit floats as their bits.
-_DTYPES: dict[str, mx.Dtype] = {
+DTYPES: dict[str, mx.Dtype] = {
     "BOOL": mx.bool_,
     "U8": mx.uint8,
     "I8": mx.int8,
@@ -41,6 +45,9 @@ _DTYPES: dict[str, mx.Dtype] = {
 
 _READ_BYTES = 32 << 20  # one read call; several run at once
 _NUM_READERS = 4
+# Spans with gaps are read one by one from this length on; shorter ones together with
+# the gaps, which a disk reads anyway.
+_MIN_SPAN_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,11 @@ class Checkpoint:
                 f"{path} has a config.json but no model*.safetensors. Download the "
                 "weights, or use --dummy-weights to run the architecture alone."
             )
-        infos = (info for file in files for info in _read_header(file))
+        infos = (
+            replace(info, shape=stack_shape(config, info.name, info.shape))
+            for file in files
+            for info in _read_header(file)
+        )
         return cls(path, config, {info.name: info for info in infos})
 
 
@@ -169,6 +180,7 @@ class TensorReader:
     def __init__(self) -> None:
         self.bytes_read = 0
         self._files: dict[Path, int] = {}
+        self._journals: dict[Path, Journal | None] = {}
         self._pool = ThreadPoolExecutor(_NUM_READERS)
 
     def __enter__(self) -> TensorReader:
@@ -189,15 +201,91 @@ class TensorReader:
         spans = [(row * row_bytes, count * row_bytes) for row, count in runs(rows)]
         return self._read(info, spans, (len(rows), *info.shape[1:]))
 
-    def _read(
-        self, info: TensorInfo, spans: Sequence[tuple[int, int]], shape: tuple[int, ...]
+    def read_slice(
+        self, info: TensorInfo, rows: Sequence[int] | None, axis: int, part: slice
     ) -> mx.array:
-        """The bytes of `spans` (start within the tensor, count), one after another."""
-        if info.dtype not in _DTYPES:
+        """Part of one axis of a tensor, or of some rows of a stacked tensor.
+
+        Where the part is contiguous in each matrix, or at least 4 KiB at a time, no
+        other byte is read; else whole matrices are read, one at a time, and cut.
+
+        Args:
+            info: a tensor of one expert, or a stack ``[E, ...]``.
+            rows: of the stack; None: the tensor is of one expert.
+            axis: the axis that is cut, counted from the end.
+            part: its start and stop.
+        """
+        stacked = rows is not None
+        matrix = info.shape[1:] if stacked else info.shape
+        size, inner = matrix[axis], prod(matrix[len(matrix) + axis + 1 :])
+        itemsize = info.num_bytes // prod(info.shape)
+        line, kept = (n * inner * itemsize for n in (size, part.stop - part.start))
+        first = part.start * inner * itemsize
+        lines = prod(matrix[: len(matrix) + axis])
+        matrix_bytes = lines * line
+        shape = list(matrix)
+        shape[axis] = part.stop - part.start
+        starts = [row * matrix_bytes for row in rows] if rows is not None else [0]
+        if lines == 1 or kept >= _MIN_SPAN_BYTES:
+            spans = [
+                (start + index * line + first, kept)
+                for start in starts
+                for index in range(lines)
+            ]
+            full_shape = (len(starts), *shape) if stacked else tuple(shape)
+            return self._read(info, spans, full_shape)
+        cut = []
+        for start in starts:
+            whole = self._read(info, [(start, matrix_bytes)], (lines, line), mx.uint8)
+            cut.append(mx.contiguous(whole[:, first : first + kept]))
+            # sync: one matrix at a time, so that one at most is held whole.
+            mx.eval(cut[-1])
+        together = mx.stack(cut) if stacked else cut[0]
+        mx.eval(together)  # sync: the parts are freed
+        return together.view(DTYPES[info.dtype]).reshape(
+            (len(starts), *shape) if stacked else shape
+        )
+
+    def check(
+        self, info: TensorInfo, spans: Sequence[tuple[int, int]] | None = None
+    ) -> None:
+        """A file that is fetched from the hub by ranges has holes: none may be read.
+
+        Args:
+            spans: what will be read (start within the tensor, count); None: all of it.
+        """
+        if info.file not in self._journals:
+            self._journals[info.file] = Journal.of(info.file)
+        journal = self._journals[info.file]
+        if journal is None:
+            return
+        for start, count in [(0, info.num_bytes)] if spans is None else spans:
+            first = info.offset + start
+            if missing := journal.missing(Span(first, first + count)):
+                raise RuntimeError(
+                    f"{info.file}: bytes {missing[0].start} to {missing[0].stop} of "
+                    f"tensor {info.name} were never fetched. Start again, or use "
+                    "--download full."
+                )
+
+    def _read(
+        self,
+        info: TensorInfo,
+        spans: Sequence[tuple[int, int]],
+        shape: tuple[int, ...],
+        dtype: mx.Dtype | None = None,
+    ) -> mx.array:
+        """The bytes of `spans` (start within the tensor, count), one after another.
+
+        Args:
+            dtype: of the result; None: the tensor's.
+        """
+        if info.dtype not in DTYPES:
             raise ValueError(
                 f"{info.file}: tensor {info.name} has dtype {info.dtype}, which MLX "
-                f"cannot hold; it can {', '.join(_DTYPES)}."
+                f"cannot hold; it can {', '.join(DTYPES)}."
             )
+        self.check(info, spans)
         total = sum(count for _, count in spans)
         array = mx.zeros((total,), mx.uint8)
         mx.eval(array)  # sync: the buffer must exist before the file is read into it
@@ -216,7 +304,7 @@ class TensorReader:
         self.bytes_read += position
         if staging is not None:
             array = mx.array(staging)
-        return array.view(_DTYPES[info.dtype]).reshape(shape)
+        return array.view(dtype or DTYPES[info.dtype]).reshape(shape)
 
     def _fill(self, job: tuple[TensorInfo, int, memoryview]) -> None:
         info, offset, target = job

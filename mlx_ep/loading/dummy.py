@@ -7,16 +7,22 @@ with dummy weights is the same model on any number of ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_ep.loading.local import build_model, drop_placeholder, shrink_switches
-from mlx_ep.models import find_moe_sites
-from mlx_ep.placement import Placement
+from mlx_ep.loading.local import (
+    Change,
+    build_model,
+    drop_placeholder,
+    shrink_switches,
+)
+from mlx_ep.loading.widths import cut_axis, is_whole, named_projections, parameter_cut
+from mlx_ep.models import find_moe_sites, stack_quantization
+from mlx_ep.placement import Part, Placement
 
 
 def build_dummy(config: dict[str, Any], placement: Placement, rank: int) -> nn.Module:
@@ -26,6 +32,7 @@ def build_dummy(config: dict[str, Any], placement: Placement, rank: int) -> nn.M
     """
     model = build_model(config)
     shrink_switches(model, placement, rank)
+    config = config | stack_quantization(type(model), config)
     if (quantization := config.get("quantization")) is not None:
         _quantize(model, quantization)
     drop_placeholder(model, placement, rank)
@@ -56,17 +63,22 @@ def _quantize(model: nn.Module, quantization: dict[str, Any]) -> None:
     )
 
 
-def held_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters; known without evaluating them."""
-    return sum(p.nbytes for p in dict(tree_flatten(model.parameters())).values())
+def fill_dummy(
+    model: nn.Module, placement: Placement, rank: int, change: Change | None = None
+) -> None:
+    """Give every parameter of a model from `build_dummy` its random numbers.
 
-
-def fill_dummy(model: nn.Module, placement: Placement, rank: int) -> None:
-    """Give every parameter of a model from `build_dummy` its random numbers."""
+    Args:
+        change: what is done to the model before its dense part is evaluated.
+    """
     # MLX's CPU backend multiplies gathered matrices in float32 only.
     dtype = mx.bfloat16 if mx.metal.is_available() else mx.float32
     experts = placement.rank_experts[rank]
-    stacked = {id(p) for site in find_moe_sites(model) for p in site.projections}
+    stacked = {
+        id(projection): _Stack(name, experts, placement.part(rank))
+        for site in find_moe_sites(model)
+        for name, projection in named_projections(site)
+    }
     for path, module in model.named_modules():
         # Not what a module derives for itself (names with an underscore) or counts.
         own = {
@@ -76,30 +88,74 @@ def fill_dummy(model: nn.Module, placement: Placement, rank: int) -> None:
             and not name.startswith("_")
             and ("scales" in module or mx.issubdtype(array.dtype, mx.floating))
         }
-        ids = experts if id(module) in stacked else None
+        stack = stacked.get(id(module))
         if "scales" in own:
-            own = _random_quantized(path, module, own, ids, dtype)
+            own = _random_quantized(path, module, own, stack, dtype)
         else:
             own = {
-                name: _each(f"{path}.{name}", array, ids, _random_float(name, dtype))
+                name: _each(
+                    f"{path}.{name}", name, array, stack, _random_float(name, dtype)
+                )
                 for name, array in own.items()
             }
         module.update(own)
-        mx.eval(list(own.values()))  # sync: loading
+        if change is None or stack is not None:
+            mx.eval(list(own.values()))  # sync: loading
+    if change is not None:
+        change(model)
+        for parameter in dict(tree_flatten(model.parameters())).values():
+            mx.eval(parameter)  # sync: loading
+
+
+class _Stack(NamedTuple):
+    """What a stacked projection of this rank holds.
+
+    Attributes:
+        projection: its name, such as ``down_proj``.
+        experts: in slot order.
+        part: of their width; None: all of it.
+    """
+
+    projection: str
+    experts: Sequence[int]
+    part: Part | None
+
+    def full_shape(self, parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one expert's parameter with the whole width."""
+        if self.part is None or self._is_whole(parameter):
+            return shape
+        full = list(shape)
+        axis = cut_axis(self.projection, parameter)
+        full[axis] = full[axis] * self.part.width // self.part.columns
+        return tuple(full)
+
+    def cut(self, parameter: str, full: mx.array) -> mx.array:
+        """This rank's part of one expert's parameter."""
+        if self.part is None or self._is_whole(parameter):
+            return full
+        size = full.shape[cut_axis(self.projection, parameter)]
+        cut = parameter_cut(self.projection, parameter, size, self.part)
+        assert cut is not None
+        return cut.of(full)
+
+    def _is_whole(self, parameter: str) -> bool:
+        return is_whole(self.projection, parameter)
 
 
 Draw = Callable[[mx.array, tuple[int, ...]], mx.array]
 
 
 def _each(
-    path: str, like: mx.array, experts: Sequence[int] | None, draw: Draw
+    path: str, name: str, like: mx.array, stack: _Stack | None, draw: Draw
 ) -> mx.array:
-    """One draw of the shape of `like`, or one per expert along axis 0."""
-    if experts is None:
+    """One draw of the shape of parameter `like`, or one per expert along axis 0."""
+    if stack is None:
         return draw(_key(path), like.shape)
-    if not experts:
+    if not stack.experts:
         return like
-    return mx.stack([draw(_key(f"{path}:{e}"), like.shape[1:]) for e in experts])
+    full = stack.full_shape(name, like.shape[1:])
+    drawn = (draw(_key(f"{path}:{e}"), full) for e in stack.experts)
+    return mx.stack([stack.cut(name, one) for one in drawn])
 
 
 def _key(name: str) -> mx.array:
@@ -119,28 +175,30 @@ def _random_quantized(
     path: str,
     module: nn.Module,
     own: dict[str, mx.array],
-    experts: Sequence[int] | None,
+    stack: _Stack | None,
     dtype: mx.Dtype,
 ) -> dict[str, mx.array]:
     """Random numbers of variance 1 / input width, packed as the module has them."""
-    width = own["scales"].shape[-1] * module.group_size
     names = [name for name in ("weight", "scales", "biases") if name in own]
+    scales = own["scales"].shape
+    if stack is not None:
+        scales = stack.full_shape("scales", scales[1:])
+    *lead, groups = scales
+    width = groups * module.group_size
 
-    def packed(part: int) -> Draw:
+    def packed(index: int) -> Draw:
         def draw(key: mx.array, shape: tuple[int, ...]) -> mx.array:
-            first = 0 if experts is None else 1
-            full = (*own["weight"].shape[first:-1], width)
-            numbers = mx.random.normal(full, key=key) * width**-0.5
+            numbers = mx.random.normal((*lead, width), key=key) * width**-0.5
             return mx.quantize(
                 numbers.astype(dtype), module.group_size, module.bits, module.mode
-            )[part]
+            )[index]
 
         return draw
 
-    # One key for all parts: they are the parts of one random matrix.
+    # One key for all of them: they are the parts of one random matrix.
     filled: dict[str, mx.array] = {
-        name: _each(path, own[name], experts, packed(part))
-        for part, name in enumerate(names)
+        name: _each(path, name, own[name], stack, packed(index))
+        for index, name in enumerate(names)
     }
     if "bias" in own:
         filled["bias"] = mx.zeros(own["bias"].shape, dtype)

@@ -9,7 +9,7 @@ local experts alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
@@ -20,9 +20,30 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_model
 
-from mlx_ep.loading.checkpoint import Checkpoint, TensorReader
-from mlx_ep.models import expert_tensor, find_moe_sites, keep_experts
+from mlx_ep.loading.checkpoint import DTYPES, Checkpoint, TensorInfo, TensorReader
+from mlx_ep.loading.widths import (
+    cut_axis,
+    holds_parts,
+    is_bias_elsewhere,
+    is_foreign_bias,
+    keep_part,
+    named_projections,
+    parameter_cut,
+    tensor_cut,
+)
+from mlx_ep.models import (
+    expert_tensor,
+    find_moe_sites,
+    keep_experts,
+    stack_experts,
+    stack_quantization,
+    stack_tensors,
+    why_not_here,
+)
 from mlx_ep.placement import Placement
+
+# Something done to a model whose parameters are not evaluated yet.
+Change = Callable[[nn.Module], None]
 
 # What mlx-lm's configurations call the number of experts.
 _EXPERT_COUNT_FIELDS = (
@@ -37,7 +58,8 @@ def model_class(config: dict[str, Any]) -> type[nn.Module]:
     """mlx-lm's class for a config.json.
 
     Raises:
-        ValueError: mlx-lm has none, or the folder brings its own code.
+        ValueError: mlx-lm has none, it cannot run here, its experts are quantized in
+            a way that cannot be stacked, or the folder brings its own code.
     """
     if "model_file" in config:
         raise ValueError(
@@ -47,6 +69,9 @@ def model_class(config: dict[str, Any]) -> type[nn.Module]:
     if "model_type" not in config:
         raise ValueError("config.json must name a model_type.")
     found, _ = _get_classes(dict(config))
+    if reason := why_not_here(found):
+        raise ValueError(reason)
+    stack_quantization(found, config)
     return found
 
 
@@ -62,13 +87,15 @@ def count_experts(config: dict[str, Any]) -> int:
 def build_model(config: dict[str, Any]) -> nn.Module:
     """mlx-lm's model for a config.json, with random weights that are not evaluated.
 
+    Its experts are stacked, also where mlx-lm has them in another form.
+
     Raises:
         ValueError: config.json lacks a value that the model needs.
     """
     found, args_class = _get_classes(dict(config))
     try:
         # A copy: some from_dict change what they are given.
-        return found(args_class.from_dict(deepcopy(config)))
+        return stack_experts(found(args_class.from_dict(deepcopy(config))))
     except (TypeError, KeyError) as error:
         raise ValueError(
             f"config.json does not describe a model of type {config['model_type']}: "
@@ -77,17 +104,25 @@ def build_model(config: dict[str, Any]) -> nn.Module:
 
 
 def load_local(
-    checkpoint: Checkpoint, placement: Placement, rank: int, reader: TensorReader
+    checkpoint: Checkpoint,
+    placement: Placement,
+    rank: int,
+    reader: TensorReader,
+    change: Change | None = None,
 ) -> nn.Module:
     """The model of a checkpoint with the experts of `rank`, evaluated.
 
     Dense tensors are read when they are evaluated, one parameter at a time, so that
     at most one parameter's inputs are held beside what stays.
+
+    Args:
+        change: what is done to the model before its dense tensors are read.
     """
-    classes = _LocalClasses(checkpoint, placement, rank, reader)
-    model, _ = load_model(checkpoint.path, lazy=True, get_model_classes=classes)
-    model.__class__ = classes.model_class  # the subclass has done its work
-    drop_placeholder(model, placement, rank)
+    model, classes = _lazy_model(checkpoint, placement, rank, reader)
+    if change is not None:
+        change(model)
+    for name in classes.read_by_mlx:
+        reader.check(checkpoint.tensors[name])
     for parameter in dict(tree_flatten(model.parameters())).values():
         mx.eval(parameter)  # sync: loading
     mx.clear_cache()
@@ -99,15 +134,53 @@ def load_local(
     return model
 
 
+def outline(checkpoint: Checkpoint, placement: Placement, rank: int) -> nn.Module:
+    """As `load_local`, with nothing read and nothing evaluated.
+
+    It has the shapes and dtypes that the model of `rank` will have, and no numbers.
+    """
+    with _ShapeReader() as reader:
+        return _lazy_model(checkpoint, placement, rank, reader)[0]
+
+
+class _ShapeReader(TensorReader):
+    """Gives arrays of the right shapes that are never evaluated."""
+
+    def _read(
+        self,
+        info: TensorInfo,
+        spans: Sequence[tuple[int, int]],
+        shape: tuple[int, ...],
+        dtype: mx.Dtype | None = None,
+    ) -> mx.array:
+        return mx.zeros(shape, dtype or DTYPES[info.dtype])
+
+
+def _lazy_model(
+    checkpoint: Checkpoint, placement: Placement, rank: int, reader: TensorReader
+) -> tuple[nn.Module, _LocalClasses]:
+    classes = _LocalClasses(checkpoint, placement, rank, reader)
+    changes = stack_quantization(model_class(checkpoint.config), checkpoint.config)
+    model, _ = load_model(
+        checkpoint.path, lazy=True, model_config=changes, get_model_classes=classes
+    )
+    model.__class__ = classes.model_class  # the subclass has done its work
+    drop_placeholder(model, placement, rank)
+    return model, classes
+
+
 def shrink_switches(model: nn.Module, placement: Placement, rank: int) -> None:
-    """Cut every switch of a model that is not evaluated yet to the rank's slots.
+    """Cut every switch of a model that is not evaluated yet to the rank's part.
 
     A rank without experts keeps one as a placeholder: mlx-lm cannot stack or quantize
     nothing. `drop_placeholder` takes it away.
     """
     num_slots = max(placement.num_slots(rank), 1)
+    part = placement.part(rank)
     for site in find_moe_sites(model):
         keep_experts(site, lambda parameter: parameter[:num_slots])
+        if part is not None:
+            keep_part(site, part)
 
 
 def drop_placeholder(model: nn.Module, placement: Placement, rank: int) -> None:
@@ -130,6 +203,11 @@ class _LocalClasses:
         self.checkpoint, self.placement, self.rank = checkpoint, placement, rank
         self.reader = reader
         self.read_by_mlx: set[str] = set()
+        self.part = placement.part(rank)
+        # Else experts are read whole, and cut when mlx-lm has split them.
+        self.reads_parts = self.part is not None and holds_parts(
+            checkpoint, placement.num_experts, self.part
+        )
 
     def __call__(self, config: dict[str, Any]) -> tuple[type[nn.Module], type]:
         self.model_class, args_class = _get_classes(config)
@@ -138,14 +216,15 @@ class _LocalClasses:
         class LocalModel(model_class):  # type: ignore[valid-type, misc]
             def __init__(self, args: Any) -> None:
                 super().__init__(args)
+                stack_experts(self)
                 shrink_switches(self, loader.placement, loader.rank)
 
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-                weights = loader.localize(weights)
-                if not hasattr(model_class, "sanitize"):
-                    return weights
-                with _expert_count(self, loader.placement, loader.rank):
-                    return super().sanitize(weights)
+                weights = stack_tensors(model_class, loader.localize(weights))
+                if hasattr(model_class, "sanitize"):
+                    with _expert_count(self, loader.placement, loader.rank):
+                        weights = super().sanitize(weights)
+                return loader.cut(self, weights)
 
         return LocalModel, args_class
 
@@ -168,16 +247,71 @@ class _LocalClasses:
             if found is None:
                 local[name] = tensor
                 self.read_by_mlx.add(name)
-            elif found.expert is None and experts:
-                local[name] = self.reader.read_rows(info, experts)
             elif found.expert is None:
-                local[name] = mx.zeros((1, *tensor.shape[1:]), tensor.dtype)
+                local[name] = self._stack(info, experts)
             elif found.expert in slots:
-                local[found.renamed(slots[found.expert])] = tensor
-                self.read_by_mlx.add(name)
+                local[found.renamed(slots[found.expert])] = self._single(info, tensor)
             elif found.expert == 0 and not experts:
-                local[name] = mx.zeros(tensor.shape, tensor.dtype)
+                local[name] = self._nothing(info, info.shape)
         return local
+
+    def _stack(self, info: TensorInfo, experts: Sequence[int]) -> mx.array:
+        """This rank's experts out of a stack, read now."""
+        if not experts or self._is_foreign_bias(info):
+            return self._nothing(info, (max(len(experts), 1), *info.shape[1:]))
+        cut = tensor_cut(info, self.part) if self.part and self.reads_parts else None
+        if cut is None:
+            return self.reader.read_rows(info, experts)
+        return self.reader.read_slice(info, experts, cut.axis, cut.range)
+
+    def _single(self, info: TensorInfo, tensor: mx.array) -> mx.array:
+        """A tensor of one of this rank's experts: lazy, unless a part of it is read."""
+        if self._is_foreign_bias(info):
+            return self._nothing(info, info.shape)
+        cut = tensor_cut(info, self.part) if self.part and self.reads_parts else None
+        if cut is None:
+            self.read_by_mlx.add(info.name)
+            return tensor
+        return self.reader.read_slice(info, None, cut.axis, cut.range)
+
+    def _nothing(self, info: TensorInfo, shape: tuple[int, ...]) -> mx.array:
+        """In the place of a tensor that this rank has no use for."""
+        array = mx.zeros(shape, DTYPES[info.dtype])
+        cut = tensor_cut(info, self.part) if self.part and self.reads_parts else None
+        return array if cut is None else cut.of(array)
+
+    def _is_foreign_bias(self, info: TensorInfo) -> bool:
+        return self.part is not None and is_foreign_bias(info, self.part)
+
+    def cut(
+        self, model: nn.Module, weights: dict[str, mx.array]
+    ) -> dict[str, mx.array]:
+        """The model's weights with this rank's part of the width of its experts.
+
+        Args:
+            model: whose switches are cut to that part already.
+            weights: by the names of its parameters; experts whole, unless they were
+                read so.
+        """
+        if self.part is None:
+            return weights
+        for site in find_moe_sites(model):
+            for projection, _ in named_projections(site):
+                path = f"{site.path}.{site.switch_name}.{projection}"
+                for name in ("weight", "scales", "biases", "bias"):
+                    array = weights.get(f"{path}.{name}")
+                    if array is None:
+                        continue
+                    if is_bias_elsewhere(projection, name, self.part):
+                        del weights[f"{path}.{name}"]
+                        continue
+                    if self.reads_parts:
+                        continue
+                    size = array.shape[cut_axis(projection, name)]
+                    cut = parameter_cut(projection, name, size, self.part)
+                    if cut is not None:
+                        weights[f"{path}.{name}"] = cut.of(array)
+        return weights
 
 
 @contextmanager

@@ -8,10 +8,19 @@ from pathlib import Path
 
 import mlx.nn as nn
 
+from mlx_ep.config import EPConfig
 from mlx_ep.loading.checkpoint import Checkpoint, TensorReader, read_config
-from mlx_ep.loading.dummy import build_dummy, fill_dummy, held_bytes
-from mlx_ep.loading.local import count_experts, load_local, model_class
+from mlx_ep.loading.dummy import build_dummy, fill_dummy
+from mlx_ep.loading.hub.fetch import HubFetch, hub_fetch
+from mlx_ep.loading.local import (
+    Change,
+    count_experts,
+    load_local,
+    model_class,
+    outline,
+)
 from mlx_ep.loading.plan import plan_load
+from mlx_ep.loading.sizes import choose_placement, held_bytes
 from mlx_ep.placement import Placement
 
 
@@ -22,46 +31,82 @@ class Weights:
     Attributes:
         rank_bytes: what this rank will hold.
         build: makes the model with this rank's experts, evaluated, and says how many
-            bytes it read.
+            bytes it read. Its argument is done to the model before its dense part is
+            evaluated; None: nothing.
+        outline: makes the same model with nothing read and nothing evaluated.
+        fetch: what of it has to come from the hub before `build`; None: nothing.
     """
 
     placement: Placement
     rank_bytes: int
-    build: Callable[[], tuple[nn.Module, int]]
+    build: Callable[[Change | None], tuple[nn.Module, int]]
+    outline: Callable[[], nn.Module]
+    fetch: HubFetch | None = None
 
 
-def checkpoint_weights(path: Path, rank: int, num_ranks: int) -> Weights:
+def checkpoint_weights(
+    path: Path,
+    rank: int,
+    num_ranks: int,
+    config: EPConfig = EPConfig(),  # noqa: B008, it is frozen
+) -> Weights:
     """The weights of a checkpoint folder that belong to `rank`.
 
     Raises:
-        ValueError: the folder, its configuration or its files are not in order.
+        ValueError: the folder, its configuration or its files are not in order, or
+            the configuration's placement is not possible.
     """
     model_class(read_config(path))
     checkpoint = Checkpoint.open(path)
-    placement = Placement.contiguous(count_experts(checkpoint.config), num_ranks)
-    plan = plan_load(checkpoint, placement, rank)
+    num_experts = count_experts(checkpoint.config)
+    whole = Placement.contiguous(num_experts, 1)
+    # First of all, as it says what a checkpoint without known experts lacks.
+    plan_load(checkpoint, whole, 0)
+    placement = choose_placement(
+        config, num_experts, num_ranks, lambda: outline(checkpoint, whole, 0)
+    )
+    if placement.parts is None:
+        rank_bytes = plan_load(checkpoint, placement, rank).rank_bytes
+    else:
+        rank_bytes = held_bytes(outline(checkpoint, placement, rank))
 
-    def build() -> tuple[nn.Module, int]:
+    def build(change: Change | None = None) -> tuple[nn.Module, int]:
         with TensorReader() as reader:
-            model = load_local(checkpoint, placement, rank, reader)
+            model = load_local(checkpoint, placement, rank, reader, change)
             return model, reader.bytes_read
 
-    return Weights(placement, plan.rank_bytes, build)
+    return Weights(
+        placement,
+        rank_bytes,
+        build,
+        lambda: outline(checkpoint, placement, rank),
+        hub_fetch(checkpoint, placement, rank),
+    )
 
 
-def dummy_weights(path: Path, rank: int, num_ranks: int) -> Weights:
+def dummy_weights(
+    path: Path,
+    rank: int,
+    num_ranks: int,
+    config: EPConfig = EPConfig(),  # noqa: B008, it is frozen
+) -> Weights:
     """Random weights for the config.json of a folder.
 
     Raises:
-        ValueError: the configuration is not that of a model with experts.
+        ValueError: the file is not that of a model with experts, or the
+            configuration's placement is not possible.
     """
-    config = read_config(path)
-    model_class(config)
-    placement = Placement.contiguous(count_experts(config), num_ranks)
-    model = build_dummy(config, placement, rank)
+    description = read_config(path)
+    model_class(description)
+    num_experts = count_experts(description)
+    whole = Placement.contiguous(num_experts, 1)
+    placement = choose_placement(
+        config, num_experts, num_ranks, lambda: build_dummy(description, whole, 0)
+    )
+    model = build_dummy(description, placement, rank)
 
-    def build() -> tuple[nn.Module, int]:
-        fill_dummy(model, placement, rank)
+    def build(change: Change | None = None) -> tuple[nn.Module, int]:
+        fill_dummy(model, placement, rank, change)
         return model, 0
 
-    return Weights(placement, held_bytes(model), build)
+    return Weights(placement, held_bytes(model), build, lambda: model)

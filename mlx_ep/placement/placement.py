@@ -2,37 +2,92 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Int32
 
 
+class Part(NamedTuple):
+    """Columns ``start..stop-1`` of the width F of experts.
+
+    These are rows of the gate and up matrices and columns of the down matrix. The
+    outputs of the parts of an expert add up to its output; the bias of the down
+    matrix belongs to the part that starts at 0.
+    """
+
+    start: int
+    stop: int
+    width: int
+
+    @property
+    def columns(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def is_first(self) -> bool:
+        return self.start == 0
+
+
 @dataclass(frozen=True)
 class Placement:
-    """Which experts each rank holds, in slot order.
+    """Which experts each rank holds, in slot order, and which part of their width.
 
     Attributes:
         rank_experts: one tuple per rank; ``rank_experts[r][s]`` is the expert in
             slot s of rank r. Ranks may hold different numbers, also none.
+        parts: one per rank: what it holds of the width of its experts, an expert then
+            lives on several ranks; None where ranks hold whole experts.
 
     Raises:
-        ValueError: the tuples do not hold each of the experts 0..E-1 exactly once.
+        ValueError: the tuples do not hold each of the experts 0..E-1 exactly once, or
+            the parts of an expert are not its width.
     """
 
     rank_experts: tuple[tuple[int, ...], ...]
+    parts: tuple[Part, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.parts is not None:
+            self._check_parts(self.parts)
+            return
         held = sorted(expert for rank in self.rank_experts for expert in rank)
         if not held or held != list(range(len(held))):
             raise ValueError(
                 "A placement must hold each of the experts 0..E-1 exactly once; "
                 f"got {self.rank_experts}."
             )
+
+    def _check_parts(self, parts: Sequence[Part]) -> None:
+        if len(parts) != self.num_ranks:
+            raise ValueError(
+                f"A placement of {self.num_ranks} ranks must have as many parts; got "
+                f"{len(parts)}."
+            )
+        held: dict[int, list[Part]] = {}
+        for experts, part in zip(self.rank_experts, parts, strict=True):
+            for expert in experts:
+                held.setdefault(expert, []).append(part)
+        wholes = {tuple(sorted(of_one)) for of_one in held.values()}
+        if sorted(held) != list(range(len(held))) or not held:
+            raise ValueError(
+                "A placement must hold each of the experts 0..E-1; got "
+                f"{self.rank_experts}."
+            )
+        for whole in wholes:
+            ends = [0, *(part.stop for part in whole)]
+            starts = [*(part.start for part in whole), whole[0].width]
+            if starts != ends or any(part.columns < 1 for part in whole):
+                raise ValueError(
+                    "The parts of an expert must make up its width, without gap or "
+                    f"overlap; got {list(map(tuple, whole))}."
+                )
 
     @classmethod
     def contiguous(cls, num_experts: int, num_ranks: int) -> Placement:
@@ -49,8 +104,40 @@ class Placement:
                 f"{num_experts} experts and {num_ranks} ranks."
             )
         share, remainder = divmod(num_experts, num_ranks)
-        starts = [r * share + min(r, remainder) for r in range(num_ranks + 1)]
-        return cls(tuple(tuple(range(start, stop)) for start, stop in pairwise(starts)))
+        return cls.from_counts([share + (r < remainder) for r in range(num_ranks)])
+
+    @classmethod
+    def from_counts(cls, counts: Sequence[int]) -> Placement:
+        """Consecutive experts, ``counts[r]`` of them on rank r.
+
+        2, 0, 3: experts 0 and 1 on rank 0, none on rank 1, 2 to 4 on rank 2.
+        """
+        ends = pairwise(accumulate(counts, initial=0))
+        return cls(tuple(tuple(range(start, stop)) for start, stop in ends))
+
+    @classmethod
+    def from_groups(
+        cls, counts: Sequence[int], widths: Sequence[Sequence[int]]
+    ) -> Placement:
+        """Consecutive experts in groups of consecutive ranks that share their width.
+
+        Counts 2, 1 and widths (5, 3), (4, 4) of F = 8:
+
+            rank 0   experts 0 1   columns 0..4
+            rank 1   experts 0 1   columns 5..7
+            rank 2   expert 2      columns 0..3
+            rank 3   expert 2      columns 4..7
+
+        Args:
+            counts: experts of each group.
+            widths: columns of each rank of each group.
+        """
+        experts, parts = [], []
+        for group, of_ranks in zip(cls.from_counts(counts).rank_experts, widths):
+            for start, stop in pairwise(accumulate(of_ranks, initial=0)):
+                experts.append(group)
+                parts.append(Part(start, stop, sum(of_ranks)))
+        return cls(tuple(experts), tuple(parts))
 
     @property
     def num_ranks(self) -> int:
@@ -58,7 +145,17 @@ class Placement:
 
     @cached_property
     def num_experts(self) -> int:
-        return sum(len(experts) for experts in self.rank_experts)
+        return len({expert for experts in self.rank_experts for expert in experts})
+
+    def part(self, rank: int) -> Part | None:
+        """What `rank` holds of the width of its experts; None: all of it."""
+        return self.parts[rank] if self.parts is not None else None
+
+    @cached_property
+    def digest(self) -> str:
+        """A short text that differs where placements do."""
+        content = f"{self.rank_experts}{self.parts and list(map(tuple, self.parts))}"
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def num_slots(self, rank: int) -> int:
         """L, the experts that `rank` holds."""
@@ -66,18 +163,26 @@ class Placement:
 
     @cached_property
     def expert_ranks(self) -> Int32[np.ndarray, " E"]:
-        """The rank that holds each expert."""
+        """The rank that holds each expert; where its width is shared, the first part.
+
+        So each expert is named once. What has to reach all parts of an expert asks
+        `local_slots` of every rank.
+        """
         ranks = np.empty(self.num_experts, np.int32)
         for rank, experts in enumerate(self.rank_experts):
-            ranks[list(experts)] = rank
+            part = self.part(rank)
+            if part is None or part.is_first:
+                ranks[list(experts)] = rank
         return ranks
 
     @cached_property
     def expert_slots(self) -> Int32[np.ndarray, " E"]:
-        """The slot of each expert on the rank that holds it."""
+        """The slot of each expert on the rank that holds it (`expert_ranks`)."""
         slots = np.empty(self.num_experts, np.int32)
-        for experts in self.rank_experts:
-            slots[list(experts)] = np.arange(len(experts))
+        for rank, experts in enumerate(self.rank_experts):
+            part = self.part(rank)
+            if part is None or part.is_first:
+                slots[list(experts)] = np.arange(len(experts))
         return slots
 
     def local_slots(
@@ -85,7 +190,8 @@ class Placement:
     ) -> Int32[mx.array, "T K"]:
         """The slot on `rank` of each routed expert, -1 where it lives elsewhere.
 
-        An id of -1 (no expert) gives -1.
+        An id of -1 (no expert) gives -1. Every rank that holds a part of an expert has
+        a slot for it: their outputs add up.
         """
         return self._slot_tables[rank][expert_ids]
 
@@ -96,14 +202,22 @@ class Placement:
         Entry E answers for the id -1, which as an index means "the last one".
         """
         tables = np.full((self.num_ranks, self.num_experts + 1), -1, np.int32)
-        tables[self.expert_ranks, np.arange(self.num_experts)] = self.expert_slots
+        for table, experts in zip(tables, self.rank_experts):
+            table[list(experts)] = np.arange(len(experts))
         return [mx.array(table) for table in tables]
 
     def describe(self, rank: int) -> str:
-        """For a person: ``experts 32..63 (32 of 64 per layer)``."""
+        """For a person: ``experts 32..63 (32 of 64 per layer)``.
+
+        With parts: ``experts 32..63 (32 of 64 per layer), width 0..383 of 768``.
+        """
         experts = self.rank_experts[rank]
         share = f"({len(experts)} of {self.num_experts} per layer)"
-        return f"experts {_ranges(experts) or 'none'} {share}"
+        text = f"experts {_ranges(experts) or 'none'} {share}"
+        part = self.part(rank)
+        if part is None or not experts:
+            return text
+        return f"{text}, width {part.start}..{part.stop - 1} of {part.width}"
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

@@ -1,0 +1,348 @@
+"""Measure what the cost model needs to know of this cluster: ``mlx_ep.calibrate``.
+
+All ranks measure at once, the slowest of them counts, and rank 0 writes the profile:
+to the user's cache folder, under a name that tells clusters apart, or to a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import qwen3, qwen3_moe
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_ep import cli
+from mlx_ep.benchmark.machine import pin_ranks
+from mlx_ep.comm import Comm, gather_objects
+from mlx_ep.loading import memory_limit
+from mlx_ep.policy import share_cores
+from mlx_ep.policy.cache import cache_folder
+from mlx_ep.policy.costs import Link, MatrixCost
+from mlx_ep.policy.measure_costs import (
+    PACKINGS,
+    Timer,
+    collective_tables,
+    crossing_seconds,
+    dense_cost,
+    machine_times,
+)
+from mlx_ep.policy.measure_experts import expert_costs
+from mlx_ep.policy.profile import (
+    Profile,
+    from_json,
+    slowest,
+    to_json,
+    write_profile,
+)
+from mlx_ep.policy.profile_table import profile_table
+from mlx_ep.runners import uses_metal
+
+SIZES = (256, 4096, 65536, 1 << 20, 1 << 23)
+QUICK_SIZES = (256, 65536)
+WIDTH, EXPERT_WIDTH = 2048, 768  # of Qwen3-30B-A3B
+QUICK_WIDTHS = (512, 256)
+FEW_LAYERS, MANY_LAYERS = 2, 10
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        prog="mlx_ep.calibrate",
+        description="Measure a hardware profile for the cost model on this machine, or "
+        "on the ranks that the launcher started (mlx.launch -n 2 -- mlx_ep.calibrate), "
+        "and write it as JSON. Takes less than two minutes.",
+    )
+    # No model is made expert-parallel here, so that these have no effect.
+    hidden = cli.Parser(add_help=False)
+    cli.add_ep_flags(hidden)
+    parser.set_defaults(**vars(hidden.parse_args([])))
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        help="The number of ranks this run must have (default: whatever was started).",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="Where the profile goes (default: a file for this cluster in the user's "
+        "cache folder).",
+    )
+    parser.add_argument(
+        "--packings",
+        default=",".join(PACKINGS),
+        help="How the measured experts are packed (default: %(default)s; with --quick "
+        "affine4).",
+    )
+    parser.add_argument(
+        "--widths",
+        metavar="D,F",
+        help="Model and expert width of the measured experts: what you predict should "
+        f"be near it (default: {WIDTH},{EXPERT_WIDTH}).",
+    )
+    parser.add_argument(
+        "--pin",
+        action="store_true",
+        help="Give each rank of a host cores of its own, as mlx_ep.benchmark --pin.",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="Seconds instead of a minute: small experts, few samples. To try it out.",
+    )
+    return parser
+
+
+def chosen_packings(text: str, quick: bool) -> list[str]:
+    """The names of ``--packings``.
+
+    Raises:
+        ValueError: one of them is not known.
+    """
+    if quick and text == ",".join(PACKINGS):
+        return ["affine4"]
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in PACKINGS:
+            raise ValueError(
+                f"--packings must be some of {', '.join(PACKINGS)}; got {name!r}."
+            )
+    return names
+
+
+def chosen_widths(text: str | None, quick: bool) -> tuple[int, int]:
+    """D and F of ``--widths``.
+
+    Raises:
+        ValueError: they are not two multiples of 256 (a quarter of F is packed too, in
+            groups of 64).
+    """
+    if text is None:
+        return QUICK_WIDTHS if quick else (WIDTH, EXPERT_WIDTH)
+    parts = [part.strip() for part in text.split(",")]
+    is_right = len(parts) == 2 and all(p.isdigit() and int(p) % 256 == 0 for p in parts)
+    if not is_right or 0 in (int(part) for part in parts):
+        raise ValueError(f"--widths must be two multiples of 256, D,F; got {text!r}.")
+    return int(parts[0]), int(parts[1])
+
+
+def calibrate(
+    comm: Comm, packings: Sequence[str], widths: tuple[int, int], quick: bool = False
+) -> Profile:
+    """The profile of this cluster, the same on every rank. Every rank must call it.
+
+    Args:
+        packings: names in `PACKINGS`.
+        widths: D and F of the measured experts, multiples of 256.
+        quick: few and short samples.
+    """
+    started = time.perf_counter()
+    sharing = share_cores(comm)
+    timer = Timer(comm)
+    if quick:
+        timer = Timer(comm, seconds=0.01, longest=0.02, most=5)
+    dtype = mx.bfloat16 if uses_metal() else mx.float32
+    experts: dict[str, MatrixCost] = {}
+    dense: dict[str, MatrixCost] = {}
+    for name in packings:
+        experts |= expert_costs(timer, *widths, PACKINGS[name], dtype)
+        key, cost = dense_cost(timer, widths[0], PACKINGS[name], dtype)
+        dense[key] = cost
+    if "plain" not in packings:  # what routers and norms are
+        key, cost = dense_cost(timer, widths[0], PACKINGS["plain"], dtype)
+        dense[key] = cost
+    values = machine_times(timer, widths[0], dtype)
+    values |= fixed_times(timer, dtype)
+    values |= rates(experts, dense)
+    # The tiny model calls `gather` too, which is counted with the experts, but does not
+    # wait for the device as a timed call does.
+    calls = [c.call_seconds for key, c in experts.items() if key.startswith("gather|")]
+    counted = max(0.0, max(calls, default=0.0) - values["sync_seconds"])
+    values["block_seconds"] = max(0.0, values["block_seconds"] - counted)
+    values["memory_bytes"] = float(memory_limit(None) // sharing)
+    mine = Profile(
+        name=f"{comm.size} x {chip()}, {comm.transport}",
+        links=links(timer, QUICK_SIZES if quick else SIZES),
+        experts=experts,
+        dense=dense,
+        **values,  # type: ignore[arg-type]
+    )
+    ranks = gather_objects(comm, to_json(mine))
+    profiles = [from_json(rank) for rank in ranks]
+    found = slowest(profiles)
+    seconds = time.perf_counter() - started
+    note = (
+        f"Measured by mlx_ep.calibrate on {comm.size} ranks in {seconds:.0f} s: "
+        f"medians, the slowest rank counts; experts of {widths[0]} x {widths[1]}"
+        f"{', --quick: do not rely on it' if quick else ''}."
+    )
+    return measured(replace(found, note=note))
+
+
+def measured(profile: Profile) -> Profile:
+    """The profile with the same source for every number."""
+    content = to_json(profile)
+
+    def mark(part: Any) -> None:
+        if isinstance(part, dict) and "value" in part:
+            part["source"] = "measured by mlx_ep.calibrate"
+        elif isinstance(part, dict):
+            for inner in part.values():
+                mark(inner)
+
+    mark(content)
+    return from_json(content)
+
+
+def fixed_times(timer: Timer, dtype: mx.Dtype) -> dict[str, float]:
+    """What a step, a layer and a routed block take however small the model is.
+
+    From decode steps of tiny models of mlx-lm with few and with more layers.
+    """
+    times = {}
+    for kind in ("dense", "moe"):
+        few, many = (
+            timer.median(_decode_step(kind, layers, dtype))
+            for layers in (FEW_LAYERS, MANY_LAYERS)
+        )
+        layer = max(0.0, (many - few) / (MANY_LAYERS - FEW_LAYERS))
+        times[kind] = layer, max(0.0, few - FEW_LAYERS * layer)
+    layer, step = times["dense"]
+    return {
+        "layer_seconds": layer,
+        "step_seconds": step,
+        "block_seconds": max(0.0, times["moe"][0] - layer),
+    }
+
+
+def _decode_step(kind: str, layers: int, dtype: mx.Dtype) -> Any:
+    """A call that decodes one token with a model of 64 numbers."""
+    config: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_hidden_layers": layers,
+        "intermediate_size": 64,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 64,
+        "max_position_embeddings": 4096,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": False,
+    }
+    if kind == "dense":
+        model: nn.Module = qwen3.Model(qwen3.ModelArgs(model_type="qwen3", **config))
+    else:
+        routed = {
+            "num_experts": 16,
+            "num_experts_per_tok": 8,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+        }
+        args = qwen3_moe.ModelArgs(model_type="qwen3_moe", **config, **routed)
+        model = qwen3_moe.Model(args)
+    model.set_dtype(dtype)
+    # sync: what is timed must not include making the model.
+    mx.eval(model.parameters())
+    cache = make_prompt_cache(model)
+    token = mx.zeros((1, 1), mx.int32)
+
+    def run() -> None:
+        # sync: this is what is timed.
+        mx.eval(model(token, cache=cache))
+
+    return run
+
+
+def rates(
+    experts: Mapping[str, MatrixCost], dense: Mapping[str, MatrixCost]
+) -> dict[str, float]:
+    """The limits that hold where a packing was not measured: the best that was."""
+
+    def best(costs: Mapping[str, MatrixCost], few: bool) -> float:
+        at = 0 if few else -1
+        return max(2 * c.rows[at] / max(c.seconds[at], 1e-15) for c in costs.values())
+
+    gathered = {k: c for k, c in experts.items() if k.startswith("gather|")} or experts
+    return {
+        "matmul_rate": best(dense, few=False),
+        "expert_rate": best(experts, few=False),
+        "unsorted_rate": best(gathered, few=True),
+    }
+
+
+def links(timer: Timer, sizes: Sequence[int]) -> dict[str, Link]:
+    """The link of this cluster, by the name of its transport; none for one rank."""
+    comm = timer.comm
+    if comm.size == 1:
+        return {}
+    tables = collective_tables(timer, sizes)
+    summed = tables["all_reduce"]
+    is_ring = comm.transport in ("ring", "jaccl-ring")
+    others = comm.size - 1
+    volume = 2 * others / comm.size if is_ring else 1.0
+    steps = 2 * others if is_ring else 1
+    rise = max(1e-9, summed.seconds[-1] - summed.seconds[0])
+    return {
+        comm.transport: Link(
+            transport=comm.transport,
+            topology="ring" if is_ring else "mesh",
+            latency=summed.seconds[0] / steps,
+            bandwidth=volume * (summed.bytes[-1] - summed.bytes[0]) / rise,
+            crossing_seconds=crossing_seconds(timer, summed.seconds[0]),
+            tables=tables,
+        )
+    }
+
+
+def chip() -> str:
+    """What this rank computes with."""
+    return str(mx.device_info().get("device_name", platform.machine()))
+
+
+def cluster_file(comm: Comm) -> Path:
+    """Where the profile of this cluster lies on this host. Every rank must call it.
+
+    The name depends on the transport, the ranks, their chips and their hosts.
+    """
+    ranks = gather_objects(
+        comm, [chip(), socket.gethostname(), str(mx.default_device())]
+    )
+    key = json.dumps([comm.transport, ranks]).encode()
+    digest = hashlib.sha256(key).hexdigest()[:12]
+    return cache_folder() / "profiles" / f"{comm.transport}-{comm.size}-{digest}.json"
+
+
+def main() -> None:
+    def body(args: argparse.Namespace, comm: Comm) -> None:
+        with cli.usage_errors():
+            packings = chosen_packings(args.packings, args.quick)
+            widths = chosen_widths(args.widths, args.quick)
+            if args.output is not None and args.output.is_dir():
+                raise ValueError(f"--output must be a file; {args.output} is a folder.")
+            if args.pin:
+                pin_ranks(comm)
+        profile = calibrate(comm, packings, widths, args.quick)
+        file = args.output or cluster_file(comm)
+        if comm.rank == 0:
+            write_profile(profile, file)
+            print(profile_table(profile))
+            print(f"\n{profile.note}\nwritten to {file}", flush=True)
+
+    cli.run(make_parser(), body)
+
+
+if __name__ == "__main__":
+    main()

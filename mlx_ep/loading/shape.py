@@ -1,0 +1,265 @@
+"""The shape of a model for the cost model, from its config.json: nothing is read.
+
+mlx-lm's own model is built and called without being evaluated: its arrays have shapes
+and sizes, which is all that is counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import CacheList, make_prompt_cache
+
+from mlx_ep.loading.dummy import build_dummy
+from mlx_ep.loading.local import count_experts
+from mlx_ep.models import MoESite, find_moe_sites
+from mlx_ep.placement import Placement
+from mlx_ep.policy.shape import LayerShape, Matrices, ModelShape
+
+_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ATTENTION = re.compile(r"attn|attention|mixer|mamba|conv|ssm")
+_LAYER = re.compile(r"(^|\.)(layers|blocks|h)\.\d+\.")
+# Ranks that `shard()` is tried with: what it splits in two it splits in four.
+_TRIED_RANKS = 2
+_CACHE_STEP = 256  # tokens by which mlx-lm's KVCache grows
+
+
+class _TwoRanks:
+    """Stands for a group where mlx-lm only asks how many there are."""
+
+    def size(self) -> int:
+        return _TRIED_RANKS
+
+    def rank(self) -> int:
+        return 0
+
+
+def model_shape(
+    config: dict[str, Any], *, dtype: str = "bfloat16", name: str = ""
+) -> ModelShape:
+    """What the cost model needs to know of a model.
+
+    Args:
+        config: of config.json, with `quantization` where the model is quantized.
+        dtype: of what is not packed, of scales and of tokens.
+        name: for a person.
+
+    Raises:
+        ValueError: mlx-lm has no such model, or it has no routed experts.
+    """
+    itemsize = _DTYPES[dtype]
+    num_experts = count_experts(config)
+    model = build_dummy(config, Placement.contiguous(num_experts, 1), 0)
+    sites = find_moe_sites(model)
+    text = config.get("text_config", config)
+    full = _by_part(model, sites, itemsize)
+    layers = len(model.layers)
+    caches = _Caches(model, itemsize, text.get("index_topk", 0))
+    macs = _macs(text)
+    switch = sites[0].projections[-1]
+    _, expert_width, width = _matrix(sites[0].projections[0])
+    has_shard = hasattr(model, "shard")
+    split = {}
+    if has_shard:
+        try:
+            model.shard(_TwoRanks())
+        except ValueError:  # heads or widths that two do not divide
+            has_shard = False
+        else:
+            split = _by_part(model, sites, itemsize)
+
+    def part(key: str) -> Matrices:
+        found = full.get(key, Matrices())
+        less = found.weights - split.get(key, found).weights
+        splits = round(less / (1 - 1 / _TRIED_RANKS))
+        return Matrices(found.weights, found.num_bytes, splits)
+
+    def each(key: str) -> Matrices:
+        found, count = part(key), len(sites)
+        return Matrices(
+            found.weights // count,
+            found.num_bytes // count,
+            found.split_weights // count,
+        )
+
+    experts = full["experts"]
+    layer = LayerShape(
+        name=name,
+        num_experts=num_experts,
+        width=width,
+        expert_width=expert_width,
+        top_k=_top_k(text),
+        expert_bytes=experts.num_bytes // (len(sites) * num_experts),
+        packing=_packing(switch, dtype),
+        itemsize=itemsize,
+        num_matrices=len(sites[0].projections),
+        shared=each("shared"),
+        router=each("router"),
+    )
+    dense_modules = [m for path, m in _matrices(model) if _ATTENTION.search(path)]
+    return ModelShape(
+        name=name,
+        layer=layer,
+        num_layers=layers,
+        num_moe_layers=len(sites),
+        attention=part("attention"),
+        dense=part("dense"),
+        head=part("head") if "head" in full else part("embedding"),
+        dense_packing=_packing(dense_modules[-1], dtype) if dense_modules else dtype,
+        kv_bytes=caches.growing + caches.windowed,
+        kv_is_split="kv_lora_rank" not in text,
+        state_bytes=caches.fixed,
+        attention_macs=caches.layers * macs + caches.layers * _indexer_macs(text),
+        window=caches.window,
+        window_kv_bytes=caches.windowed,
+        window_macs=caches.window_layers * macs,
+        has_shard=has_shard,
+    )
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in model.named_modules():
+        weight = module.get("weight")
+        if isinstance(weight, mx.array) and weight.ndim >= 2:
+            yield path, module
+
+
+def _by_part(
+    model: nn.Module, sites: list[MoESite], itemsize: int
+) -> dict[str, Matrices]:
+    """Weights and bytes of experts, routers, shared experts, attention and the rest."""
+    blocks = {site.path: site for site in sites}
+    found: dict[str, Matrices] = {}
+    for path, module in _matrices(model):
+        key = _part_of(path, module, blocks)
+        own = Matrices(_numbers(module), _bytes(module, itemsize))
+        found[key] = found.get(key, Matrices()) + own
+    return found
+
+
+def _part_of(path: str, module: nn.Module, blocks: dict[str, MoESite]) -> str:
+    parents = path.split(".")
+    for end in range(len(parents), 0, -1):
+        site = blocks.get(".".join(parents[:end]))
+        if site is None:
+            continue
+        inside = ".".join(parents[end:])
+        if inside.startswith(f"{site.switch_name}."):
+            return "experts"
+        # A shared expert's gate has one row, a router one per expert.
+        is_router = module.weight.shape[0] == site.num_experts
+        return "router" if is_router and "shared" not in inside else "shared"
+    if not _LAYER.search(path):
+        return "embedding" if "embed" in path or "wte" in path else "head"
+    return "attention" if _ATTENTION.search(path) else "dense"
+
+
+def _matrix(module: nn.Module) -> tuple[int, int, int]:
+    """Experts, rows and columns of a stacked projection."""
+    experts, rows = module.weight.shape[:2]
+    return experts, rows, _numbers(module) // (experts * rows)
+
+
+def _numbers(module: nn.Module) -> int:
+    if "scales" in module:
+        return module.scales.size * module.group_size
+    return module.weight.size
+
+
+def _bytes(module: nn.Module, itemsize: int) -> int:
+    """Of the arrays of a module, with floating-point ones in the model's dtype."""
+    return sum(
+        array.size * itemsize
+        if mx.issubdtype(array.dtype, mx.floating)
+        else array.nbytes
+        for array in module.values()
+        if isinstance(array, mx.array)
+    )
+
+
+def _packing(module: nn.Module, dtype: str) -> str:
+    """As `mlx_ep.runners.Matrices.packing` calls it."""
+    if "scales" not in module:
+        return dtype
+    scales = dtype if module.mode == "affine" else "uint8"
+    return f"{module.mode} {module.bits} bit/{module.group_size} {scales}"
+
+
+def _top_k(text: dict[str, Any]) -> int:
+    for key in ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "topk"):
+        if key in text:
+            return int(text[key])
+    raise ValueError(
+        "config.json must say how many experts a token takes (num_experts_per_tok)."
+    )
+
+
+def _macs(text: dict[str, Any]) -> int:
+    """Multiply-adds of one layer for one query and one key."""
+    heads = text.get("num_attention_heads", 0)
+    if "kv_lora_rank" in text:  # MLA
+        keys = text.get("qk_nope_head_dim", 0) + text.get("qk_rope_head_dim", 0)
+        return heads * (keys + text.get("v_head_dim", 0))
+    width = text.get("head_dim") or text.get("hidden_size", 0) // max(heads, 1)
+    return 2 * heads * width
+
+
+def _indexer_macs(text: dict[str, Any]) -> int:
+    """Of DeepSeek's sparse attention, which scores all keys to choose some."""
+    return int(text.get("index_n_heads", 0) * text.get("index_head_dim", 0))
+
+
+class _Caches:
+    """What the caches of one sequence hold, per token and at all.
+
+    Attributes:
+        growing: bytes for each token.
+        windowed: bytes for each of the last `window` tokens.
+        fixed: bytes whatever the context.
+        layers: that have keys; `window_layers`: those of them with the window.
+    """
+
+    def __init__(self, model: nn.Module, itemsize: int, index_topk: int) -> None:
+        self.growing = self.windowed = self.fixed = 0
+        self.layers = self.window_layers = self.window = 0
+        few, more = (_filled(model, count * _CACHE_STEP) for count in (1, 2))
+        for before, after in zip(few, more, strict=True):
+            sizes = [_state_bytes(cache, itemsize) for cache in (before, after)]
+            per_token = (sizes[1] - sizes[0]) // _CACHE_STEP
+            self.fixed += sizes[0] - _CACHE_STEP * per_token
+            if not per_token:
+                continue
+            self.layers += 1
+            if window := getattr(before, "max_size", 0):
+                self.window, self.windowed = window, self.windowed + per_token
+                self.window_layers += 1
+            elif index_topk and isinstance(before, CacheList):
+                # Of the chosen keys and values the latents are read, of all the index.
+                chosen = [_state_bytes(c.caches[0], itemsize) for c in (before, after)]
+                latents = (chosen[1] - chosen[0]) // _CACHE_STEP
+                self.window, self.windowed = index_topk, self.windowed + latents
+                self.growing += per_token - latents
+            else:
+                self.growing += per_token
+
+
+def _filled(model: nn.Module, tokens: int) -> list[Any]:
+    cache: list[Any] = make_prompt_cache(model)
+    model(mx.zeros((1, tokens), mx.int32), cache=cache)
+    return cache
+
+
+def _state_bytes(cache: Any, itemsize: int) -> int:
+    arrays = dict(tree_flatten(cache.state)).values()
+    return sum(
+        array.size * itemsize
+        if mx.issubdtype(array.dtype, mx.floating)
+        else array.nbytes
+        for array in arrays
+        if isinstance(array, mx.array)
+    )

@@ -1,0 +1,113 @@
+"""The sizes of a model, from its shapes: nothing is read or evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import lcm
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_ep.config import EPConfig
+from mlx_ep.loading.caches import PREFILL_STEP, cache_bytes
+from mlx_ep.loading.widths import named_projections, width_problem
+from mlx_ep.loading.working import working_memory
+from mlx_ep.models import find_moe_sites
+from mlx_ep.placement import ExpertSizes, Placement, place, read_placement
+
+_INPUT_NAMES = ("down_proj", "fc2")
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters; known without evaluating them."""
+    return sum(p.nbytes for p in dict(tree_flatten(model.parameters())).values())
+
+
+def experts_bytes(model: nn.Module) -> int:
+    """Those of them that belong to routed experts."""
+    sites = find_moe_sites(model)
+    return sum(held_bytes(p) for site in sites for p in site.projections)
+
+
+def expert_sizes(model: nn.Module) -> ExpertSizes:
+    """What of a model there is to divide among ranks.
+
+    Args:
+        model: with all experts, quantized as it will run; it may be lazy.
+    """
+    sites = find_moe_sites(model)
+    all_bytes = experts_bytes(model)
+    takers = [
+        projection
+        for site in sites
+        for name, projection in named_projections(site)
+        if name in _INPUT_NAMES
+    ]
+    return ExpertSizes(
+        num_experts=sites[0].num_experts,
+        expert_bytes=-(-all_bytes // sites[0].num_experts),
+        dense_bytes=held_bytes(model) - all_bytes,
+        widths=tuple(sorted({projection.input_dims for projection in takers})),
+        unit=lcm(*(getattr(projection, "group_size", 1) for projection in takers)),
+    )
+
+
+def choose_placement(
+    config: EPConfig,
+    num_experts: int,
+    num_ranks: int,
+    outline: Callable[[], nn.Module],
+    must_fit: bool = True,
+) -> Placement:
+    """The placement that a configuration asks for; alike where its inputs are alike.
+
+    Args:
+        config: its `memory`, `context`, `placement_file`, `ep_size`.
+        num_experts: E.
+        num_ranks: P.
+        outline: makes the model with all experts, without numbers; only asked for
+            where sizes matter.
+        must_fit: whether too little `memory` is an error.
+
+    Raises:
+        ValueError: the configuration is not possible for this model and these ranks.
+    """
+    if config.placement_file is not None:
+        return read_placement(config.placement_file, num_experts, num_ranks)
+    is_parted = config.ep_size not in (None, num_ranks)
+    if is_parted and (config.strategy, config.reduction) != (
+        "replicated",
+        "partial_sum",
+    ):
+        raise ValueError(
+            f"--ep {config.ep_size} on {num_ranks} ranks shares the width of experts, "
+            "whose parts only the sum of strategy replicated with reduction "
+            f"partial_sum adds up; got strategy {config.strategy} and reduction "
+            f"{config.reduction}. Leave --ep out, or use those."
+        )
+    if config.memory is None and not is_parted:
+        return Placement.contiguous(num_experts, num_ranks)
+    model = outline()
+    if is_parted and (problem := width_problem(model)):
+        raise ValueError(
+            f"--ep {config.ep_size} cannot share the width of this model's experts: "
+            f"{problem}. Leave --ep out."
+        )
+    sizes, memory, reserved = expert_sizes(model), None, 0
+    if config.memory is not None:
+        memory = [int(gigabytes * 1e9) for gigabytes in config.memory]
+    if config.memory is not None and config.context:
+        working = working_memory(model, min(config.context, PREFILL_STEP))
+        reserved = cache_bytes(model, config.context) + working.fixed
+        # Rows of an expert come with the expert.
+        each = working.of(1, num_experts) - working.fixed
+        sizes = replace(sizes, expert_bytes=sizes.expert_bytes + each)
+    return place(
+        sizes,
+        num_ranks,
+        ep_size=config.ep_size,
+        memory=memory,
+        reserved_bytes=reserved,
+        must_fit=must_fit,
+    )

@@ -1,0 +1,129 @@
+"""What would make a model fit where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mlx_ep.loading.caches import cache_bytes
+from mlx_ep.loading.estimate import (
+    ModelOutline,
+    RankNeed,
+    Workload,
+    rank_needs,
+    rank_outline,
+)
+from mlx_ep.loading.working import working_memory
+from mlx_ep.metrics import format_bytes
+from mlx_ep.placement import Placement
+
+_CONTEXT_STEP = 256  # tokens by which mlx-lm's caches grow
+
+
+def advice(
+    model: ModelOutline,
+    placement: Placement,
+    needs: Sequence[RankNeed],
+    workload: Workload,
+) -> list[str]:
+    """Sentences, each a way by itself; none where everything fits.
+
+    Args:
+        needs: of `placement` and `workload`, with the memory of every rank.
+    """
+    short = [need for need in needs if need.missing_bytes > 0]
+    if not short:
+        return []
+    found = [_memory(short), _more_ranks(model, placement, needs, workload)]
+    found += [_context(model, placement, needs, workload)]
+    if workload.attention != "tensor" and placement.num_ranks > 1:
+        found.append(_tensor(model, placement, needs, workload))
+    return [sentence for sentence in found if sentence]
+
+
+def _memory(short: Sequence[RankNeed]) -> str:
+    each = ", ".join(
+        f"rank {need.rank} needs {format_bytes(need.total_bytes)}, "
+        f"{format_bytes(need.missing_bytes)} more than it has"
+        for need in short
+    )
+    return f"Memory: {each}."
+
+
+def _more_ranks(
+    model: ModelOutline,
+    placement: Placement,
+    needs: Sequence[RankNeed],
+    workload: Workload,
+) -> str:
+    """With whole experts, further ranks being like the one with the most memory."""
+    made = rank_outline(model, placement, 0, workload.attention)
+    working = working_memory(made, workload.step_tokens)
+    weights = -(-sum(need.expert_bytes for need in needs) // model.num_experts)
+    # Rows of an expert come with the expert.
+    each = weights + working.of(1, model.num_experts) - working.fixed
+    rooms = []
+    for need in needs:
+        fixed = need.dense_bytes + need.cache_bytes + working.fixed
+        rooms.append(max((need.memory or 0) - fixed, 0) // max(each, 1))
+    missing = model.num_experts - sum(rooms)
+    largest = max(needs, key=lambda need: need.memory or 0)
+    room = rooms[largest.rank]
+    if missing <= 0:
+        return "Another split of the same memory: --memory with the GB of every rank."
+    if room < 1:
+        return (
+            "More ranks do not help as long as every rank holds the whole dense part: "
+            f"with its cache that leaves no room for an expert "
+            f"({format_bytes(each)})."
+        )
+    more = -(-missing // room)
+    return (
+        f"More ranks: {more} more with {format_bytes(largest.memory or 0)}, "
+        f"{len(needs) + more} in all."
+    )
+
+
+def _context(
+    model: ModelOutline,
+    placement: Placement,
+    needs: Sequence[RankNeed],
+    workload: Workload,
+) -> str:
+    """The longest context that fits every rank, by bisection."""
+    room = min((n.memory or 0) - n.total_bytes + n.cache_bytes for n in needs)
+    made = rank_outline(model, placement, 0, workload.attention)
+    low, high = 0, workload.context // _CONTEXT_STEP
+    while low < high:
+        middle = (low + high + 1) // 2
+        held = cache_bytes(
+            made, middle * _CONTEXT_STEP, workload.quantization, workload.step
+        )
+        if workload.sequences * held <= room:
+            low = middle
+        else:
+            high = middle - 1
+    if not low:
+        return ""
+    return f"A smaller context: {low * _CONTEXT_STEP} tokens fit."
+
+
+def _tensor(
+    model: ModelOutline,
+    placement: Placement,
+    needs: Sequence[RankNeed],
+    workload: Workload,
+) -> str:
+    memory = [need.memory or 0 for need in needs]
+    split = replace(workload, attention="tensor")
+    try:
+        found = rank_needs(model, placement, split, memory)
+    except ValueError:  # the model cannot be split so, which is no advice
+        return ""
+    most = max(need.total_bytes for need in found)
+    if any(need.missing_bytes > 0 for need in found):
+        return (
+            f"--attention tensor takes less, at most {format_bytes(most)} a rank, and "
+            "is not enough by itself."
+        )
+    return f"--attention tensor fits: at most {format_bytes(most)} a rank."

@@ -1,0 +1,102 @@
+"""The flags of ``mlx_ep.plan``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import get_args
+
+from mlx_ep import cli
+from mlx_ep.config import Attention
+from mlx_ep.loading.caches import PREFILL_STEP
+from mlx_ep.policy.profile import shipped_profiles
+
+DEFAULT_CONTEXT = 4096
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        prog="mlx_ep.plan",
+        description="What every rank of a cluster would hold of a model, whether it "
+        "fits, and predicted speeds. No launcher, and no weight is read. Exit code 1: "
+        "it does not fit.",
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="A model folder, its config.json, a hub repository, or the model inside "
+        "the package.",
+    )
+    parser.add_argument(
+        "--revision", help="A branch, tag or commit of the hub repository."
+    )
+    cluster = parser.add_argument_group("cluster")
+    cluster.add_argument(
+        "--ranks",
+        type=cli.positive,
+        help="How many Macs (default: as many as --memory).",
+    )
+    cli.add_placement_flags(cluster)
+    cluster.add_argument(
+        "--attention",
+        choices=get_args(Attention),
+        default="replicated",
+        help="How the dense part runs (default: %(default)s).",
+    )
+    cluster.add_argument(
+        "--write-placement",
+        metavar="FILE",
+        help="Write the placement as a file for --placement.",
+    )
+    use = parser.add_argument_group("use")
+    use.add_argument(
+        "--context",
+        type=cli.positive,
+        default=DEFAULT_CONTEXT,
+        metavar="TOKENS",
+        help="Tokens of a sequence (default: %(default)s).",
+    )
+    use.add_argument(
+        "--sequences",
+        type=cli.positive,
+        default=1,
+        help="Sequences at once (default: %(default)s).",
+    )
+    use.add_argument(
+        "--kv-bits",
+        type=int,
+        help="Bits of a quantized KV cache, as of mlx_lm.generate (default: none).",
+    )
+    use.add_argument(
+        "--kv-group-size",
+        type=int,
+        default=64,
+        help="With --kv-bits (default: %(default)s).",
+    )
+    use.add_argument(
+        "--quantized-kv-start",
+        type=int,
+        default=0,
+        help="With --kv-bits: from this token on (default: %(default)s).",
+    )
+    use.add_argument(
+        "--prefill-step-size",
+        type=cli.positive,
+        default=PREFILL_STEP,
+        help="Tokens of a step of prefill (default: %(default)s).",
+    )
+    speeds = parser.add_argument_group("predicted speeds")
+    speeds.add_argument(
+        "--profile",
+        metavar="NAME_OR_FILE",
+        help="A hardware profile (default: what mlx_ep.calibrate left on this machine "
+        "for as many ranks).",
+    )
+    speeds.add_argument(
+        "--chip",
+        metavar="NAME[,NAME...]",
+        help="Shipped profiles, of all Macs or of each; the slowest counts: "
+        f"{', '.join(shipped_profiles())}.",
+    )
+    speeds.add_argument("--link", help="Of the profile (default: its first).")
+    parser.add_argument("--json", metavar="FILE", help="Write everything as JSON.")
+    return parser
