@@ -1,0 +1,1 @@
+"""Expert against tensor parallelism, measured end to end: ``mlx_ep.benchmark``."""
