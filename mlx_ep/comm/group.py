@@ -49,6 +49,17 @@ def communication_stream() -> mx.ThreadLocalStream:
     return mx.new_thread_local_stream(mx.cpu)
 
 
+def default_cpu_stream() -> mx.Device:
+    """The CPU stream that is the default where a collective is built.
+
+    MLX runs a collective without a stream there, whatever the default device is. So
+    this is the one stream for a model inside a program with collectives of its own,
+    such as mlx-lm's server: those and ours then run one after another, in the order in
+    which the program evaluates them, on all ranks alike.
+    """
+    return mx.Device(mx.cpu, 0)
+
+
 class GroupComm:
     """The collectives of `Comm` over a group of `mx.distributed`.
 
@@ -61,6 +72,8 @@ class GroupComm:
         transport: what carries the data. None reads it from the environment, as
             the launcher left it.
         schedule: of the all-to-all; None takes what `choose_schedule` says.
+        stream: what gives the stream of a collective; `default_cpu_stream` where other
+            code has collectives over the same ranks too.
     """
 
     def __init__(
@@ -69,8 +82,10 @@ class GroupComm:
         *,
         transport: Transport | None = None,
         schedule: Schedule | None = None,
+        stream: Callable[[], mx.ThreadLocalStream | mx.Device] = communication_stream,
     ) -> None:
         self.group = group or mx.distributed.init()
+        self._stream = stream
         self._rank = self.group.rank()
         self._size = self.group.size()
         if transport is None:
@@ -102,15 +117,11 @@ class GroupComm:
     def all_reduce(self, x: Shaped[mx.array, "*shape"]) -> Shaped[mx.array, "*shape"]:
         """See `Comm.all_reduce`."""
         _check_summable(x)
-        return mx.distributed.all_sum(
-            x, group=self.group, stream=communication_stream()
-        )
+        return mx.distributed.all_sum(x, group=self.group, stream=self._stream())
 
     def all_gather(self, x: Shaped[mx.array, "n ..."]) -> Shaped[mx.array, "m ..."]:
         """See `Comm.all_gather`."""
-        return mx.distributed.all_gather(
-            x, group=self.group, stream=communication_stream()
-        )
+        return mx.distributed.all_gather(x, group=self.group, stream=self._stream())
 
     def reduce_scatter(self, x: Shaped[mx.array, "n ..."]) -> Shaped[mx.array, "m ..."]:
         """See `Comm.reduce_scatter`."""
@@ -118,11 +129,9 @@ class GroupComm:
         _check_summable(x)
         if "sum_scatter" in self.capability.operations:
             return mx.distributed.sum_scatter(
-                x, group=self.group, stream=communication_stream()
+                x, group=self.group, stream=self._stream()
             )
-        total = mx.distributed.all_sum(
-            x, group=self.group, stream=communication_stream()
-        )
+        total = mx.distributed.all_sum(x, group=self.group, stream=self._stream())
         return total[self._rank * rows : (self._rank + 1) * rows]
 
     def all_to_all(self, x: Shaped[mx.array, "n ..."]) -> Shaped[mx.array, "n ..."]:
@@ -162,18 +171,14 @@ class GroupComm:
         # A product and not zeros on the other ranks: what `x` depends on may hold
         # collectives, and those have to run on every rank.
         bits = bits * mx.array(self._rank == root, dtype=bits.dtype)
-        bits = mx.distributed.all_sum(
-            bits, group=self.group, stream=communication_stream()
-        )
+        bits = mx.distributed.all_sum(bits, group=self.group, stream=self._stream())
         return bits.astype(mx.bool_) if is_bool else bits.view(x.dtype)
 
     def barrier(self) -> None:
         """See `Comm.barrier`."""
         # sync: a barrier is one; the sum is complete when all ranks have joined it.
         mx.eval(
-            mx.distributed.all_sum(
-                mx.array(0), group=self.group, stream=communication_stream()
-            )
+            mx.distributed.all_sum(mx.array(0), group=self.group, stream=self._stream())
         )
 
     def _all_to_all(self, x: mx.array, rows: int) -> mx.array:
@@ -183,7 +188,7 @@ class GroupComm:
         chunks = x.reshape(size, rows, *x.shape[1:])
         if self.schedule.kind == "exchange":
             peer = mx.distributed.all_gather(
-                chunks[1 - rank], group=self.group, stream=communication_stream()
+                chunks[1 - rank], group=self.group, stream=self._stream()
             )
             # A choice instead of a concatenation: MLX runs collectives in an order
             # that follows from the graph, so the graph must be alike on all ranks.
@@ -191,7 +196,7 @@ class GroupComm:
             return mx.where(is_own, chunks, peer.reshape(chunks.shape)).reshape(x.shape)
         # (from0: to0 to1) (from1: to0 to1)  ->  (from0: to1) (from1: to1)
         gathered = mx.distributed.all_gather(
-            chunks, group=self.group, stream=communication_stream()
+            chunks, group=self.group, stream=self._stream()
         )
         return gathered.reshape(size, *chunks.shape)[:, rank].reshape(x.shape)
 
@@ -237,7 +242,7 @@ class GroupComm:
         starts = [0, send_counts[0]]
         sent = take_padded(x, [starts[peer]], [send_counts[peer]], widest)
         gathered = mx.distributed.all_gather(
-            sent, group=self.group, stream=communication_stream()
+            sent, group=self.group, stream=self._stream()
         )
         starts[peer] = x.shape[0] + peer * widest
         return take(mx.concatenate([x, gathered]), starts, recv_counts)
@@ -252,7 +257,7 @@ class GroupComm:
         # At least one row, as in `_exchange_v`.
         largest = mx.array(max(1, *send_counts), dtype=mx.int32)
         largest = mx.distributed.all_max(
-            largest, group=self.group, stream=communication_stream()
+            largest, group=self.group, stream=self._stream()
         )
         # sync: the shape of the collective depends on it.
         widest = int(np.array(largest))
@@ -287,7 +292,7 @@ class GroupComm:
                             rows,
                             message.peer,
                             group=self.group,
-                            stream=communication_stream(),
+                            stream=self._stream(),
                         )
                     )
                 continue
@@ -299,7 +304,7 @@ class GroupComm:
                     x.dtype,
                     message.peer,
                     group=self.group,
-                    stream=communication_stream(),
+                    stream=self._stream(),
                 )
                 # sync: see above.
                 mx.eval(rows)

@@ -7,6 +7,7 @@ the one that sent it included.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -44,6 +45,33 @@ def broadcast_object(comm: Comm, obj: Any, root: int = 0) -> Any:
     # sync: the object is needed on the host.
     received = np.array(comm.broadcast(_bytes(text.ljust(size)), root))
     return json.loads(bytes(received))
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """The same ValueError on every rank, if any rank has a problem.
+
+    Args:
+        problems: of every rank, in rank order, as every rank knows them; "" is none.
+    """
+    different = {problem for problem in problems if problem}
+    if not different:
+        return
+    if all(problems) and len(different) == 1:
+        raise ValueError(problems[0])
+    raise ValueError(
+        " ".join(
+            f"rank {r}: {problem}" for r, problem in enumerate(problems) if problem
+        )
+    )
+
+
+def agree(comm: Comm, problem: str) -> None:
+    """Tell all ranks of this rank's problem, or that it has none (""). All must call.
+
+    Raises:
+        ValueError: on every rank, with the same text: a rank has a problem.
+    """
+    raise_problems(gather_objects(comm, problem))
 
 
 def _bytes(text: bytes) -> mx.array:

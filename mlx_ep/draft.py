@@ -1,0 +1,80 @@
+"""A draft model for speculative decoding: a whole model of mlx-lm on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.nn as nn
+import mlx_lm
+from mlx_lm.models.cache import (
+    RotatingKVCache,
+    can_trim_prompt_cache,
+    make_prompt_cache,
+)
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
+
+from mlx_ep.comm import Comm, agree
+from mlx_ep.loading import find_model
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A draft model that every rank has found and none has read.
+
+    It is small: every rank holds all of it, and drafts without a collective.
+    """
+
+    path: Path
+
+    def load(self) -> nn.Module:
+        """Read it, all of it."""
+        model, _ = mlx_lm.load(str(self.path))
+        return model
+
+
+def prepare_draft(path_or_repo: str, tokenizer: TokenizerWrapper, comm: Comm) -> Draft:
+    """Find a draft model; no weight is read. Every rank must call it.
+
+    Args:
+        path_or_repo: what ``mlx_lm.generate --draft-model`` takes, or ``jargon-moe``.
+        tokenizer: of the model that it drafts for.
+
+    Raises:
+        ValueError: on every rank: there is no such model, or its tokens are others.
+    """
+    path, problem = Path(), ""
+    try:
+        path = find_model(path_or_repo)
+        drafts = load_tokenizer(path)
+        if drafts.vocab_size != tokenizer.vocab_size:
+            problem = (
+                f"--draft-model {path_or_repo} must have the model's tokens: its "
+                f"tokenizer has {drafts.vocab_size}, the model's "
+                f"{tokenizer.vocab_size}."
+            )
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split()).replace("--model", "--draft-model")
+        problem = reason if "--draft-model" in reason else f"--draft-model: {reason}"
+    agree(comm, problem)
+    return Draft(path)
+
+
+def check_trimmable(model: nn.Module) -> None:
+    """Whether tokens that were drafted wrongly can be taken back from the KV cache.
+
+    mlx-lm asks once, before the first token; a sliding window says yes until it is
+    full, and from then on keeps the wrong tokens.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    cache = make_prompt_cache(model)
+    has_window = any(isinstance(layer, RotatingKVCache) for layer in cache)
+    if has_window or not can_trim_prompt_cache(cache):
+        kinds = sorted({type(layer).__name__ for layer in cache})
+        raise ValueError(
+            "--draft-model needs a KV cache from which tokens can be taken back; this "
+            f"model's ({', '.join(kinds)}) cannot."
+        )
