@@ -7,7 +7,7 @@ import socket
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,27 +19,48 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from mlx_ep import loading
-from mlx_ep.comm import Comm, GroupComm, gather_objects
+from mlx_ep.attention import (
+    DensePart,
+    Splitter,
+    agree_attention,
+    decide,
+    dense_part,
+)
+from mlx_ep.comm import Comm, GroupComm, gather_objects, raise_problems
 from mlx_ep.config import EPConfig
 from mlx_ep.exchange import STRATEGIES
 from mlx_ep.loading import (
     EMBEDDED_MODEL,
+    DiskNeed,
     MemoryNeed,
     Weights,
     checkpoint_weights,
+    choose_placement,
+    disk_problems,
     find_model,
     has_tokenizer,
     held_bytes,
+    hub_commit,
+    keep_part,
     memory_limit,
     memory_problems,
     read_config,
 )
 from mlx_ep.metrics import Counters, RankReport, peak_resident_bytes
-from mlx_ep.models import find_moe_sites, install, keep_experts, verify_blocks
+from mlx_ep.models import (
+    find_moe_sites,
+    install,
+    keep_experts,
+    stack_experts,
+    verify_blocks,
+    why_not_here,
+)
 from mlx_ep.models.blocks import BlockState
+from mlx_ep.models.tensor_parallel import connect
 from mlx_ep.moe import ExpertGroup
 from mlx_ep.placement import Placement
 from mlx_ep.policy import Layer, ModelPolicy, Wish, tune
+from mlx_ep.policy.attention import REPLICATED, AttentionChoice
 
 
 @dataclass
@@ -53,12 +74,14 @@ class ExpertParallel:
             prints every option with its times.
         reports: of every rank, in rank order; empty for a model that was already in
             memory.
+        attention: how the dense part runs, with the reason and predicted times.
     """
 
     group: ExpertGroup
     blocks: list[BlockState]
     policy: ModelPolicy | None = None
     reports: list[RankReport] = field(default_factory=list)
+    attention: AttentionChoice = REPLICATED
 
     @property
     def counters(self) -> Counters:
@@ -67,7 +90,8 @@ class ExpertParallel:
     @property
     def per_slot_reasons(self) -> list[str]:
         """Why MoE layers exchange K outputs per token instead of their sum."""
-        return sorted({b.why_per_slot for b in self.blocks if b.probe is None})
+        found = {b.why_not_routed for b in self.blocks if b.tier == "per-slot"}
+        return sorted(found)
 
 
 def load(
@@ -122,22 +146,30 @@ def parallelize(
         config: how the model is made expert-parallel.
 
     Raises:
-        ValueError: the model has no routed experts, or is expert-parallel already.
+        ValueError: the model has no routed experts, or is expert-parallel already, or
+            the configuration's placement is not possible.
     """
     if hasattr(model, "expert_parallel"):
         raise ValueError(
             "The model is expert-parallel already; parallelize() takes a model as "
             "mlx_lm.load returns it."
         )
+    if reason := why_not_here(type(model)):
+        raise ValueError(reason)
     comm = GroupComm(group or mx.distributed.init())
-    sites = find_moe_sites(model)
-    placement = Placement.contiguous(sites[0].num_experts, comm.size)
+    sites = find_moe_sites(stack_experts(model))
+    placement = _agreed_placement(model, sites[0].num_experts, comm, config)
+    splitter = Splitter(agree_attention(model, comm, config), comm)
+    part = placement.part(comm.rank)
     own = mx.array(placement.rank_experts[comm.rank], mx.int32)
     for site in sites:
         keep_experts(site, lambda parameter: mx.contiguous(parameter[own]))
+        if part is not None:
+            keep_part(site, part)
         # sync: one layer at a time, so that one layer at most is held twice.
         mx.eval(site.switch.parameters())
-    return _install(model, comm, placement, config)
+    splitter.evaluated(model)
+    return _install(model, comm, placement, config, splitter)
 
 
 def prepare(
@@ -154,13 +186,20 @@ def prepare(
     Raises:
         ValueError: as `load`.
     """
-    prepared, problem = None, ""
+    prepared, dense, problem, commit = None, DensePart(), "", ""
     try:
         STRATEGIES.create(config)
-        path = find_model(path_or_hf_repo, revision, with_weights=not dummy_weights)
+        path = find_model(
+            path_or_hf_repo,
+            revision,
+            with_weights=not dummy_weights,
+            download=config.download,
+        )
+        commit = hub_commit(path)
         weights_of = loading.dummy_weights if dummy_weights else checkpoint_weights
-        weights = weights_of(path, comm.rank, comm.size)
+        weights = weights_of(path, comm.rank, comm.size, config)
         tokenizer = _load_tokenizer(path, dummy_weights, tokenizer_config or {})
+        dense = dense_part(config, comm, weights.outline)
         prepared = PreparedModel(comm, config, weights, tokenizer)
     except ValueError as error:
         problem = str(error)
@@ -169,29 +208,69 @@ def prepare(
         num_bytes=prepared.weights.rank_bytes if prepared else 0,
         limit=memory_limit(config.memory_limit_gb),
     )
-    problems, needs = zip(*gather_objects(comm, [problem, need]), strict=True)
-    _raise_problems(problems)
-    _raise_problems(
-        memory_problems(
-            [MemoryNeed(*need) for need in needs], config.memory_limit_gb is not None
-        )
+    fetch = prepared.weights.fetch if prepared else None
+    disk_need = fetch.disk_need(need.host) if fetch else DiskNeed(need.host)
+    digest = prepared.weights.placement.digest if prepared else ""
+    problems, needs, disk_needs, digests, parts = zip(
+        *gather_objects(comm, [problem, need, disk_need, digest, dense]), strict=True
     )
+    raise_problems(problems)
+    _check_commits(gather_objects(comm, commit))
+    _check_placements(digests)
+    choice, memory_needs = decide(
+        config, [DensePart(*p) for p in parts], [MemoryNeed(*need) for need in needs]
+    )
+    raise_problems(memory_problems(memory_needs, config.memory_limit_gb is not None))
+    raise_problems(disk_problems([DiskNeed(*need) for need in disk_needs]))
     assert prepared is not None
-    return prepared
+    return replace(prepared, attention=choice)
 
 
-def _raise_problems(problems: Sequence[str]) -> None:
-    """The same ValueError on every rank, if any rank has a problem."""
-    different = {problem for problem in problems if problem}
-    if not different:
-        return
-    if all(problems) and len(different) == 1:
-        raise ValueError(problems[0])
-    raise ValueError(
-        " ".join(
-            f"rank {r}: {problem}" for r, problem in enumerate(problems) if problem
+def _agreed_placement(
+    model: nn.Module, num_experts: int, comm: Comm, config: EPConfig
+) -> Placement:
+    """The placement of a model in memory, the same on all ranks.
+
+    Raises:
+        ValueError: on every rank, if any rank has a problem or another placement.
+    """
+    placement, problem = None, ""
+    try:
+        placement = choose_placement(config, num_experts, comm.size, lambda: model)
+    except ValueError as error:
+        problem = str(error)
+    mine = [problem, placement.digest if placement else ""]
+    problems, digests = zip(*gather_objects(comm, mine), strict=True)
+    raise_problems(problems)
+    _check_placements(digests)
+    assert placement is not None
+    return placement
+
+
+def _check_commits(commits: Sequence[str]) -> None:
+    """Raises:
+    ValueError: the hub's model changed between the ranks' questions, or a rank that
+        cannot ask the hub has an older one.
+    """
+    known = [commit for commit in commits if commit]
+    if different := [commit for commit in known if commit != known[0]]:
+        raise ValueError(
+            f"All ranks must load the same commit; rank {commits.index(known[0])} has "
+            f"{known[0]}, rank {commits.index(different[0])} has {different[0]}. Start "
+            "again, or name one with --revision."
         )
-    )
+
+
+def _check_placements(digests: Sequence[str]) -> None:
+    """Raises:
+    ValueError: the ranks would place experts differently.
+    """
+    if different := [r for r, digest in enumerate(digests) if digest != digests[0]]:
+        raise ValueError(
+            f"All ranks must place experts alike; rank {different[0]} has another "
+            "placement than rank 0. A placement file must be the same on every host, "
+            "and so must the checkpoint and the flags --memory, --context and --ep."
+        )
 
 
 def _load_tokenizer(
@@ -221,13 +300,23 @@ class PreparedModel:
     config: EPConfig
     weights: Weights
     tokenizer: TokenizerWrapper
+    attention: AttentionChoice = REPLICATED
 
     def load(self) -> tuple[nn.Module, TokenizerWrapper]:
-        """Read this rank's weights. Every rank must call it."""
+        """Fetch and read this rank's weights. Every rank must call it.
+
+        Raises:
+            RuntimeError: on the rank that cannot fetch its weights from the hub; the
+                others wait for it, unless they run under `mlx_ep.guard`.
+        """
+        if self.weights.fetch is not None:
+            self.weights.fetch.run(self.comm.rank)
         start = time.perf_counter()
-        model, read_bytes = self.weights.build()
+        splitter = Splitter(self.attention, self.comm)
+        model, read_bytes = self.weights.build(splitter.change)
         seconds = time.perf_counter() - start
-        model = _install(model, self.comm, self.weights.placement, self.config)
+        placement = self.weights.placement
+        model = _install(model, self.comm, placement, self.config, splitter)
         report = RankReport(
             rank=self.comm.rank,
             experts=self.weights.placement.describe(self.comm.rank),
@@ -242,13 +331,19 @@ class PreparedModel:
 
 
 def _install(
-    model: nn.Module, comm: Comm, placement: Placement, config: EPConfig
+    model: nn.Module,
+    comm: Comm,
+    placement: Placement,
+    config: EPConfig,
+    splitter: Splitter,
 ) -> nn.Module:
     """Make a model expert-parallel whose switches hold this rank's experts."""
     shares_routing = _shares_routing(comm, config)
     group = ExpertGroup.from_config(comm, placement, config, shares_routing)
-    blocks = install(find_moe_sites(model), group, config.reduction)
-    model.expert_parallel = ExpertParallel(group, blocks)
+    connect(model, group.counted)
+    partial_shared = splitter.made.partial_shared
+    blocks = install(find_moe_sites(model), group, config.reduction, partial_shared)
+    model.expert_parallel = ExpertParallel(group, blocks, attention=splitter.choice)
     verify_blocks(model, blocks)
     layers = [
         Layer(b.site.switch, b.probe.row_dtype, b.probe.top_k)
@@ -256,11 +351,25 @@ def _install(
         if b.probe
     ]
     wish = Wish(config.runner, config.backend, config.warmup)
-    model.expert_parallel.policy = tune(layers, placement.num_experts, comm, wish)
+    model.expert_parallel.policy = tune(
+        layers,
+        placement.num_experts,
+        comm,
+        wish,
+        strategy=group.strategy,
+        placement=placement,
+    )
     if reasons := model.expert_parallel.per_slot_reasons:
         warnings.warn(
             f"{type(model).__module__}: K outputs per token travel instead of their "
             f"sum, K times the bytes, because {'; '.join(reasons)}.",
+            stacklevel=3,
+        )
+    if shares_routing and any(block.probe is None for block in blocks):
+        warnings.warn(
+            f"{type(model).__module__} keeps its routing inside its MoE blocks: rank "
+            "0's routing cannot be sent to all, and ranks that round differently may "
+            "choose different experts at a near-tie.",
             stacklevel=3,
         )
     return model

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn, TextIO, get_args
+from typing import Any, NoReturn, TextIO, get_args
 
 import mlx.nn as nn
 
@@ -20,7 +20,9 @@ from mlx_ep.comm import Comm, init
 from mlx_ep.comm.liveness import guard
 from mlx_ep.config import (
     ALIASES,
+    Attention,
     Backend,
+    Download,
     EPConfig,
     Mode,
     Reduction,
@@ -30,6 +32,16 @@ from mlx_ep.config import (
 )
 from mlx_ep.exchange import STRATEGIES
 from mlx_ep.loading.source import EMBEDDED_MODEL
+
+_ATTENTION_HELP = (
+    "How attention and the other dense layers run. replicated: whole on every rank; "
+    "tensor: split over the ranks by the model's own shard(); auto: the one of these "
+    "that fits and is predicted to be faster"
+)
+_DATA_HELP = (
+    "; data, with --prompts-file: each rank runs attention and KV cache of its own "
+    "sequences only"
+)
 
 
 class UsageError(Exception):
@@ -51,7 +63,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=EMBEDDED_MODEL,
         help="A model folder, a hub repository, or the model inside the package "
-        "(default: %(default)s).",
+        f"(default: {EMBEDDED_MODEL}).",
     )
     parser.add_argument(
         "--revision", help="A branch, tag or commit of the hub repository."
@@ -69,8 +81,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_ep_flags(parser: argparse.ArgumentParser) -> None:
-    """Expert parallelism; the defaults are those of EPConfig."""
+def add_ep_flags(parser: argparse.ArgumentParser, has_data: bool = False) -> None:
+    """Expert parallelism; the defaults are those of EPConfig.
+
+    Args:
+        has_data: whether ``--attention data`` is possible.
+    """
     defaults = EPConfig()
     group = parser.add_argument_group("expert parallelism")
     group.add_argument(
@@ -86,6 +102,14 @@ def add_ep_flags(parser: argparse.ArgumentParser) -> None:
         help="How tokens meet the experts of other ranks: "
         f"{', '.join(STRATEGIES)}, or an alias ({', '.join(ALIASES)}) (default: "
         f"{defaults.strategy}, with --attention data auto).",
+    )
+    group.add_argument(
+        "--attention",
+        choices=(*get_args(Attention), *(["data"] if has_data else [])),
+        default=defaults.attention,
+        help=_ATTENTION_HELP
+        + (_DATA_HELP if has_data else "")
+        + " (default: %(default)s).",
     )
     group.add_argument(
         "--mode",
@@ -155,6 +179,47 @@ def add_ep_flags(parser: argparse.ArgumentParser) -> None:
         default=defaults.memory_limit_gb,
         help="Most GB of weights a rank may hold (default: what the device offers).",
     )
+    group.add_argument(
+        "--download",
+        choices=get_args(Download),
+        default=defaults.download,
+        help="Of a hub repository: ranges fetches what this rank needs, full all files "
+        "(default: %(default)s).",
+    )
+    add_placement_flags(group)
+    group.add_argument(
+        "--context",
+        type=positive,
+        default=0,
+        metavar="TOKENS",
+        help="With --memory: leave room for the KV cache of that many tokens, and for "
+        "computing them.",
+    )
+
+
+def add_placement_flags(group: argparse._ActionsContainer) -> None:
+    """Which rank holds which experts; the defaults are those of EPConfig."""
+    group.add_argument(
+        "--memory",
+        type=gigabytes,
+        metavar="GB,GB,...",
+        help="GB that each rank may hold, in rank order: gives each its share of the "
+        "experts (default: the same number for every rank).",
+    )
+    group.add_argument(
+        "--placement",
+        dest="placement_file",
+        metavar="FILE",
+        help="A JSON file that says which rank holds which experts (docs/plan.md).",
+    )
+    group.add_argument(
+        "--ep",
+        dest="ep_size",
+        type=positive,
+        metavar="N",
+        help="With strategy replicated: N groups of ranks; experts belong to a group, "
+        "whose ranks share their width (default: as many as ranks).",
+    )
 
 
 def ep_config(args: argparse.Namespace) -> EPConfig:
@@ -163,7 +228,7 @@ def ep_config(args: argparse.Namespace) -> EPConfig:
     Raises:
         ValueError: a value is not allowed.
     """
-    is_data = getattr(args, "attention", "replicated") == "data"
+    is_data = args.attention == "data"
     by_default = "auto" if is_data else EPConfig().strategy
     return EPConfig(
         strategy=args.strategy or by_default,
@@ -177,7 +242,13 @@ def ep_config(args: argparse.Namespace) -> EPConfig:
         backend=args.backend,
         warmup=args.warmup,
         shared_routing=args.shared_routing,
+        attention="replicated" if is_data else args.attention,
         memory_limit_gb=args.memory_limit_gb,
+        memory=args.memory,
+        context=args.context,
+        placement_file=args.placement_file,
+        ep_size=args.ep_size,
+        download=args.download,
     )
 
 
@@ -187,8 +258,9 @@ def check_strategy(config: EPConfig, attention: str) -> None:
     """
     if (attention == "data") == (config.strategy == "replicated"):
         raise ValueError(
-            "--strategy replicated goes with --attention replicated (every rank holds "
-            "the same tokens), the others with --attention data; got --strategy "
+            "--strategy replicated goes with --attention replicated, tensor or auto "
+            "(every rank holds the same tokens), the others with --attention data; got "
+            "--strategy "
             f"{config.strategy} and attention {attention}."
         )
 
@@ -199,6 +271,19 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
     return number
+
+
+def gigabytes(text: str) -> tuple[float, ...]:
+    """An argparse type: numbers above 0 between commas."""
+    try:
+        numbers = tuple(float(number) for number in text.split(","))
+    except ValueError:
+        numbers = (0.0,)
+    if not all(0 < number < float("inf") for number in numbers):
+        raise argparse.ArgumentTypeError(
+            f"must be GB per rank, such as 512,128,64; got {text!r}"
+        )
+    return numbers
 
 
 def at_least_zero(text: str) -> float:
@@ -256,9 +341,15 @@ def usage_errors() -> Iterator[None]:
 
 
 def prepare_model(
-    args: argparse.Namespace, comm: Comm, config: EPConfig
+    args: argparse.Namespace,
+    comm: Comm,
+    config: EPConfig,
+    tokenizer_config: dict[str, Any] | None = None,
 ) -> PreparedModel:
     """Check on all ranks the model that the flags of `add_model_flags` name.
+
+    Args:
+        tokenizer_config: further arguments of the tokenizer; the flags go first.
 
     Raises:
         ValueError: as `mlx_ep.api.prepare`.
@@ -267,7 +358,10 @@ def prepare_model(
         args.model,
         comm,
         config,
-        tokenizer_config={"trust_remote_code": args.trust_remote_code},
+        tokenizer_config={
+            **(tokenizer_config or {}),
+            "trust_remote_code": args.trust_remote_code,
+        },
         revision=args.revision,
         dummy_weights=args.dummy_weights,
     )
@@ -281,4 +375,6 @@ def print_reports(
         for report in model.expert_parallel.reports:
             print(report, file=file)
         mode = f" ({config.mode})" if config.strategy == "all_to_all" else ""
+        if config.attention != "replicated":
+            print(model.expert_parallel.attention, file=file)
         print(f"strategy: {config.strategy}{mode}", file=file, flush=True)

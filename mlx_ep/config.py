@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, fields
+from math import inf
 from typing import Any, Literal, get_args
 
 # The strategies of this package; `STRATEGIES.register` adds others.
@@ -12,8 +13,10 @@ Mode = Literal["auto", "low_latency", "normal"]
 Sums = Literal["model", "float32"]
 Reduction = Literal["partial_sum", "per_slot"]
 SharedRouting = Literal["auto", "always", "never"]
+Attention = Literal["replicated", "tensor", "auto"]
 Runner = Literal["auto", "gather", "blas", "metal"]
 Backend = Literal["auto", "cpu", "metal"]
+Download = Literal["ranges", "full"]
 
 # What SGLang, DeepEP, vLLM and InfiniLM call them -> (strategy, mode).
 ALIASES: dict[str, tuple[str, Mode | None]] = {
@@ -59,22 +62,42 @@ class EPConfig:
         reduction: what that all_sum carries. ``partial_sum``: ``[T, D]`` float32,
             each rank's gate-weighted sum. ``per_slot``: ``[T, K, D]`` in the model's
             dtype, K times the bytes; the model then sums them itself, which is
-            bit-identical to one process. For debugging, and what a block whose
-            gates cannot be told apart from its arithmetic falls back to.
+            bit-identical to one process. For debugging, and what a block falls
+            back to that is neither ``routed`` nor ``partial-sum``, see
+            docs/models.md.
         shared_routing: whether rank 0's routing is sent to all ranks, one more
             collective per MoE layer. Needed where ranks may round differently and so
             choose different experts at a near-tie; ``auto`` turns it on where the
             ranks' chips or MLX versions differ.
+        attention: how the dense part runs, with strategy ``replicated``.
+            ``replicated``: whole on every rank. ``tensor``: split over the ranks by the
+            model's own ``shard()``, for one more collective per layer; the KV cache is
+            split too where it holds heads. ``auto``: the one of these that fits and is
+            predicted to be faster, see `mlx_ep.policy.attention`.
         runner: what runs a rank's experts. ``gather``: MLX's gather_mm and gather_qmm.
             ``blas``: NumPy on the CPU. ``metal``: this package's kernels for decode.
             ``auto``: for each call the fastest that is right, see `mlx_ep.policy`.
-        backend: what computes the experts; the environment variable MLX_EP_BACKEND of
-            rank 0 goes first.
-        warmup: whether the ways to run experts are checked and timed when the model
+        backend: what computes the experts and moves their rows; the environment
+            variable MLX_EP_BACKEND of rank 0 goes first.
+        warmup: whether the ways to run experts and, where there is Metal, those to
+            move their rows are checked and timed when the model
             is made expert-parallel (a fraction of a second for each shape of layer,
             then remembered); without it, a rule decides between them.
         memory_limit_gb: most GB (10^9 bytes) of weights this rank may hold; None is
             what the device recommends (Metal) or the host has available (CPU).
+        memory: GB (10^9 bytes) that each rank may hold, in rank order: experts are
+            shared out in proportion to what the dense weights leave of it. None:
+            every rank gets the same number of experts.
+        context: tokens of a sequence whose KV cache and computation have to fit into
+            `memory` too.
+        placement_file: a file that says which rank holds which expert, see
+            `mlx_ep.placement.file`. Every rank reads its own copy.
+        ep_size: N, with strategy ``replicated``: the ranks form N groups of
+            consecutive ranks; an expert belongs to a group, whose ranks share its
+            width. None: as many groups as ranks, which hold whole experts.
+        download: what a rank fetches of a hub repository. ``ranges``: the dense tensors
+            and its own experts, by HTTP byte ranges. ``full``: all files, as mlx-lm
+            does.
 
     Raises:
         ValueError: a field has a value that is not one of those listed. (Whether there
@@ -90,10 +113,16 @@ class EPConfig:
     capacity: int | None = None
     reduction: Reduction = "partial_sum"
     shared_routing: SharedRouting = "auto"
+    attention: Attention = "replicated"
     runner: Runner = "auto"
     backend: Backend = "auto"
     warmup: bool = True
     memory_limit_gb: float | None = None
+    memory: tuple[float, ...] | None = None
+    context: int = 0
+    placement_file: str | None = None
+    ep_size: int | None = None
+    download: Download = "ranges"
 
     def __post_init__(self) -> None:
         self._resolve_alias()
@@ -102,8 +131,10 @@ class EPConfig:
             ("sums", get_args(Sums)),
             ("reduction", get_args(Reduction)),
             ("shared_routing", get_args(SharedRouting)),
+            ("attention", get_args(Attention)),
             ("runner", get_args(Runner)),
             ("backend", get_args(Backend)),
+            ("download", get_args(Download)),
         ):
             value = getattr(self, name)
             if value not in options:
@@ -114,6 +145,12 @@ class EPConfig:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be 1 or more; got {number}.")
+        if self.attention == "tensor" and self.strategy != "replicated":
+            raise ValueError(
+                "attention='tensor' needs the same tokens on all ranks, which is "
+                f"strategy='replicated'; got strategy={self.strategy!r}. Use "
+                "attention='replicated' with it."
+            )
         if self.mode != "auto" and self.strategy in ("replicated", "gathered"):
             warnings.warn(
                 f"mode={self.mode!r} has no effect with strategy={self.strategy!r}; "
@@ -124,6 +161,28 @@ class EPConfig:
             raise ValueError(
                 "memory_limit_gb must be a number of GB above 0, or None for what "
                 f"the device offers; got {self.memory_limit_gb}."
+            )
+        self._check_placement()
+
+    def _check_placement(self) -> None:
+        if self.memory is not None and not all(0 < m < inf for m in self.memory):
+            raise ValueError(
+                "memory must be the GB of each rank, numbers above 0; got "
+                f"{self.memory}."
+            )
+        if self.context < 0 or (self.ep_size is not None and self.ep_size < 1):
+            raise ValueError(
+                "context must be 0 or more and ep_size 1 or more; got "
+                f"{self.context} and {self.ep_size}."
+            )
+        if self.placement_file is not None and (self.memory or self.ep_size):
+            raise ValueError(
+                "placement_file says which rank holds which expert; it cannot be "
+                "combined with memory or ep_size, which do so too. Give one of them."
+            )
+        if self.context and self.memory is None:
+            warnings.warn(
+                f"context={self.context} has no effect without memory.", stacklevel=4
             )
 
     def _resolve_alias(self) -> None:

@@ -10,18 +10,26 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import mlx.nn as nn
 from mlx_lm.generate import stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_ep import cli
-from mlx_ep.comm import Comm, broadcast_object
+from mlx_ep.comm import Comm, broadcast_object, gather_objects
 from mlx_ep.config import EPConfig
 from mlx_ep.data_parallel import can_batch, generate_replicated, generate_sharded
-from mlx_ep.metrics import format_bytes
+from mlx_ep.loading import EMBEDDED_MODEL
+from mlx_ep.metrics import StageTimings, format_bytes, stage_table
 from mlx_ep.prompts_file import open_output, parse_prompts, write_answers
+from mlx_ep.reuse import (
+    add_reuse_flags,
+    check_reuse_flags,
+    find_draft,
+    read_cache,
+    reuse_options,
+)
 from mlx_ep.sampling import (
     add_sampling_flags,
     rank_sampler,
@@ -53,14 +61,6 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         help="A file of many prompts, one a line, or JSON lines (NAME.jsonl) with "
         '"prompt" or "messages"; the answers come as JSON lines in the same order.',
-    )
-    parser.add_argument(
-        "--attention",
-        choices=("replicated", "data"),
-        default="replicated",
-        help="With --prompts-file. replicated: every rank holds all tokens; data: each "
-        "rank runs attention and KV cache of its own sequences only (default: "
-        "%(default)s).",
     )
     parser.add_argument(
         "--output", type=Path, help="Where the answers to --prompts-file are written."
@@ -108,9 +108,17 @@ def make_parser() -> argparse.ArgumentParser:
         default=True,
         help="False or F: print the response only.",
     )
+    parser.add_argument(
+        "--timings",
+        action="store_true",
+        help="Time every stage of the MoE layers (nothing overlaps then, which is a "
+        "little slower) and print them at the end.",
+    )
     add_generation_flags(parser)
+    add_reuse_flags(parser)
     add_sampling_flags(parser)
-    cli.add_ep_flags(parser)
+    cli.add_ep_flags(parser, has_data=True)
+    parser.set_defaults(model=None)  # a prompt cache names its model
     return parser
 
 
@@ -164,20 +172,30 @@ def _generate(args: argparse.Namespace, comm: Comm) -> None:
         config = cli.ep_config(args)
         _check_flags(args, config)
         read = _read_prompts(args, comm)
-        prepared = cli.prepare_model(args, comm, config)
+        cache = read_cache(args, comm)
+        args.model = args.model or (cache.model if cache else EMBEDDED_MODEL)
+        extra = cache.tokenizer_config if cache else None
+        prepared = cli.prepare_model(args, comm, config, extra)
+        draft = find_draft(args, prepared.tokenizer, comm)
     model, tokenizer = prepared.load()
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
     seed_ranks(args.seed, comm)
+    model.expert_parallel.group.timings.enabled = args.timings
     if args.prompts_file is None:
         if args.verbose:
             cli.print_reports(model, comm, config)
-        prompt = _prompt_tokens(args, tokenizer, [_user(read)])
-        _stream(args, comm, model, tokenizer, prompt)
+        options = generation_options(args) | reuse_options(args, model, draft, cache)
+        tokens_of = _prompt_tokens if cache is None else _tokens_after_cache
+        prompt = tokens_of(args, tokenizer, [_user(read)])
+        _stream(args, comm, model, tokenizer, prompt, options)
     else:
         if args.verbose:
             cli.print_reports(model, comm, config, sys.stderr)
         _answer_all(args, comm, model, tokenizer, read)
+    if args.timings:
+        file = sys.stdout if args.prompts_file is None else sys.stderr
+        _print_timings(model.expert_parallel.group.timings, comm, file)
 
 
 def _check_flags(args: argparse.Namespace, config: EPConfig) -> None:
@@ -192,8 +210,7 @@ def _check_flags(args: argparse.Namespace, config: EPConfig) -> None:
     cli.check_strategy(config, args.attention)
     if args.output is not None and args.prompts_file is None:
         raise ValueError("--output is where the answers to --prompts-file go.")
-    if args.kv_bits is not None and args.prompts_file is not None:
-        raise ValueError("--kv-bits does not go with --prompts-file: mlx-lm cannot.")
+    check_reuse_flags(args)
 
 
 def _read_prompts(args: argparse.Namespace, comm: Comm) -> Any:
@@ -293,6 +310,33 @@ def _prompt_tokens(
 ) -> list[int]:
     if args.ignore_chat_template or not tokenizer.has_chat_template:
         return tokenizer.encode(messages[-1]["content"])
+    return _chat_prompt(args, tokenizer, messages, tokenize=True)
+
+
+def _tokens_after_cache(
+    args: argparse.Namespace,
+    tokenizer: TokenizerWrapper,
+    messages: list[dict[str, str]],
+) -> list[int]:
+    """The tokens behind those of a prompt cache: all that follows in the template.
+
+    As in mlx_lm.generate: what comes before the user's words is in the cache.
+    """
+    if args.ignore_chat_template or not tokenizer.has_chat_template:
+        return tokenizer.encode(messages[-1]["content"])
+    text = _chat_prompt(args, tokenizer, messages, tokenize=False)
+    query = "<query>"
+    template = _chat_prompt(args, tokenizer, [_user(query)], tokenize=False)
+    suffix = text[template.index(query) :]
+    return tokenizer.encode(suffix, add_special_tokens=False)
+
+
+def _chat_prompt(
+    args: argparse.Namespace,
+    tokenizer: TokenizerWrapper,
+    messages: list[dict[str, str]],
+    tokenize: bool,
+) -> Any:
     messages = list(messages)
     if args.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": args.system_prompt})
@@ -301,6 +345,7 @@ def _prompt_tokens(
         messages.append({"role": "assistant", "content": args.prefill_response})
     return tokenizer.apply_chat_template(
         messages,
+        tokenize=tokenize,
         continue_final_message=has_prefill,
         add_generation_prompt=not has_prefill,
         **args.chat_template_config,
@@ -313,6 +358,7 @@ def _stream(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     prompt: list[int],
+    options: dict[str, Any],
 ) -> None:
     """Generate on every rank; rank 0 prints, as mlx_lm.generate does."""
 
@@ -332,7 +378,7 @@ def _stream(
         prompt,
         max_tokens=args.max_tokens,
         sampler=shared_sampler(args, tokenizer, comm),
-        **generation_options(args),
+        **options,
     ):
         say(response.text, end="")
         is_empty = is_empty and not response.text
@@ -350,6 +396,14 @@ def _stream(
         f"{response.generation_tps:.3f} tokens-per-sec"
     )
     note(f"Peak memory: {response.peak_memory:.3f} GB")
+
+
+def _print_timings(timings: StageTimings, comm: Comm, file: TextIO) -> None:
+    """Each stage's share of the MoE layers, by rank 0, one column a rank."""
+    timings.enabled = False
+    ranks = gather_objects(comm, timings.seconds)
+    if comm.rank == 0:
+        print(stage_table(ranks, timings.layer_calls), file=file, flush=True)
 
 
 def _json_object(text: str) -> dict[str, Any]:

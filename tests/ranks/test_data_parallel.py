@@ -106,7 +106,13 @@ STRATEGIES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "transport"), [(1, "ring"), (2, "ring"), (2, "mpi"), (3, "mpi")]
+    ("num_ranks", "transport"),
+    [
+        pytest.param(1, "ring", marks=pytest.mark.slow),
+        (2, "ring"),
+        pytest.param(2, "mpi", marks=pytest.mark.slow),
+        (3, "mpi"),
+    ],
 )
 def test_tokens_are_those_of_one_process(num_ranks: int, transport: str) -> None:
     """Prompts of 5 to 90 tokens in prefill steps of 32: ranks fall out of step."""
@@ -129,7 +135,7 @@ def test_tokens_are_those_of_one_process(num_ranks: int, transport: str) -> None
             assert tokens == list(enumerate(expected))
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_more_ranks_than_prompts(count: int) -> None:
     folder = str(find_model("jargon-moe"))
     prompts = _prompts(count, 20)
@@ -142,7 +148,13 @@ def test_more_ranks_than_prompts(count: int) -> None:
         assert sum(n == 0 for n in cache_bytes) == 3 - count
 
 
-@pytest.mark.parametrize("config", [tiny.DEEPSEEK_V3, tiny.GPT_OSS, tiny.OLMOE])
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny.DEEPSEEK_V3,
+        *(pytest.param(c, marks=pytest.mark.slow) for c in (tiny.GPT_OSS, tiny.OLMOE)),
+    ],
+)
 def test_other_architectures(tmp_path: Path, config: dict[str, Any]) -> None:
     """Shared experts, biases and reshaped sums stay with the tokens' own rank."""
     folder = str(tiny.save_checkpoint(tmp_path, config))

@@ -27,8 +27,6 @@ CONFIGS = {
     "olmoe": tiny.OLMOE,
     "longcat": tiny.LONGCAT,
 }
-# longcat's block is not linear in its experts alone: K outputs travel.
-PER_SLOT = {"longcat"}
 # 40 tokens at once take mlx-lm's sorted path, single ones its unsorted path.
 PROMPT = np.random.default_rng(0).integers(2, 300, 40)
 NUM_STEPS = 4
@@ -50,13 +48,9 @@ def _parallelize_all(
         for reduction in reductions:
             model = tiny.make_model(CONFIGS[name])
             ep = EPConfig(reduction=reduction)
-            if name in PER_SLOT:
-                with pytest.warns(UserWarning, match="K outputs per token travel"):
-                    mlx_ep.parallelize(model, group, ep)
-            else:
-                mlx_ep.parallelize(model, group, ep)
+            mlx_ep.parallelize(model, group, ep)
             state = model.expert_parallel
-            is_routed = reduction == "partial_sum" and name not in PER_SLOT
+            is_routed = reduction == "partial_sum"
             logits = _logits(model)
             counters = state.counters
             results[f"{name} {reduction}"] = {
@@ -78,10 +72,10 @@ BOTH = ["partial_sum", "per_slot"]
 @pytest.mark.parametrize(
     ("num_ranks", "transport", "names", "reductions"),
     [
-        (1, "ring", list(CONFIGS), BOTH),
+        pytest.param(1, "ring", list(CONFIGS), BOTH, marks=pytest.mark.slow),
         (2, "ring", list(CONFIGS), BOTH),
         (2, "mpi", ["qwen3_moe"], BOTH),
-        (3, "mpi", list(CONFIGS), ["partial_sum"]),
+        pytest.param(3, "mpi", list(CONFIGS), ["partial_sum"], marks=pytest.mark.slow),
         (4, "mpi", ["qwen3_moe", "deepseek_v3", "longcat"], ["partial_sum"]),
         (6, "mpi", ["mixtral"], BOTH),  # of 5 experts: one rank has none
     ],
@@ -136,8 +130,7 @@ def _generate(group: mx.distributed.Group, folder: str) -> list[int]:
         ("stacked", None),
         ("per_expert", None),
         ("stacked", {"group_size": 32, "bits": 4, "mode": "affine"}),
-        ("stacked", {"group_size": 32, "bits": 4, "mode": "mxfp4"}),
-        ("stacked", {"group_size": 32, "bits": 8, "mode": "affine"}),
+        # Other packings: tests/models/test_quantization.py.
     ],
 )
 def test_loaded_checkpoint_generates_the_same_tokens(
@@ -164,7 +157,7 @@ def _dummy_tokens(group: mx.distributed.Group, folder: str) -> tuple[list[int], 
     return [r.token for r in steps], held
 
 
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("bits", [pytest.param(None, marks=pytest.mark.slow), 4])
 def test_dummy_weights_are_one_model_on_any_number_of_ranks(
     tmp_path: Path, bits: int | None
 ) -> None:

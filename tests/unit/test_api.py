@@ -29,7 +29,8 @@ def test_config_values_are_checked() -> None:
     """In a process without the checks of types that tests switch on."""
     program = """
 from mlx_ep import EPConfig
-for field in ("mode", "sums", "reduction", "shared_routing", "memory_limit_gb"):
+fields = ("mode", "sums", "attention", "reduction", "shared_routing")
+for field in (*fields, "memory_limit_gb"):
     try:
         EPConfig(**{field: -1 if field == "memory_limit_gb" else "nonsense"})
     except ValueError as error:
@@ -130,18 +131,28 @@ def test_routing_is_found_by_structure(
 ) -> None:
     model = mlx_ep.parallelize(tiny.make_model(config))
     for block in model.expert_parallel.blocks:
-        assert block.probe is not None, block.why_per_slot
+        assert block.probe is not None, block.why_not_routed
         assert block.probe.width == width
         assert block.probe.has_shared == has_shared
         assert block.probe.top_k == 3
 
 
 def test_nonlinear_block_falls_back_with_its_reason() -> None:
+    model = tiny.make_model(tiny.LONGCAT)
+    block_class = type(model.layers[0].mlp)
+    squared_class = type("Squared", (block_class,), {"__call__": _squared(block_class)})
+    for layer in model.layers:
+        layer.mlp.__class__ = squared_class
     with pytest.warns(UserWarning, match="K outputs per token travel"):
-        model = mlx_ep.parallelize(tiny.make_model(tiny.LONGCAT))
+        mlx_ep.parallelize(model)
     assert model.expert_parallel.per_slot_reasons == [
-        "its output is not linear in what the experts return"
+        "its output is not linear in what the experts return, and its output is not "
+        "one sum over the experts"
     ]
+
+
+def _squared(block_class: type) -> object:
+    return lambda self, x: block_class.__call__(self, x).square()
 
 
 def test_counters_count_and_reset() -> None:
