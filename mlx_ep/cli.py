@@ -222,6 +222,21 @@ def add_placement_flags(group: argparse._ActionsContainer) -> None:
     )
 
 
+def add_ranks_flag(parser: argparse.ArgumentParser) -> None:
+    """--ranks, for a command that makes no model expert-parallel by flags.
+
+    The others of `add_ep_flags` get their defaults, which `run` looks at.
+    """
+    hidden = Parser(add_help=False)
+    add_ep_flags(hidden)
+    parser.set_defaults(**vars(hidden.parse_args([])))
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        help="The number of ranks this run must have (default: whatever was started).",
+    )
+
+
 def ep_config(args: argparse.Namespace) -> EPConfig:
     """The EPConfig that the flags say.
 

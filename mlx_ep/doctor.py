@@ -43,15 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
         "every rank that the launcher started (mlx.launch -n 2 -- mlx_ep.doctor). "
         "Exit code 1: something disagrees.",
     )
-    # No model is made expert-parallel here, so that these have no effect.
-    hidden = cli.Parser(add_help=False)
-    cli.add_ep_flags(hidden)
-    parser.set_defaults(**vars(hidden.parse_args([])))
-    parser.add_argument(
-        "--ranks",
-        type=int,
-        help="The number of ranks this run must have (default: whatever was started).",
-    )
+    cli.add_ranks_flag(parser)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Many wrong command lines of mlx_ep.generate in one process per rank.
+"""Many wrong command lines of a command in one process per rank.
 
 Starting Python and joining the ranks takes longer than saying what is wrong.
 """
@@ -13,10 +13,12 @@ from tests.ranks import run_commands
 
 _PROGRAM = """
 import contextlib, io, json, sys
-from mlx_ep.generate import main
+from importlib import import_module
+command, module = sys.argv[1:3]
+main = import_module(module).main
 outcomes = []
-for argv in json.loads(sys.argv[1]):
-    sys.argv = ["mlx_ep.generate", *argv]
+for argv in json.loads(sys.argv[3]):
+    sys.argv = [command, *argv]
     errors, code = io.StringIO(), 0
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
         try:
@@ -29,12 +31,22 @@ print(json.dumps(outcomes))
 
 
 def outcomes_of(
-    num_ranks: int, command_lines: Sequence[Sequence[str]]
+    num_ranks: int,
+    command_lines: Sequence[Sequence[str]],
+    command: str = "mlx_ep.generate",
+    module: str | None = None,
+    env: dict[str, str] | None = None,
 ) -> list[list[tuple[int, str]]]:
-    """Per command line and rank: the exit code and what was printed."""
-    argv = [sys.executable, "-c", _PROGRAM, json.dumps(list(map(list, command_lines)))]
+    """Per command line and rank: the exit code and what was printed.
+
+    Args:
+        module: where its `main` is; None: a module of the command's name.
+        env: further variables of the ranks.
+    """
+    lines = json.dumps(list(map(list, command_lines)))
+    argv = [sys.executable, "-c", _PROGRAM, command, module or command, lines]
     ranks = []
-    for outcome in run_commands(num_ranks, argv, timeout=120):
+    for outcome in run_commands(num_ranks, argv, timeout=120, env=env):
         assert outcome.returncode == 0, outcome.stderr
         ranks.append(json.loads(outcome.stdout.splitlines()[-1]))
     return [[tuple(rank[i]) for rank in ranks] for i in range(len(command_lines))]

@@ -120,15 +120,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """What both levels take."""
-    # No flag of theirs has an effect here but those that are added below.
-    hidden = cli.Parser(add_help=False)
-    cli.add_ep_flags(hidden)
-    parser.set_defaults(**vars(hidden.parse_args([])))
-    parser.add_argument(
-        "--ranks",
-        type=int,
-        help="The number of ranks this run must have (default: whatever was started).",
-    )
+    cli.add_ranks_flag(parser)
     parser.add_argument(
         "--arms",
         help=f"Of {', '.join(ARMS)} (default: all that there are).",

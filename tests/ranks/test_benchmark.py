@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.ranks import run_commands, run_ranks
+from tests.usage import outcomes_of
 
 pytestmark = pytest.mark.requires("ranks")
 
@@ -168,22 +169,6 @@ def test_stages_make_up_the_layer(two_ranks):
                 assert sum(seconds.values()) > 0.8 * total, arm
 
 
-_PROGRAM = """
-import contextlib, io, json, sys
-from mlx_ep.benchmark.__main__ import main
-outcomes = []
-for argv in json.loads(sys.argv[1]):
-    sys.argv = ["mlx_ep.benchmark", *argv]
-    errors, code = io.StringIO(), 0
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
-        try:
-            main()
-        except SystemExit as error:
-            code = error.code
-    outcomes.append([code, errors.getvalue()])
-print(json.dumps(outcomes))
-"""
-
 REFUSALS = (
     (["layer", "--shape", "x"], "must be one of qwen3-30b-a3b"),
     (["layer", *TINY, "--arms", "tp,ep"], "--arms are single, tp,"),
@@ -206,13 +191,11 @@ REFUSALS = (
 
 def test_wrong_usage_before_anything_is_built():
     """Exit code 2 on both ranks, one line of rank 0 that says why."""
-    argv = [sys.executable, "-c", _PROGRAM, json.dumps([list(c) for c, _ in REFUSALS])]
-    outcomes = run_commands(2, argv, timeout=120)
-    ranks = [json.loads(outcome.stdout.splitlines()[-1]) for outcome in outcomes]
-    for index, (options, text) in enumerate(REFUSALS):
-        codes = [rank[index][0] for rank in ranks]
-        assert codes == [2, 2], (options, ranks[0][index], ranks[1][index])
-        printed = ranks[0][index][1]
+    command = "mlx_ep.benchmark"
+    found = outcomes_of(2, [c for c, _ in REFUSALS], command, f"{command}.__main__")
+    for (options, text), ranks in zip(REFUSALS, found, strict=True):
+        assert [code for code, _ in ranks] == [2, 2], (options, ranks)
+        printed = ranks[0][1]
         assert text in printed and len(printed.splitlines()) == 1, printed
 
 
@@ -233,6 +216,7 @@ def test_layer_command(tmp_path: Path):
     assert not ranks[1].stdout
 
 
+@pytest.mark.slow
 def test_e2e_command(tmp_path: Path):
     """A whole model: arms whose logits agree, and what they move."""
     file = tmp_path / "e2e.json"

@@ -135,7 +135,8 @@ def test_tokens_are_those_of_one_process(num_ranks: int, transport: str) -> None
             assert tokens == list(enumerate(expected))
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
 def test_more_ranks_than_prompts(count: int) -> None:
     folder = str(find_model("jargon-moe"))
     prompts = _prompts(count, 20)

@@ -380,10 +380,10 @@ def check_replicated(comm):
     [
         pytest.param("ring", 1, False, id="one"),
         pytest.param("mpi", 2, False, id="mpi-2", marks=MPI),
-        pytest.param("mpi", 3, False, id="mpi-3", marks=MPI),
+        pytest.param("mpi", 3, False, id="mpi-3", marks=[MPI, pytest.mark.slow]),
         pytest.param("mpi", 4, False, id="mpi-4", marks=MPI),
         pytest.param("ring", 2, True, id="ring-2"),
-        pytest.param("ring", 3, True, id="ring-3"),
+        pytest.param("ring", 3, True, id="ring-3", marks=pytest.mark.slow),
     ],
 )
 def test_strategies(transport, num_ranks, small):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -24,6 +23,7 @@ from tests import tiny
 from tests.hub_server import HubServer, Repository, use_cache
 from tests.models.hub_layouts import HUB_LAYOUTS
 from tests.ranks import run_commands, run_ranks, start_commands
+from tests.usage import outcomes_of
 
 pytestmark = pytest.mark.requires("ranks")
 
@@ -234,41 +234,13 @@ def test_what_cannot_be_had_is_one_line_on_every_rank(
         (["--model", "me/stacked", "--memory-limit-gb", "0.0001"], "do not fit"),
     ]
     env = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path)}
-    outcomes = _outcomes([options for options, _ in cases], env)
+    outcomes = outcomes_of(2, [options for options, _ in cases], env=env)
     for (options, text), ranks in zip(cases, outcomes, strict=True):
         assert [code for code, _ in ranks] == [2, 2], (options, ranks)
         assert text in ranks[0][1], (options, ranks[0][1])
         assert ranks[0][1].count("\n") == 1, ranks[0][1]
     # Refused from headers alone.
     assert hub.bytes_of("") == _header_bytes(folder)
-
-
-_PROGRAM = """
-import contextlib, io, json, sys
-from mlx_ep.generate import main
-outcomes = []
-for argv in json.loads(sys.argv[1]):
-    sys.argv = ["mlx_ep.generate", *argv]
-    errors, code = io.StringIO(), 0
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
-        try:
-            main()
-        except SystemExit as error:
-            code = error.code
-    outcomes.append([code, errors.getvalue()])
-print(json.dumps(outcomes))
-"""
-
-
-def _outcomes(
-    command_lines: list[list[str]], env: dict[str, str]
-) -> list[list[tuple[int, str]]]:
-    """Per command line and rank: the exit code and what was printed."""
-    argv = [sys.executable, "-c", _PROGRAM, json.dumps(command_lines)]
-    outcomes = run_commands(2, argv, env=env)
-    assert all(o.returncode == 0 for o in outcomes), [o.stderr for o in outcomes]
-    ranks = [json.loads(o.stdout.splitlines()[-1]) for o in outcomes]
-    return [[tuple(rank[i]) for rank in ranks] for i in range(len(command_lines))]
 
 
 _ALONE = """

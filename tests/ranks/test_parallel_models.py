@@ -157,7 +157,8 @@ def _dummy_tokens(group: mx.distributed.Group, folder: str) -> tuple[list[int], 
     return [r.token for r in steps], held
 
 
-@pytest.mark.parametrize("bits", [pytest.param(None, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [None, 4])
 def test_dummy_weights_are_one_model_on_any_number_of_ranks(
     tmp_path: Path, bits: int | None
 ) -> None:

@@ -216,7 +216,10 @@ def test_working_memory_formula() -> None:
 
 @pytest.mark.parametrize(
     ("width", "expert_width", "num_experts", "top_k", "num_tokens"),
-    [(512, 256, 16, 4, 512), (512, 512, 8, 2, 1024)],
+    [
+        (512, 256, 16, 4, 512),
+        pytest.param(512, 512, 8, 2, 1024, marks=pytest.mark.slow),
+    ],
 )
 def test_working_memory_is_about_what_a_step_needs(
     width: int, expert_width: int, num_experts: int, top_k: int, num_tokens: int

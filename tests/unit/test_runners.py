@@ -259,7 +259,11 @@ def test_many_rows_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize("packing", [("affine", 4, 64), ("affine", 6, 64)], ids=str)
+@pytest.mark.parametrize(
+    "packing",
+    [pytest.param(("affine", 4, 64), marks=pytest.mark.slow), ("affine", 6, 64)],
+    ids=str,
+)
 def test_scratch_memory_is_bounded(
     packing: tuple[str, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
