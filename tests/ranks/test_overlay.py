@@ -256,8 +256,8 @@ def test_every_architecture(tmp_path: Path) -> None:
     names = architectures.ARCHITECTURES
     saved = architectures.save_all(tmp_path, names, _hub_or_float32)
     for one in saved:
-        overlay = make_overlay(str(one.folder), Path(f"{one.folder}-ep"))
         with metal_stand_in():
+            overlay = make_overlay(str(one.folder), Path(f"{one.folder}-ep"))
             model, _ = load_model(overlay, trust_remote_code=True)  # one process
             np.testing.assert_array_equal(architectures.logits(model), one.expected)
     pairs = [(one.name, str(one.folder)) for one in saved]
