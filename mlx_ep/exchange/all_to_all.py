@@ -24,7 +24,25 @@ class ChosenPlan(NamedTuple):
     plan: Any
 
 
-class AllToAll:
+class ByChoice:
+    """The steps behind a `ChosenPlan`: those of the strategy that was chosen."""
+
+    def dispatch(self, x: Float[mx.array, "T D"], plan: ChosenPlan, comm: Comm) -> Rows:
+        """See `Strategy.dispatch`."""
+        return plan.strategy.dispatch(x, plan.plan, comm)
+
+    def combine(
+        self,
+        partial: Float32[mx.array, "M D"],
+        plan: ChosenPlan,
+        comm: Comm,
+        dtype: mx.Dtype,
+    ) -> Float32[mx.array, "T D"]:
+        """See `Strategy.combine`."""
+        return plan.strategy.combine(partial, plan.plan, comm, dtype)
+
+
+class AllToAll(ByChoice):
     """Strategy `all_to_all`, in one of two modes or in the one that fits.
 
     Mode `auto` takes `low_latency` where no rank has more than `low_latency_tokens`
@@ -61,20 +79,6 @@ class AllToAll:
         """See `Strategy.plan`."""
         strategy = self.choose(tokens)
         return ChosenPlan(strategy, strategy.plan(routing, placement, comm, tokens))
-
-    def dispatch(self, x: Float[mx.array, "T D"], plan: ChosenPlan, comm: Comm) -> Rows:
-        """See `Strategy.dispatch`."""
-        return plan.strategy.dispatch(x, plan.plan, comm)
-
-    def combine(
-        self,
-        partial: Float32[mx.array, "M D"],
-        plan: ChosenPlan,
-        comm: Comm,
-        dtype: mx.Dtype,
-    ) -> Float32[mx.array, "T D"]:
-        """See `Strategy.combine`."""
-        return plan.strategy.combine(partial, plan.plan, comm, dtype)
 
     def traffic(self, shape: ExchangeShape) -> Traffic:
         """See `Strategy.traffic`."""

@@ -5,19 +5,16 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import mlx.core as mx
-from jaxtyping import Float, Float32
-
 from mlx_ep.comm import CAPABILITIES, Comm
 from mlx_ep.config import EPConfig
-from mlx_ep.exchange.all_to_all import ChosenPlan
+from mlx_ep.exchange.all_to_all import ByChoice, ChosenPlan
 from mlx_ep.exchange.base import ExchangeShape, Strategy, Traffic, expected_share
 from mlx_ep.exchange.gathered import Gathered
 from mlx_ep.exchange.low_latency import LowLatency
 from mlx_ep.exchange.normal import Normal
 from mlx_ep.movement import Mover
 from mlx_ep.placement import Placement
-from mlx_ep.types import Routing, Rows, TokenCounts
+from mlx_ep.types import Routing, TokenCounts
 
 _TITLES = {
     "gathered": "gathered",
@@ -34,7 +31,7 @@ _FIXED = "{transport} moves buffers of fixed shapes only"
 _SPARSE = f"a token needs less than half of the ranks {_SHARE}"
 
 
-class Auto:
+class Auto(ByChoice):
     """Strategy `auto`, for ranks with tokens of their own.
 
     - 2 ranks: an all-to-all is one collective that moves nothing unwanted.
@@ -115,20 +112,6 @@ class Auto:
         strategy = self.choose(tokens, routing.gates.shape[1], comm.transport)
         plan: Any = strategy.plan(routing, placement, comm, tokens)
         return ChosenPlan(strategy, plan)
-
-    def dispatch(self, x: Float[mx.array, "T D"], plan: ChosenPlan, comm: Comm) -> Rows:
-        """See `Strategy.dispatch`."""
-        return plan.strategy.dispatch(x, plan.plan, comm)
-
-    def combine(
-        self,
-        partial: Float32[mx.array, "M D"],
-        plan: ChosenPlan,
-        comm: Comm,
-        dtype: mx.Dtype,
-    ) -> Float32[mx.array, "T D"]:
-        """See `Strategy.combine`."""
-        return plan.strategy.combine(partial, plan.plan, comm, dtype)
 
     def traffic(self, shape: ExchangeShape) -> Traffic:
         """See `Strategy.traffic`."""
