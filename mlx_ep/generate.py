@@ -22,6 +22,7 @@ from mlx_ep.config import EPConfig
 from mlx_ep.data_parallel import can_batch, generate_replicated, generate_sharded
 from mlx_ep.loading import EMBEDDED_MODEL
 from mlx_ep.metrics import StageTimings, format_bytes, stage_table
+from mlx_ep.prompt_tokens import prompt_tokens, tokens_after_cache, user_message
 from mlx_ep.prompts_file import open_output, parse_prompts, write_answers
 from mlx_ep.reuse import (
     add_reuse_flags,
@@ -186,8 +187,8 @@ def _generate(args: argparse.Namespace, comm: Comm) -> None:
         if args.verbose:
             cli.print_reports(model, comm, config)
         options = generation_options(args) | reuse_options(args, model, draft, cache)
-        tokens_of = _prompt_tokens if cache is None else _tokens_after_cache
-        prompt = tokens_of(args, tokenizer, [_user(read)])
+        tokens_of = prompt_tokens if cache is None else tokens_after_cache
+        prompt = tokens_of(args, tokenizer, [user_message(read)])
         _stream(args, comm, model, tokenizer, prompt, options)
     else:
         if args.verbose:
@@ -250,10 +251,6 @@ def _read_on_rank_0(args: argparse.Namespace) -> Any:
     return prompt
 
 
-def _user(prompt: str) -> dict[str, str]:
-    return {"role": "user", "content": prompt}
-
-
 def _answer_all(
     args: argparse.Namespace,
     comm: Comm,
@@ -267,7 +264,7 @@ def _answer_all(
             f"mlx-lm cannot run several sequences of {args.model} at once (its KV "
             "cache does not merge); use --prompt."
         )
-    prompts = [_prompt_tokens(args, tokenizer, c) for c in conversations]
+    prompts = [prompt_tokens(args, tokenizer, c) for c in conversations]
     start = time.perf_counter()
     is_sharded = args.attention == "data"
     result = (generate_sharded if is_sharded else generate_replicated)(
@@ -301,55 +298,6 @@ def _answer_all(
             ),
             file=sys.stderr,
         )
-
-
-def _prompt_tokens(
-    args: argparse.Namespace,
-    tokenizer: TokenizerWrapper,
-    messages: list[dict[str, str]],
-) -> list[int]:
-    if args.ignore_chat_template or not tokenizer.has_chat_template:
-        return tokenizer.encode(messages[-1]["content"])
-    return _chat_prompt(args, tokenizer, messages, tokenize=True)
-
-
-def _tokens_after_cache(
-    args: argparse.Namespace,
-    tokenizer: TokenizerWrapper,
-    messages: list[dict[str, str]],
-) -> list[int]:
-    """The tokens behind those of a prompt cache: all that follows in the template.
-
-    As in mlx_lm.generate: what comes before the user's words is in the cache.
-    """
-    if args.ignore_chat_template or not tokenizer.has_chat_template:
-        return tokenizer.encode(messages[-1]["content"])
-    text = _chat_prompt(args, tokenizer, messages, tokenize=False)
-    query = "<query>"
-    template = _chat_prompt(args, tokenizer, [_user(query)], tokenize=False)
-    suffix = text[template.index(query) :]
-    return tokenizer.encode(suffix, add_special_tokens=False)
-
-
-def _chat_prompt(
-    args: argparse.Namespace,
-    tokenizer: TokenizerWrapper,
-    messages: list[dict[str, str]],
-    tokenize: bool,
-) -> Any:
-    messages = list(messages)
-    if args.system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": args.system_prompt})
-    has_prefill = args.prefill_response is not None
-    if has_prefill:
-        messages.append({"role": "assistant", "content": args.prefill_response})
-    return tokenizer.apply_chat_template(
-        messages,
-        tokenize=tokenize,
-        continue_final_message=has_prefill,
-        add_generation_prompt=not has_prefill,
-        **args.chat_template_config,
-    )
 
 
 def _stream(

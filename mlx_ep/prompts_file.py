@@ -11,8 +11,7 @@ from typing import Any, TextIO
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_ep.data_parallel import Answer
-
-Message = dict[str, str]
+from mlx_ep.prompt_tokens import Message, user_message
 
 
 def parse_prompts(text: str, is_jsonl: bool, name: str) -> list[list[Message]]:
@@ -32,7 +31,7 @@ def parse_prompts(text: str, is_jsonl: bool, name: str) -> list[list[Message]]:
         if line.strip():
             where = f"{name}, line {number}"
             conversations.append(
-                _parse_object(line, where) if is_jsonl else _user(line.strip())
+                _parse_object(line, where) if is_jsonl else [user_message(line.strip())]
             )
     if not conversations:
         raise ValueError(f"{name} must hold at least one prompt.")
@@ -46,7 +45,7 @@ def _parse_object(line: str, where: str) -> list[Message]:
         raise ValueError(f"{where} is not JSON: {error}.") from None
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if isinstance(prompt, str) and prompt:
-        return _user(prompt)
+        return [user_message(prompt)]
     messages = record.get("messages") if isinstance(record, dict) else None
     if isinstance(messages, list) and messages and all(map(_is_message, messages)):
         return messages
@@ -59,10 +58,6 @@ def _parse_object(line: str, where: str) -> list[Message]:
 
 def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and {"role", "content"} <= set(value)
-
-
-def _user(prompt: str) -> list[Message]:
-    return [{"role": "user", "content": prompt}]
 
 
 def write_answers(

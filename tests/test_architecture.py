@@ -61,7 +61,8 @@ MAY_IMPORT = {
     "cli": {"api", "comm", "config", "exchange", "loading"},
     "sampling": {"cli", "comm"},
     "data_parallel": {"comm", "sampling", "types"},
-    "prompts_file": {"data_parallel"},
+    "prompt_tokens": set(),
+    "prompts_file": {"data_parallel", "prompt_tokens"},
     "draft": {"comm", "loading"},
     "overlay_model": {"api", "cli", "comm", "config", "loading"},
     "overlay": {"cli", "comm", "config", "loading", "overlay_model"},
@@ -69,8 +70,8 @@ MAY_IMPORT = {
     "prompt_cache": {"comm", "loading"},
     "reuse": {"cli", "comm", "draft", "prompt_cache"},
     "generate": {
-        "cli", "comm", "config", "data_parallel", "loading", "metrics", "prompts_file",
-        "reuse", "sampling",
+        "cli", "comm", "config", "data_parallel", "loading", "metrics",
+        "prompt_tokens", "prompts_file", "reuse", "sampling",
     },
     "plan": {
         "cli", "config", "loading", "metrics", "models", "placement", "policy",
