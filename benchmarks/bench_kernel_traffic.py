@@ -13,6 +13,9 @@ What counts as the least:
   visit, once each, however many tokens share them.
 Activations (x, hidden) are read again by every block of output rows, by design, from
 caches; for them the table says how many output rows one read serves.
+
+Over 400 lines, because the cases of each kernel, what is the least for them and the
+tables that say it are read together.
 """
 
 from __future__ import annotations

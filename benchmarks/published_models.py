@@ -46,7 +46,7 @@ GLM_5 = {
 }
 
 # moonshotai/Kimi-K2.6, the text model: as Kimi-K2.
-KIMI_K2 = {
+KIMI_K2: dict[str, Any] = {
     "model_type": "deepseek_v3",
     "vocab_size": 163840,
     "hidden_size": 7168,
@@ -79,7 +79,7 @@ KIMI_K2 = {
 }
 
 # openai/gpt-oss-120b; every second layer has a window of 128 tokens.
-GPT_OSS_120B = {
+GPT_OSS_120B: dict[str, Any] = {
     "model_type": "gpt_oss",
     "vocab_size": 201088,
     "hidden_size": 2880,
@@ -109,7 +109,7 @@ def kimi_k2_3bit() -> dict[str, Any]:
                  "o_proj")  # fmt: skip
     feed_forward = ("gate_proj", "up_proj", "down_proj")
     exact = {"model.embed_tokens": _EIGHT_BITS, "lm_head": _EIGHT_BITS}
-    for index in range(KIMI_K2["num_hidden_layers"]):  # type: ignore[call-overload]
+    for index in range(KIMI_K2["num_hidden_layers"]):
         layer = f"model.layers.{index}"
         exact |= {f"{layer}.self_attn.{name}": _EIGHT_BITS for name in attention}
         for name in feed_forward:
@@ -126,7 +126,7 @@ def gpt_oss_mxfp4() -> dict[str, Any]:
     """
     projections = ("q_proj", "k_proj", "v_proj", "o_proj")
     exact = {"model.embed_tokens": _EIGHT_BITS, "lm_head": _EIGHT_BITS}
-    for index in range(GPT_OSS_120B["num_hidden_layers"]):  # type: ignore[call-overload]
+    for index in range(GPT_OSS_120B["num_hidden_layers"]):
         layer = f"model.layers.{index}"
         exact |= {f"{layer}.self_attn.{name}": _EIGHT_BITS for name in projections}
         exact[f"{layer}.mlp.router"] = _EIGHT_BITS
