@@ -34,3 +34,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             if is_required(tier):
                 pytest.fail(f"MLX_EP_REQUIRE names {tier}: {reason}", pytrace=False)
             pytest.skip(f"{tier}: {reason}")
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What warm-up measures is kept for this test only, and nothing is forced."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("MLX_EP_BACKEND", raising=False)

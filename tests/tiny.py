@@ -46,6 +46,9 @@ QWEN3_MOE = {
     "norm_topk_prob": True,
 }
 
+# Experts whose width three ranks can share in groups of 32.
+WIDE_QWEN3_MOE = {**QWEN3_MOE, "moe_intermediate_size": 96}
+
 QWEN2_MOE = {  # a gated shared expert
     "model_type": "qwen2_moe",
     **_ATTENTION,

@@ -9,9 +9,8 @@ from math import comb
 import numpy as np
 import pytest
 
-from mlx_ep.loading.shape import model_shape
-from mlx_ep.policy.cost import ARMS, layer_cost, prefill_seconds, step_cost
-from mlx_ep.policy.costs import CollectiveTable, Link, MatrixCost
+from mlx_ep.policy.cost import ARMS, layer_cost, step_cost
+from mlx_ep.policy.costs import CollectiveTable, MatrixCost
 from mlx_ep.policy.expected import (
     expected_distinct,
     expected_pairs,
@@ -19,57 +18,12 @@ from mlx_ep.policy.expected import (
     sampled_counts,
 )
 from mlx_ep.policy.layer_cost import SORTED_ROWS, TILE_ROWS, dense_seconds
-from mlx_ep.policy.profile import Profile, cost_key, overridden
+from mlx_ep.policy.profile import cost_key, overridden
 from mlx_ep.policy.shape import (
-    MXFP4,
-    LayerShape,
     Matrices,
-    ModelShape,
     affine,
-    layer_from_json,
-    model_from_json,
-    named_layer,
 )
-from tests import tiny
-
-JACCL = Link(transport="jaccl", topology="mesh", latency=30e-6, bandwidth=6e9)
-RING = Link(transport="ring", topology="ring", latency=100e-6, bandwidth=1e9)
-# Round numbers: nothing is fixed but what a test asks for.
-PROFILE = Profile(
-    name="round",
-    memory_bandwidth=1e9,
-    copy_bandwidth=1e12,
-    matmul_rate=1e12,
-    expert_rate=1e12,
-    unsorted_rate=1e12,
-    attention_rate=1e12,
-    block_seconds=0.0,
-    layer_seconds=0.0,
-    step_seconds=0.0,
-    element_seconds=0.0,
-    route_seconds=0.0,
-    sync_seconds=0.0,
-    memory_bytes=1e12,
-    links={"jaccl": JACCL, "ring": RING},
-)
-LAYER = LayerShape(
-    num_experts=8,
-    width=100,
-    expert_width=50,
-    top_k=2,
-    expert_bytes=10_000,
-    packing="affine 4 bit/64 bfloat16",
-)
-MODEL = ModelShape(
-    layer=LAYER,
-    num_layers=3,
-    num_moe_layers=2,
-    attention=Matrices(30_000, 60_000, 20_000),
-    dense=Matrices(15_000, 30_000, 15_000),
-    head=Matrices(10_000, 20_000),
-    kv_bytes=400,
-    attention_macs=200,
-)
+from tests.round_numbers import JACCL, LAYER, MODEL, PROFILE, RING
 
 
 def exact_busiest(num_experts: int, top_k: int, num_ranks: int) -> float:
@@ -322,112 +276,6 @@ def test_measured_collectives_hold_for_their_number_of_ranks() -> None:
     assert link.seconds("all_reduce", 6000, 2) == pytest.approx(31e-6)
 
 
-def test_decode_step_by_hand() -> None:
-    step = step_cost(PROFILE, MODEL, "single", tokens=1, phase="decode", context=9)
-    assert step.num_moe_layers * step.moe.seconds == pytest.approx(2 * 20e-6)
-    # Projections, and 10 tokens of the cache.
-    assert step.attention == pytest.approx(60e-6 + 4e-6)
-    assert step.dense == pytest.approx(30e-6)
-    assert step.head == pytest.approx(20e-6)
-    assert step.seconds == pytest.approx(40e-6 + 64e-6 + 30e-6 + 20e-6)
-    assert step.tokens_per_second == pytest.approx(1 / step.seconds)
-
-
-def test_tensor_parallel_step_by_hand() -> None:
-    step = step_cost(
-        PROFILE, MODEL, "tp", tokens=1, phase="decode", context=9, num_ranks=2
-    )
-    # 20000 of 30000 weights are split, and so are the heads of the cache.
-    assert step.attention == pytest.approx(40e-6 + 2e-6)
-    assert step.dense == pytest.approx(15e-6)
-    assert step.head == pytest.approx(20e-6)
-    # An all_sum for each attention, for the dense layer and for each MoE layer.
-    assert step.collectives == 3 + 1 + 2
-    assert step.communication == pytest.approx(4 * (30e-6 + 200 / 6e9))
-    latents = replace(MODEL, kv_is_split=False)
-    whole = step_cost(
-        PROFILE, latents, "tp", tokens=1, phase="decode", context=9, num_ranks=2
-    )
-    assert whole.attention == pytest.approx(40e-6 + 4e-6)
-
-
-def test_collectives_of_a_step_by_arm() -> None:
-    def collectives(arm, tokens=4):
-        return step_cost(
-            PROFILE, MODEL, arm, tokens=tokens, phase="decode", num_ranks=2
-        ).collectives
-
-    assert collectives("single") == 0
-    assert collectives("ep-replicated") == 2
-    assert collectives("ep-tensor") == 3 + 2
-    # The token counts once, then two for each MoE layer.
-    assert collectives("ep-gathered") == collectives("ep-all-to-all") == 1 + 2 * 2
-
-
-def test_data_parallel_attention_takes_its_own_tokens() -> None:
-    fast = overridden(PROFILE, {"memory_bandwidth": 1e15})
-    own, all_tokens = (
-        step_cost(fast, MODEL, arm, tokens=64, phase="decode", num_ranks=2)
-        for arm in ("ep-gathered", "ep-replicated")
-    )
-    assert own.attention == pytest.approx(all_tokens.attention / 2)
-    assert own.head == pytest.approx(all_tokens.head / 2)
-
-
-def test_sequences_are_not_split() -> None:
-    """With data-parallel attention one prompt keeps one rank busy."""
-    fast = overridden(PROFILE, {"memory_bandwidth": 1e15})
-
-    def step(arm, sequences):
-        return step_cost(
-            fast, MODEL, arm, tokens=64, phase="prefill", sequences=sequences,
-            num_ranks=2,
-        )  # fmt: skip
-
-    whole = step("ep-replicated", 1).attention
-    assert step("ep-gathered", 1).attention == whole
-    halves = step("ep-gathered", 2).attention
-    assert halves == pytest.approx(step("ep-replicated", 2).attention / 2)
-    with pytest.raises(ValueError, match="equally many of each of 3"):
-        step("tp", 3)
-
-
-def test_parts_of_a_prompt_leave_out_the_end_of_the_last_layer() -> None:
-    options = {"tokens": 64, "phase": "prefill", "num_ranks": 2}
-    part, last = (
-        step_cost(PROFILE, MODEL, "tp", logits=logits, **options)
-        for logits in (0, None)
-    )
-    assert (part.num_moe_layers, last.num_moe_layers) == (1, 2)
-    assert part.collectives == last.collectives - 2
-    assert (part.head == 0) and last.head > 0
-    eager = step_cost(PROFILE, MODEL, "ep-gathered", logits=0, **options)
-    assert eager.num_moe_layers == 2
-
-
-def test_windows_limit_cache_and_scores() -> None:
-    model = replace(MODEL, window=10, window_kv_bytes=300, window_macs=100)
-    assert model.cache_bytes(5) == 5 * 400
-    assert model.cache_bytes(100) == 100 * 100 + 10 * 300
-    assert model.scores_macs(100) == 100 * 100 + 10 * 100
-    with pytest.raises(ValueError, match="window_macs must be between 0 and 200"):
-        replace(MODEL, window_macs=201)
-
-
-def test_prompt_is_the_sum_of_its_steps() -> None:
-    steps = [
-        step_cost(
-            PROFILE, MODEL, "tp", tokens=t, phase="prefill", context=c, logits=h,
-            num_ranks=2,
-        ).seconds
-        for t, c, h in ((40, 0, 0), (40, 40, 0), (20, 80, None))
-    ]  # fmt: skip
-    total = prefill_seconds(
-        PROFILE, MODEL, "tp", prompt=100, step_tokens=40, num_ranks=2
-    )
-    assert total == pytest.approx(sum(steps))
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -453,96 +301,3 @@ def test_dense_matrices_are_read_or_multiplied() -> None:
     cost = MatrixCost(rows=(1.0, 3.0), seconds=(1e-9, 2e-9))
     measured = replace(PROFILE, dense={"bfloat16": cost})
     assert dense_seconds(measured, matrices, "bfloat16", 2) == pytest.approx(1.5e-6)
-
-
-def test_named_layers_and_packings() -> None:
-    layer = named_layer("kimi-k2", scale=4)
-    assert (layer.num_experts, layer.width, layer.expert_width) == (384, 1792, 512)
-    assert layer.bytes_per_weight == 0.5625
-    assert named_layer("8,64,128,2", MXFP4).expert_bytes == 3 * 64 * 128 * 17 // 32
-    assert named_layer("8,64,128,2", affine(4, 64, "float32")).bytes_per_weight == 0.625
-    for name, message in (("kimi", "must be one of"), ("8,64,128", "four numbers")):
-        with pytest.raises(ValueError, match=message):
-            named_layer(name)
-    with pytest.raises(ValueError, match="multiples of the packing's group"):
-        named_layer("kimi-k2", scale=3)
-    with pytest.raises(ValueError, match="top_k must be at most"):
-        named_layer("8,64,128,9")
-
-
-def test_shapes_survive_json() -> None:
-    layer = named_layer("mixtral-8x7b")
-    assert layer_from_json(layer.to_json()) == layer
-    assert model_from_json(MODEL.to_json()) == MODEL
-    with pytest.raises(ValueError, match="has no widht"):
-        layer_from_json({**layer.to_json(), "widht": 1})
-    with pytest.raises(ValueError, match="lacks values"):
-        layer_from_json({"width": 1})
-
-
-CONFIGURATIONS = {
-    "qwen3_moe": tiny.QWEN3_MOE,
-    "deepseek_v3": tiny.DEEPSEEK_V3,
-    "gpt_oss": tiny.GPT_OSS,
-    "qwen2_moe": tiny.QWEN2_MOE,
-}
-
-
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_model_shape_counts_every_matrix(name) -> None:
-    """Against the parameters of the model itself."""
-    from mlx.utils import tree_flatten
-
-    config = CONFIGURATIONS[name]
-    shape = model_shape(config, dtype="float32")
-    parameters = dict(tree_flatten(tiny.make_model(config).parameters()))
-    matrices = {
-        path: array
-        for path, array in parameters.items()
-        if path.endswith("weight") and array.ndim > 1 and "embed_tokens" not in path
-    }
-    counted = shape.attention + shape.dense + shape.head
-    each = shape.layer.router.weights + shape.layer.shared.weights
-    each += shape.layer.num_experts * shape.layer.expert_weights
-    total = counted.weights + shape.num_moe_layers * each
-    assert total == sum(array.size for array in matrices.values())
-    assert shape.num_layers == config["num_hidden_layers"]
-    assert shape.layer.top_k == config["num_experts_per_tok"]
-
-
-def test_model_shape_of_known_numbers() -> None:
-    shape = model_shape(tiny.QWEN3_MOE)
-    layers, heads, kv_heads, head = 3, 4, 2, 16
-    assert shape.kv_bytes == layers * 2 * kv_heads * head * 2
-    assert shape.attention_macs == layers * 2 * heads * head
-    assert shape.num_moe_layers == 2
-    # shard() splits the four projections and the dense layer's three.
-    assert shape.attention.split_weights == shape.attention.weights
-    assert shape.dense.split_weights == shape.dense.weights == 3 * 64 * 96
-    assert shape.layer.router == Matrices(640, 1280)
-    assert shape.has_shard and shape.kv_is_split
-    assert not model_shape(tiny.QWEN2_MOE).has_shard
-    windowed = model_shape(tiny.GPT_OSS)
-    assert (windowed.window, windowed.window_kv_bytes) == (16, windowed.kv_bytes // 2)
-    latents = model_shape(tiny.DEEPSEEK_V3)
-    assert not latents.kv_is_split and latents.kv_bytes == 3 * (32 + 16) * 2
-
-
-def test_model_shape_of_a_quantized_model() -> None:
-    config = {**tiny.QWEN3_MOE, "quantization": {"group_size": 32, "bits": 4}}
-    shape = model_shape(config)
-    assert shape.layer.packing == "affine 4 bit/32 bfloat16"
-    assert shape.layer.expert_bytes == affine(4, 32).num_bytes(3 * 64 * 32)
-    assert shape.dense_packing == shape.layer.packing
-    assert shape.attention.num_bytes == affine(4, 32).num_bytes(shape.attention.weights)
-
-
-def test_held_bytes_by_arm() -> None:
-    whole = MODEL.num_bytes
-    assert MODEL.held_bytes("single", 2) == whole
-    experts = MODEL.expert_bytes
-    assert MODEL.held_bytes("ep-replicated", 2) == whole - experts // 2
-    split = MODEL.held_bytes("ep-tensor", 2)
-    assert split == whole - experts // 2 - 20_000
-    assert MODEL.held_bytes("tp", 2) == split - 15_000
-    assert MODEL.held_bytes("ep-replicated", 3) == whole - experts + 2 * 3 * 10_000

@@ -15,63 +15,36 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_ep.comm import GroupComm
 from mlx_ep.config import EPConfig
-from mlx_ep.exchange import Auto
 from mlx_ep.metrics import Counters
-from mlx_ep.movement import Job, OpsMovement, RowPlan, mover
-from mlx_ep.placement import Placement
 from mlx_ep.policy import (
     ExpertsPolicy,
-    Layer,
     Measured,
     ModelPolicy,
-    MovementShape,
-    Result,
     Wish,
     default_backend,
-    default_movement,
     default_option,
     default_strategy,
     measure,
-    measure_movement,
-    move,
     tune,
 )
 from mlx_ep.policy.cache import cache_folder, cache_key, read_cache, write_cache
-from mlx_ep.policy.explain import explain_movement
-from mlx_ep.policy.move import agree_movement, movement_facts
 from mlx_ep.runners import RUNNERS, Option, switch_runner
 from mlx_ep.runners.blas import BlasRunner
 from mlx_ep.runners.table import BACKENDS
 from mlx_ep.types import Rows, TokenCounts
+from tests.switches import KERNELS, D, E, F, K, fail, make_layer, make_switch
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 tune_module = importlib.import_module("mlx_ep.policy.tune")
 GATHER, BLAS = Option("gather", "cpu"), Option("blas", "cpu")
-GPU, KERNELS = Option("gather", "metal"), Option("metal", "metal")
-D, F, E, K = 32, 16, 6, 2
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("MLX_EP_BACKEND", raising=False)
-
-
-def make_switch(dtype: mx.Dtype = mx.float32) -> nn.Module:
-    mx.random.seed(1)
-    switch = SwitchGLU(D, F, E)
-    switch.set_dtype(dtype)
-    mx.eval(switch.parameters())
-    return switch
+GPU = Option("gather", "metal")
 
 
 def quantize(switch: nn.Module, bits: int) -> None:
     """Not the down projection, whose width no group size divides."""
     for name in ("gate_proj", "up_proj"):
         switch[name] = switch[name].to_quantized(32, bits)
-
-
-def make_layer(switch: nn.Module, dtype: mx.Dtype = mx.float32) -> Layer:
-    return Layer(switch, dtype, K)
 
 
 def run_tune(*switches: nn.Module, wish: Wish = Wish()) -> ModelPolicy:  # noqa: B008
@@ -181,10 +154,6 @@ class WrongRunner(BlasRunner):
         return type(self).broken(super().partial_sum(rows, counters))
 
 
-def _fail(total: mx.array) -> mx.array:
-    raise RuntimeError("[metal] Unable to build the kernel")
-
-
 WRONGS = {
     "slightly": (lambda total: total * 1.01, "differs from the reference by"),
     "one column": (lambda total: total.at[:, 0].add(1.0), "differs from the reference"),
@@ -193,7 +162,7 @@ WRONGS = {
         lambda total: total if total.shape[0] < 16 else total * 0,
         "with 16 rows per slot",
     ),
-    "fails": (_fail, "it failed: .*Unable to build"),
+    "fails": (fail, "it failed: .*Unable to build"),
 }
 
 
@@ -215,7 +184,7 @@ def test_a_wrong_kernel_is_left_out_for_good(
     assert "left out: wrong on cpu, because" in policy.explain()
 
     # The next start does not try it again.
-    monkeypatch.setattr(tune_module, "measure", _fail)
+    monkeypatch.setattr(tune_module, "measure", fail)
     again = make_switch()
     with pytest.warns(UserWarning, match="wrong on cpu is left out"):
         assert run_tune(again).shapes[0].left_out == shape.left_out
@@ -235,7 +204,7 @@ def test_layers_of_one_shape_share_a_policy() -> None:
 
 
 def test_without_warmup_the_rule_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune_module, "measure", _fail)
+    monkeypatch.setattr(tune_module, "measure", fail)
     policy = run_tune(make_switch(), wish=Wish(warmup=False))
     assert policy.shapes[0].measured == {}
     assert policy.shapes[0].choose(1, K) == BLAS
@@ -284,148 +253,6 @@ def test_a_backend_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_EP_BACKEND", "gpu")
     with pytest.raises(ValueError, match="must be cpu, metal or auto; got 'gpu'"):
         run_tune(make_switch())
-
-
-# ---------------------------------------------------------------- movement
-
-OPS_CPU, OPS_METAL = Option("ops", "cpu"), Option("ops", "metal")
-
-
-def test_default_movement_takes_no_unmeasured_kernel() -> None:
-    everything = [OPS_CPU, OPS_METAL, KERNELS]
-    for tokens, expected in ((1, OPS_CPU), (255, OPS_CPU), (256, OPS_METAL)):
-        assert default_movement(tokens, 8192, everything) == expected
-    assert default_movement(2048, 8192, [OPS_CPU]) == OPS_CPU
-    assert default_movement(1, 8192, [KERNELS]) == KERNELS
-
-
-def movement_shape(num_ranks: int = 2, rank: int = 0) -> MovementShape:
-    placement = Placement.contiguous(E, num_ranks)
-    return MovementShape(D, mx.bfloat16, K, placement, rank, exchanges=num_ranks > 1)
-
-
-def facts_of(**results: Result) -> dict[str, object]:
-    """One rank with Metal, that found the same for each job."""
-    found = {"impossible": {}, "results": {k: r.to_json() for k, r in results.items()}}
-    return dict.fromkeys(("rows", "ranks", "pairs"), found)
-
-
-def timed(few: float, many: float) -> Result:
-    return Result((1, 64), (few, many))
-
-
-def test_ranks_agree_on_a_movement() -> None:
-    """Rank 0's times count; what is wrong on any rank is used by none."""
-    first = {
-        "ops on cpu": timed(1.0, 9.0),
-        "ops on metal": timed(2.0, 3.0),
-        "metal on metal": timed(0.1, 0.2),
-    }
-    wrong = first | {"metal on metal": Result(left_out="it differs by 0.5")}
-    slow = first | {"ops on cpu": timed(99.0, 99.0)}
-    ranks = [facts_of(**first), facts_of(**slow), facts_of(**wrong)]
-    policy, agreed = agree_movement(movement_shape(3), ranks, None)
-    rows = policy.jobs["rows"]
-    assert rows.possible == (OPS_CPU, OPS_METAL)
-    assert rows.left_out[KERNELS] == "rank 2: it differs by 0.5"
-    assert agreed["rows"].wrong == (KERNELS,)
-    chosen = [policy.choose("rows", tokens) for tokens in (0, 1, 20, 64, 9999)]
-    assert chosen == [OPS_CPU, OPS_CPU, OPS_METAL, OPS_METAL, OPS_METAL]
-    everyone = agree_movement(movement_shape(), [facts_of(**first)] * 2, None)[0]
-    assert everyone.choose("ranks", 1) == KERNELS
-    on_cpu = agree_movement(movement_shape(), [facts_of(**first)] * 2, "cpu")[0]
-    assert on_cpu.jobs["pairs"].possible == (OPS_CPU,) and on_cpu.forced
-    assert on_cpu.jobs["pairs"].left_out[KERNELS] == "backend cpu is forced"
-    text = explain_movement(everyone, [1])
-    assert "metal on metal: measured per call 100 ms with 1 token" in text
-    assert (
-        "Movement of 32 bfloat16, top 2, 2 ranks; sums of all ranks; by rank 0" in text
-    )
-
-
-def test_a_backend_that_moves_nothing_is_refused() -> None:
-    none = {"impossible": {"ops on metal": "no", "metal on metal": "no"}, "results": {}}
-    ranks = [dict.fromkeys(("rows", "ranks", "pairs"), none)]
-    with pytest.raises(ValueError, match="Nothing can move the rows of 32 bfloat16"):
-        agree_movement(movement_shape(), ranks, "metal")
-
-
-@pytest.mark.parametrize("job", ["rows", "ranks", "pairs"])
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
-def test_a_right_movement_is_measured(job: Job, num_ranks: int) -> None:
-    for rank in range(num_ranks):
-        shape = movement_shape(num_ranks, rank)
-        (result,) = measure_movement(shape, job, [OPS_CPU]).values()
-        assert result.left_out == "" and result.error < 1e-6
-        assert result.rows == (1, 64, 512)
-        assert sorted(result.seconds) == list(result.seconds)
-
-
-def test_a_shared_width_is_moved_by_ops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every token reaches both ranks that hold a part of its expert."""
-    monkeypatch.setattr(mover, "uses_metal", lambda: True)
-    placement = Placement.from_groups([E], [[8, 8]])
-    shape = MovementShape(D, mx.float32, K, placement, 1, exchanges=True)
-    policy = agree_movement(shape, [movement_facts(shape, False, 1)], None)[0]
-    for job in policy.jobs.values():
-        assert job.possible == (OPS_CPU, OPS_METAL)
-        assert "an expert lives on several ranks" in job.left_out[KERNELS]
-    (result,) = measure_movement(shape, "rows", [OPS_CPU]).values()
-    assert result.left_out == ""
-
-
-class WrongMovement(OpsMovement):
-    """Each method is a little wrong."""
-
-    def pack(self, x: mx.array, plan: RowPlan, num_rows: int) -> mx.array:
-        return super().pack(x, plan, num_rows)[::-1]
-
-    def add_ranks(self, *args: object) -> mx.array:
-        return super().add_ranks(*args).at[-1, -1].add(0.01)
-
-    def sum_pairs(self, *args: object) -> mx.array:
-        return super().sum_pairs(*args) * float("nan")
-
-
-@pytest.mark.parametrize("job", ["rows", "ranks", "pairs"])
-def test_a_wrong_movement_is_left_out_for_good(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(mover.MOVEMENTS, "metal", WrongMovement)
-    monkeypatch.setattr(mover, "uses_metal", lambda: True)
-    shape = movement_shape()
-    facts = [movement_facts(shape, True, 1)]
-    policy = agree_movement(shape, facts, None)[0]
-    assert "differs from the reference by" in policy.jobs[job].left_out[KERNELS]
-    assert policy.jobs[job].possible == (OPS_CPU, OPS_METAL)
-
-    # The next start does not try it again.
-    monkeypatch.setattr(move, "measure_movement", _fail)
-    again = movement_facts(shape, True, 1)
-    assert again == json.loads(json.dumps(facts[0]))
-    assert agree_movement(shape, [again], None)[0] == policy
-    # Without a warm-up the rule holds, and it takes no kernel.
-    unmeasured = agree_movement(shape, [movement_facts(shape, False, 1)], None)[0]
-    assert unmeasured.jobs[job].measured == {}
-    assert unmeasured.choose(job, 1) == OPS_CPU
-
-
-def test_tune_sets_what_moves_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank exchanges nothing: only the sums of pairs have a choice."""
-    monkeypatch.setattr(mover, "uses_metal", lambda: True)
-    monkeypatch.setitem(mover.MOVEMENTS, "metal", WrongMovement)
-    switch, strategy = make_switch(), Auto()
-    comm = GroupComm(mx.distributed.init())
-    with pytest.warns(UserWarning, match="Movement of 32 float32, top 2, pairs: metal"):
-        policy = tune([make_layer(switch)], E, comm, strategy=strategy)
-    (movement,) = policy.movement
-    assert list(movement.jobs) == ["pairs"]
-    assert switch_runner(switch).mover.choose == movement.choose
-    assert strategy.mover.choose is None
-    text = policy.explain([1, 256])
-    assert "left out: metal on metal, because with 1 tokens it differs" in text
-    assert "T=256: low_latency with all tokens, because nearly every" in text
-    assert "(gathered " in text and ", normal " in text
 
 
 # ---------------------------------------------------------------- the report

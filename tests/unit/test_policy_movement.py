@@ -1,0 +1,166 @@
+"""What moves rows: the rule, agreement of ranks, the warm-up, wrong options."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import pytest
+
+from mlx_ep.comm import GroupComm
+from mlx_ep.exchange import Auto
+from mlx_ep.movement import Job, OpsMovement, RowPlan, mover
+from mlx_ep.placement import Placement
+from mlx_ep.policy import (
+    MovementShape,
+    Result,
+    default_movement,
+    measure_movement,
+    move,
+    tune,
+)
+from mlx_ep.policy.explain import explain_movement
+from mlx_ep.policy.move import agree_movement, movement_facts
+from mlx_ep.runners import Option, switch_runner
+from tests.switches import KERNELS, D, E, K, fail, make_layer, make_switch
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+OPS_CPU, OPS_METAL = Option("ops", "cpu"), Option("ops", "metal")
+
+
+def test_default_movement_takes_no_unmeasured_kernel() -> None:
+    everything = [OPS_CPU, OPS_METAL, KERNELS]
+    for tokens, expected in ((1, OPS_CPU), (255, OPS_CPU), (256, OPS_METAL)):
+        assert default_movement(tokens, 8192, everything) == expected
+    assert default_movement(2048, 8192, [OPS_CPU]) == OPS_CPU
+    assert default_movement(1, 8192, [KERNELS]) == KERNELS
+
+
+def movement_shape(num_ranks: int = 2, rank: int = 0) -> MovementShape:
+    placement = Placement.contiguous(E, num_ranks)
+    return MovementShape(D, mx.bfloat16, K, placement, rank, exchanges=num_ranks > 1)
+
+
+def facts_of(**results: Result) -> dict[str, object]:
+    """One rank with Metal, that found the same for each job."""
+    found = {"impossible": {}, "results": {k: r.to_json() for k, r in results.items()}}
+    return dict.fromkeys(("rows", "ranks", "pairs"), found)
+
+
+def timed(few: float, many: float) -> Result:
+    return Result((1, 64), (few, many))
+
+
+def test_ranks_agree_on_a_movement() -> None:
+    """Rank 0's times count; what is wrong on any rank is used by none."""
+    first = {
+        "ops on cpu": timed(1.0, 9.0),
+        "ops on metal": timed(2.0, 3.0),
+        "metal on metal": timed(0.1, 0.2),
+    }
+    wrong = first | {"metal on metal": Result(left_out="it differs by 0.5")}
+    slow = first | {"ops on cpu": timed(99.0, 99.0)}
+    ranks = [facts_of(**first), facts_of(**slow), facts_of(**wrong)]
+    policy, agreed = agree_movement(movement_shape(3), ranks, None)
+    rows = policy.jobs["rows"]
+    assert rows.possible == (OPS_CPU, OPS_METAL)
+    assert rows.left_out[KERNELS] == "rank 2: it differs by 0.5"
+    assert agreed["rows"].wrong == (KERNELS,)
+    chosen = [policy.choose("rows", tokens) for tokens in (0, 1, 20, 64, 9999)]
+    assert chosen == [OPS_CPU, OPS_CPU, OPS_METAL, OPS_METAL, OPS_METAL]
+    everyone = agree_movement(movement_shape(), [facts_of(**first)] * 2, None)[0]
+    assert everyone.choose("ranks", 1) == KERNELS
+    on_cpu = agree_movement(movement_shape(), [facts_of(**first)] * 2, "cpu")[0]
+    assert on_cpu.jobs["pairs"].possible == (OPS_CPU,) and on_cpu.forced
+    assert on_cpu.jobs["pairs"].left_out[KERNELS] == "backend cpu is forced"
+    text = explain_movement(everyone, [1])
+    assert "metal on metal: measured per call 100 ms with 1 token" in text
+    assert (
+        "Movement of 32 bfloat16, top 2, 2 ranks; sums of all ranks; by rank 0" in text
+    )
+
+
+def test_a_backend_that_moves_nothing_is_refused() -> None:
+    none = {"impossible": {"ops on metal": "no", "metal on metal": "no"}, "results": {}}
+    ranks = [dict.fromkeys(("rows", "ranks", "pairs"), none)]
+    with pytest.raises(ValueError, match="Nothing can move the rows of 32 bfloat16"):
+        agree_movement(movement_shape(), ranks, "metal")
+
+
+@pytest.mark.parametrize("job", ["rows", "ranks", "pairs"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_a_right_movement_is_measured(job: Job, num_ranks: int) -> None:
+    for rank in range(num_ranks):
+        shape = movement_shape(num_ranks, rank)
+        (result,) = measure_movement(shape, job, [OPS_CPU]).values()
+        assert result.left_out == "" and result.error < 1e-6
+        assert result.rows == (1, 64, 512)
+        assert sorted(result.seconds) == list(result.seconds)
+
+
+def test_a_shared_width_is_moved_by_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token reaches both ranks that hold a part of its expert."""
+    monkeypatch.setattr(mover, "uses_metal", lambda: True)
+    placement = Placement.from_groups([E], [[8, 8]])
+    shape = MovementShape(D, mx.float32, K, placement, 1, exchanges=True)
+    policy = agree_movement(shape, [movement_facts(shape, False, 1)], None)[0]
+    for job in policy.jobs.values():
+        assert job.possible == (OPS_CPU, OPS_METAL)
+        assert "an expert lives on several ranks" in job.left_out[KERNELS]
+    (result,) = measure_movement(shape, "rows", [OPS_CPU]).values()
+    assert result.left_out == ""
+
+
+class WrongMovement(OpsMovement):
+    """Each method is a little wrong."""
+
+    def pack(self, x: mx.array, plan: RowPlan, num_rows: int) -> mx.array:
+        return super().pack(x, plan, num_rows)[::-1]
+
+    def add_ranks(self, *args: object) -> mx.array:
+        return super().add_ranks(*args).at[-1, -1].add(0.01)
+
+    def sum_pairs(self, *args: object) -> mx.array:
+        return super().sum_pairs(*args) * float("nan")
+
+
+@pytest.mark.parametrize("job", ["rows", "ranks", "pairs"])
+def test_a_wrong_movement_is_left_out_for_good(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(mover.MOVEMENTS, "metal", WrongMovement)
+    monkeypatch.setattr(mover, "uses_metal", lambda: True)
+    shape = movement_shape()
+    facts = [movement_facts(shape, True, 1)]
+    policy = agree_movement(shape, facts, None)[0]
+    assert "differs from the reference by" in policy.jobs[job].left_out[KERNELS]
+    assert policy.jobs[job].possible == (OPS_CPU, OPS_METAL)
+
+    # The next start does not try it again.
+    monkeypatch.setattr(move, "measure_movement", fail)
+    again = movement_facts(shape, True, 1)
+    assert again == json.loads(json.dumps(facts[0]))
+    assert agree_movement(shape, [again], None)[0] == policy
+    # Without a warm-up the rule holds, and it takes no kernel.
+    unmeasured = agree_movement(shape, [movement_facts(shape, False, 1)], None)[0]
+    assert unmeasured.jobs[job].measured == {}
+    assert unmeasured.choose(job, 1) == OPS_CPU
+
+
+def test_tune_sets_what_moves_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank exchanges nothing: only the sums of pairs have a choice."""
+    monkeypatch.setattr(mover, "uses_metal", lambda: True)
+    monkeypatch.setitem(mover.MOVEMENTS, "metal", WrongMovement)
+    switch, strategy = make_switch(), Auto()
+    comm = GroupComm(mx.distributed.init())
+    with pytest.warns(UserWarning, match="Movement of 32 float32, top 2, pairs: metal"):
+        policy = tune([make_layer(switch)], E, comm, strategy=strategy)
+    (movement,) = policy.movement
+    assert list(movement.jobs) == ["pairs"]
+    assert switch_runner(switch).mover.choose == movement.choose
+    assert strategy.mover.choose is None
+    text = policy.explain([1, 256])
+    assert "left out: metal on metal, because with 1 tokens it differs" in text
+    assert "T=256: low_latency with all tokens, because nearly every" in text
+    assert "(gathered " in text and ", normal " in text
