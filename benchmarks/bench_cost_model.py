@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Target, arguments, finish, heading, table
-from mlx_ep.policy.cost import PREFILL_TOKENS, layer_cost, step_cost
-from mlx_ep.policy.profile import Profile, find_profile
-from mlx_ep.policy.shape import ModelShape, layer_from_json, model_from_json
+from mlx_ep.cost.profile import Profile, find_profile
+from mlx_ep.cost.shape import ModelShape, layer_from_json, model_from_json
+from mlx_ep.cost.step import PREFILL_TOKENS, layer_cost, step_cost
 
 MOST_ERROR = 0.15
 Record = Mapping[str, Any]

@@ -134,8 +134,8 @@ def summarize(per_rank):
 def layout_records(num_tokens=4096):
     """Rows and bytes per token, out and back, for uniform routing."""
     from mlx_ep import EPConfig, Placement
-    from mlx_ep.dispatch import get_dispatch_layout
     from mlx_ep.exchange import STRATEGIES, ExchangeShape
+    from mlx_ep.rows import get_dispatch_layout
     from mlx_ep.types import TokenCounts
 
     records = []

@@ -45,8 +45,9 @@ def on_rank(
     """Samples and differences by number of tokens; what the warm-up predicts."""
     from mlx_lm.models.switch_layers import SwitchGLU
 
-    from mlx_ep.policy import ExpertsPolicy, Measured, measure
-    from mlx_ep.runners import Option, switch_runner
+    from mlx_ep.experts import switch_runner
+    from mlx_ep.rows import Option
+    from mlx_ep.tune import ExpertsPolicy, Measured, measure
 
     mx.random.seed(0)
     switch = SwitchGLU(WIDTH, EXPERT_WIDTH, num_experts)

@@ -17,10 +17,10 @@ from functools import cache
 
 from benchmarks.harness import arguments, finish, table
 from benchmarks.published_models import GLM_5, gpt_oss_mxfp4, kimi_k2_3bit
+from mlx_ep.cost.profile import Profile, find_profile, overridden, slowest
+from mlx_ep.cost.shape import ModelShape, affine, named_layer
+from mlx_ep.cost.step import layer_cost, prefill_seconds, step_cost
 from mlx_ep.loading.shape import model_shape
-from mlx_ep.policy.cost import layer_cost, prefill_seconds, step_cost
-from mlx_ep.policy.profile import Profile, find_profile, overridden, slowest
-from mlx_ep.policy.shape import ModelShape, affine, named_layer
 
 # mlx issue 4438: with MLX_METAL_FAST_SYNCH=1 a crossing takes about 4 us. The package
 # never sets it, as it can hang the GPU; exo does on JACCL (exo issue 1666).

@@ -19,15 +19,14 @@ if TYPE_CHECKING:
     from mlx_ep.comm import GroupComm, all_to_all
     from mlx_ep.comm.liveness import guard
     from mlx_ep.config import EPConfig
-    from mlx_ep.dispatch import get_dispatch_layout
     from mlx_ep.exchange import (
         STRATEGIES,
         moe_combine_exchange,
         moe_dispatch_exchange,
     )
-    from mlx_ep.moe import MixtureOfExperts
+    from mlx_ep.moe import MixtureOfExperts, TopKRouter
     from mlx_ep.placement import Placement
-    from mlx_ep.router import TopKRouter
+    from mlx_ep.rows import get_dispatch_layout
     from mlx_ep.types import Routing, Rows
 
 _HOMES = {
@@ -36,13 +35,13 @@ _HOMES = {
     "EPConfig": "mlx_ep.config",
     "guard": "mlx_ep.comm.liveness",
     "MixtureOfExperts": "mlx_ep.moe",
-    "TopKRouter": "mlx_ep.router",
+    "TopKRouter": "mlx_ep.moe.router",
     "Routing": "mlx_ep.types",
     "Rows": "mlx_ep.types",
     "Placement": "mlx_ep.placement",
     "moe_dispatch_exchange": "mlx_ep.exchange",
     "moe_combine_exchange": "mlx_ep.exchange",
-    "get_dispatch_layout": "mlx_ep.dispatch",
+    "get_dispatch_layout": "mlx_ep.rows.pack",
     "STRATEGIES": "mlx_ep.exchange",
     "GroupComm": "mlx_ep.comm",
     "all_to_all": "mlx_ep.comm",

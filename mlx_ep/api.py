@@ -19,23 +19,22 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from mlx_ep import loading
-from mlx_ep.attention import (
-    DensePart,
-    Splitter,
-    agree_attention,
-    decide,
-    dense_part,
-)
 from mlx_ep.comm import Comm, GroupComm, gather_objects, raise_problems
 from mlx_ep.config import EPConfig
+from mlx_ep.cost.attention import REPLICATED, AttentionChoice
 from mlx_ep.exchange import STRATEGIES
 from mlx_ep.loading import (
     EMBEDDED_MODEL,
+    DensePart,
     DiskNeed,
     MemoryNeed,
+    Splitter,
     Weights,
+    agree_attention,
     checkpoint_weights,
     choose_placement,
+    decide,
+    dense_part,
     disk_problems,
     find_model,
     has_tokenizer,
@@ -59,8 +58,7 @@ from mlx_ep.models.blocks import BlockState
 from mlx_ep.models.tensor_parallel import connect
 from mlx_ep.moe import ExpertGroup
 from mlx_ep.placement import Placement
-from mlx_ep.policy import Layer, ModelPolicy, Wish, tune
-from mlx_ep.policy.attention import REPLICATED, AttentionChoice
+from mlx_ep.tune import Layer, ModelPolicy, Wish, tune
 
 
 @dataclass

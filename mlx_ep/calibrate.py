@@ -23,13 +23,12 @@ from mlx_lm.models import qwen3, qwen3_moe
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ep import cli
-from mlx_ep.benchmark.machine import pin_ranks
 from mlx_ep.comm import Comm, gather_objects
+from mlx_ep.cost.profile import Profile, from_json, slowest, to_json, write_profile
+from mlx_ep.cost.profile_table import profile_table
+from mlx_ep.cost.records import Link, MatrixCost
 from mlx_ep.loading import memory_limit
-from mlx_ep.policy import share_cores
-from mlx_ep.policy.cache import cache_folder
-from mlx_ep.policy.costs import Link, MatrixCost
-from mlx_ep.policy.measure_costs import (
+from mlx_ep.measure.costs import (
     PACKINGS,
     Timer,
     collective_tables,
@@ -37,16 +36,11 @@ from mlx_ep.policy.measure_costs import (
     dense_cost,
     machine_times,
 )
-from mlx_ep.policy.measure_experts import expert_costs
-from mlx_ep.policy.profile import (
-    Profile,
-    from_json,
-    slowest,
-    to_json,
-    write_profile,
-)
-from mlx_ep.policy.profile_table import profile_table
-from mlx_ep.runners import uses_metal
+from mlx_ep.measure.experts import expert_costs
+from mlx_ep.measure.machine import pin_ranks
+from mlx_ep.rows import uses_metal
+from mlx_ep.tune import share_cores
+from mlx_ep.tune.cache import cache_folder
 
 SIZES = (256, 4096, 65536, 1 << 20, 1 << 23)
 QUICK_SIZES = (256, 65536)

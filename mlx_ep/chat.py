@@ -17,9 +17,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import common_prefix_len
 
 from mlx_ep import cli
+from mlx_ep.cli import add_sampling_flags, seed_ranks, shared_sampler
 from mlx_ep.comm import Comm, broadcast_object
 from mlx_ep.generate import add_generation_flags, generation_options
-from mlx_ep.sampling import add_sampling_flags, seed_ranks, shared_sampler
 
 _HELP = "Commands: /reset forgets the conversation, /help, /quit (or end of input)."
 

@@ -73,10 +73,10 @@ class EPConfig:
             ``replicated``: whole on every rank. ``tensor``: split over the ranks by the
             model's own ``shard()``, for one more collective per layer; the KV cache is
             split too where it holds heads. ``auto``: the one of these that fits and is
-            predicted to be faster, see `mlx_ep.policy.attention`.
+            predicted to be faster, see `mlx_ep.cost.attention`.
         runner: what runs a rank's experts. ``gather``: MLX's gather_mm and gather_qmm.
             ``blas``: NumPy on the CPU. ``metal``: this package's kernels for decode.
-            ``auto``: for each call the fastest that is right, see `mlx_ep.policy`.
+            ``auto``: for each call the fastest that is right, see `mlx_ep.tune`.
         backend: what computes the experts and moves their rows; the environment
             variable MLX_EP_BACKEND of rank 0 goes first.
         warmup: whether the ways to run experts and, where there is Metal, those to

@@ -29,8 +29,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from mlx_ep.comm import Comm, gather_objects
-from mlx_ep.sampling import Sampler
-from mlx_ep.types import TokenCounts
+from mlx_ep.types import Sampler, TokenCounts
 
 
 class Answer(NamedTuple):

@@ -21,10 +21,10 @@ import mlx.core as mx
 
 import mlx_ep
 from mlx_ep import cli
-from mlx_ep.checks import Check, check_collectives, check_experts, check_kernels
 from mlx_ep.comm import Comm, gather_objects
-from mlx_ep.policy import share_cores
-from mlx_ep.runners import uses_metal
+from mlx_ep.measure import Check, check_collectives, check_experts, check_kernels
+from mlx_ep.rows import uses_metal
+from mlx_ep.tune import share_cores
 
 # Numbers that a rank contributes to a collective, times the number of ranks.
 COLLECTIVE_SIZES = (64, 1 << 17)

@@ -17,26 +17,28 @@ from mlx_lm.generate import stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_ep import cli
+from mlx_ep.cli import (
+    add_reuse_flags,
+    add_sampling_flags,
+    check_reuse_flags,
+    find_draft,
+    open_output,
+    parse_prompts,
+    prompt_tokens,
+    rank_sampler,
+    read_cache,
+    reuse_options,
+    seed_ranks,
+    shared_sampler,
+    tokens_after_cache,
+    user_message,
+    write_answers,
+)
 from mlx_ep.comm import Comm, broadcast_object, gather_objects
 from mlx_ep.config import EPConfig
 from mlx_ep.data_parallel import can_batch, generate_replicated, generate_sharded
 from mlx_ep.loading import EMBEDDED_MODEL
 from mlx_ep.metrics import StageTimings, format_bytes, stage_table
-from mlx_ep.prompt_tokens import prompt_tokens, tokens_after_cache, user_message
-from mlx_ep.prompts_file import open_output, parse_prompts, write_answers
-from mlx_ep.reuse import (
-    add_reuse_flags,
-    check_reuse_flags,
-    find_draft,
-    read_cache,
-    reuse_options,
-)
-from mlx_ep.sampling import (
-    add_sampling_flags,
-    rank_sampler,
-    seed_ranks,
-    shared_sampler,
-)
 
 DEFAULT_PROMPT = "What is spaghetti code?"  # the embedded model knows
 

@@ -15,10 +15,14 @@ A *token* is a vector before packing, a *row* after it. An *expert* is logical, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
 from jaxtyping import Float, Float32, Int32
+
+# Logits' logarithms of probabilities in, a token out.
+Sampler = Callable[[mx.array], mx.array]
 
 
 class Routing(NamedTuple):

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from mlx_ep.policy.costs import Link
-from mlx_ep.policy.profile import Profile
-from mlx_ep.policy.shape import (
-    LayerShape,
-    Matrices,
-    ModelShape,
-)
+from mlx_ep.cost.profile import Profile
+from mlx_ep.cost.records import Link
+from mlx_ep.cost.shape import LayerShape, Matrices, ModelShape
 
 JACCL = Link(transport="jaccl", topology="mesh", latency=30e-6, bandwidth=6e9)
 RING = Link(transport="ring", topology="ring", latency=100e-6, bandwidth=1e9)

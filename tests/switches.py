@@ -6,8 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mlx_ep.policy import Layer
-from mlx_ep.runners import Option
+from mlx_ep.rows import Option
+from mlx_ep.tune import Layer
 
 KERNELS = Option("metal", "metal")
 D, F, E, K = 32, 16, 6, 2

@@ -11,86 +11,69 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mlx_ep"
 
-# Which parts of the package each part may import. A part is a module or a folder.
+# Which rooms of the package each room may import, floor by floor. A room is a module or
+# a folder at the top of the package.
 MAY_IMPORT = {
+    # Records and alphabet.
     "types": set(),
-    "metrics": set(),
     "config": set(),
-    "backend": set(),
-    "kernels": {"types"},
-    "comm": {"types"},
-    "router": {"types"},
-    "placement": {"types"},
-    "dispatch": {"types", "placement", "kernels"},
-    "combine": {"types", "kernels"},
-    "movement": {"types", "backend", "combine", "dispatch", "kernels", "placement"},
-    "experts": {"types", "kernels", "combine", "metrics", "movement"},
-    "exchange": {
-        "types", "comm", "config", "dispatch", "combine", "placement", "metrics",
-        "movement",
-    },
-    "runners": {"types", "backend", "kernels", "experts", "metrics", "movement"},
-    "policy": {
-        "types", "backend", "config", "comm", "exchange", "kernels", "metrics",
-        "movement", "placement", "runners",
-    },
+    "metrics": set(),
+    # Ranks, where experts are, the kernels.
+    "comm": set(),
+    "placement": set(),
+    "kernels": set(),
+    # The parts of a layer.
+    "rows": {"types", "kernels", "placement"},
+    "experts": {"types", "kernels", "metrics", "rows"},
+    "exchange": {"types", "comm", "config", "metrics", "placement", "rows"},
     "moe": {
-        "types", "comm", "config", "dispatch", "exchange", "experts", "metrics",
-        "placement", "router", "runners",
+        "types", "comm", "config", "exchange", "experts", "metrics", "placement",
+        "rows",
     },
-    "models": {"comm", "types", "router", "moe", "runners"},
+    # Predicting and measuring what a layer takes.
+    "cost": {"types", "comm", "config", "exchange", "metrics"},
+    "tune": {
+        "types", "comm", "config", "exchange", "experts", "kernels", "metrics",
+        "placement", "rows",
+    },
+    # Models and their weights.
+    "models": {"types", "comm", "experts", "moe"},
     "loading": {
-        "types", "config", "metrics", "placement", "models", "policy",
+        "comm", "config", "cost", "metrics", "models", "placement", "tune",
     },
-    # How the dense part runs: what ranks know and decide, for api.
-    "attention": {"comm", "config", "loading", "models", "policy"},
     "api": {
-        "attention",
-        "types",
-        "comm",
-        "config",
-        "exchange",
-        "loading",
-        "metrics",
-        "models",
-        "moe",
-        "placement",
-        "policy",
-    },
-    # What commands share, and the commands, which nothing imports.
-    "cli": {"api", "comm", "config", "exchange", "loading"},
-    "sampling": {"cli", "comm"},
-    "data_parallel": {"comm", "sampling", "types"},
-    "prompt_tokens": set(),
-    "prompts_file": {"data_parallel", "prompt_tokens"},
-    "draft": {"comm", "loading"},
-    "overlay_model": {"api", "cli", "comm", "config", "loading"},
-    "overlay": {"cli", "comm", "config", "loading", "overlay_model"},
-    "perplexity": {"cli", "comm"},
-    "prompt_cache": {"comm", "loading"},
-    "reuse": {"cli", "comm", "draft", "prompt_cache"},
-    "generate": {
-        "cli", "comm", "config", "data_parallel", "loading", "metrics",
-        "prompt_tokens", "prompts_file", "reuse", "sampling",
-    },
-    "plan": {
-        "cli", "config", "loading", "metrics", "models", "placement", "policy",
-    },
-    "calibrate": {
-        "benchmark", "cli", "comm", "loading", "policy", "runners",
-    },
-    "checks": {"comm", "kernels", "policy", "runners"},
-    "doctor": {"checks", "cli", "comm", "policy", "runners"},
-    "chat": {"api", "cli", "comm", "sampling", "generate"},
-    "benchmark": {
-        "api", "cli", "comm", "config", "exchange", "loading", "metrics", "models",
-        "moe", "placement", "policy", "runners", "data_parallel", "types",
+        "comm", "config", "cost", "exchange", "loading", "metrics", "models", "moe",
+        "placement", "tune",
     },
     "__init__": {
-        "api", "comm", "config", "dispatch", "exchange", "moe", "placement", "router",
-        "types",
+        "api", "comm", "config", "exchange", "moe", "placement", "rows", "types",
+    },
+    # What commands share.
+    "data_parallel": {"comm", "types"},
+    "measure": {
+        "types", "comm", "cost", "experts", "kernels", "loading", "metrics", "rows",
+        "tune",
+    },
+    "cli": {
+        "types", "api", "comm", "config", "data_parallel", "exchange", "loading",
+    },
+    # The commands.
+    "generate": {"cli", "comm", "config", "data_parallel", "loading", "metrics"},
+    "chat": {"cli", "comm", "generate"},
+    "doctor": {"cli", "comm", "measure", "rows", "tune"},
+    "calibrate": {"cli", "comm", "cost", "loading", "measure", "rows", "tune"},
+    "perplexity": {"cli", "comm"},
+    "overlay": {"api", "cli", "comm", "config", "loading"},
+    "plan": {
+        "cli", "config", "cost", "loading", "metrics", "models", "placement", "tune",
+    },
+    "benchmark": {
+        "types", "api", "cli", "comm", "config", "cost", "data_parallel", "exchange",
+        "loading", "measure", "metrics", "models", "moe", "placement", "tune",
     },
 }  # fmt: skip
+MOST_ROOMS = 30
+MOST_FLOORS = 11
 
 
 def _parts() -> list[str]:
@@ -124,26 +107,32 @@ def _imported_parts(file: Path) -> set[str]:
     return found
 
 
-def test_every_part_has_a_row() -> None:
-    assert set(_parts()) <= set(MAY_IMPORT)
+def _floor(part: str, above: tuple[str, ...] = ()) -> int:
+    """1 for a room that imports no other; else one more than the highest it imports."""
+    assert part not in above, f"a circle: {' -> '.join([*above, part])}"
+    return 1 + max((_floor(p, (*above, part)) for p in MAY_IMPORT[part]), default=0)
+
+
+def test_every_room_has_a_row() -> None:
+    assert set(_parts()) == set(MAY_IMPORT)
+    assert len(MAY_IMPORT) <= MOST_ROOMS
 
 
 @pytest.mark.parametrize("part", _parts())
 def test_import_table(part: str) -> None:
+    """A room imports what its row says: nothing else, and no less."""
+    used = set()
     for file in _files(part):
-        extra = _imported_parts(file) - MAY_IMPORT[part] - {part}
+        imported = _imported_parts(file) - {part}
+        extra = imported - MAY_IMPORT[part]
         assert not extra, f"{file.relative_to(PACKAGE)} may not import {sorted(extra)}"
+        used |= imported
+    if part != "__init__":  # which names what it gives by strings
+        assert used == MAY_IMPORT[part], f"{part} does not use all of its row"
 
 
-def test_import_table_has_no_cycle() -> None:
-    remaining = dict(MAY_IMPORT)
-    while remaining:
-        leaves = [
-            part for part, needs in remaining.items() if not needs & set(remaining)
-        ]
-        assert leaves, f"cycle among {sorted(remaining)}"
-        for part in leaves:
-            del remaining[part]
+def test_floors() -> None:
+    assert max(map(_floor, MAY_IMPORT)) <= MOST_FLOORS
 
 
 def test_importing_the_package_imports_nothing_else() -> None:

@@ -22,7 +22,7 @@ def test_wheel_holds_metal_sources_and_the_embedded_model(tmp_path: Path) -> Non
     )
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    for folder in ("metal", "mlx_ep/embedded/jargon-moe", "mlx_ep/profiles"):
+    for folder in ("metal", "mlx_ep/embedded/jargon-moe", "mlx_ep/cost/profiles"):
         for file in (ROOT / folder).iterdir():
             shipped = f"{folder.removeprefix('mlx_ep/')}/{file.name}"
             assert f"mlx_ep/{shipped}" in names

@@ -14,13 +14,6 @@ from mlx_ep.benchmark.arms import STRATEGIES, why_not
 from mlx_ep.benchmark.e2e import ModelPlan, measure_model
 from mlx_ep.benchmark.flags import chosen_arms, chosen_runners, make_parser
 from mlx_ep.benchmark.layer import LayerPlan, check_layer, measure_layer
-from mlx_ep.benchmark.machine import (
-    agreed,
-    check_memory,
-    facts_text,
-    machine_facts,
-    pin_ranks,
-)
 from mlx_ep.benchmark.models import ModelSource, Prepared, prepare_arms, why_no_shard
 from mlx_ep.benchmark.samples import Budget
 from mlx_ep.benchmark.shapes import (
@@ -31,6 +24,13 @@ from mlx_ep.benchmark.shapes import (
 )
 from mlx_ep.comm import Comm, GroupComm
 from mlx_ep.loading import model_shape, read_config
+from mlx_ep.measure.machine import (
+    agreed,
+    check_memory,
+    facts_text,
+    machine_facts,
+    pin_ranks,
+)
 
 
 def layer_plan(

@@ -24,7 +24,7 @@ from mlx_ep.models import find_moe_sites, install, verify_blocks
 from mlx_ep.models.blocks import BlockState
 from mlx_ep.moe import ExpertGroup
 from mlx_ep.placement import Placement
-from mlx_ep.policy import Layer, Wish, tune
+from mlx_ep.tune import Layer, Wish, tune
 from mlx_ep.types import TokenCounts
 
 # The strategy of each arm with expert parallelism; the rest is mlx-lm alone.

@@ -14,7 +14,6 @@ from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
 from mlx_ep.benchmark.arms import token_counts
-from mlx_ep.benchmark.machine import MemoryMark
 from mlx_ep.benchmark.models import ModelArm
 from mlx_ep.benchmark.passes import (
     check_same_logits,
@@ -23,9 +22,10 @@ from mlx_ep.benchmark.passes import (
 )
 from mlx_ep.benchmark.samples import Budget, Samples, agreed_count, ratio
 from mlx_ep.comm import GroupComm, gather_objects
+from mlx_ep.cost.shape import ModelShape
 from mlx_ep.data_parallel import LockStep
+from mlx_ep.measure.machine import MemoryMark
 from mlx_ep.metrics import COMMUNICATION_STAGES, STAGES
-from mlx_ep.policy.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)

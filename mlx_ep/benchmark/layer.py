@@ -20,7 +20,6 @@ from mlx_ep.benchmark.arms import (
     distinct_on_busiest,
     rank_weight_bytes,
 )
-from mlx_ep.benchmark.machine import MemoryMark, check_memory
 from mlx_ep.benchmark.samples import (
     Budget,
     agreed_count,
@@ -31,6 +30,7 @@ from mlx_ep.benchmark.samples import (
 from mlx_ep.benchmark.shapes import LayerShape, Weights
 from mlx_ep.benchmark.tokens import TokenSource
 from mlx_ep.comm import GroupComm, gather_objects
+from mlx_ep.measure.machine import MemoryMark, check_memory
 from mlx_ep.metrics import COMMUNICATION_STAGES, STAGES
 from mlx_ep.placement import Placement
 

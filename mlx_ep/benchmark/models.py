@@ -17,7 +17,6 @@ from mlx_lm.utils import load_model
 
 from mlx_ep.api import PreparedModel, parallelize, prepare
 from mlx_ep.benchmark.arms import SHARDED, STRATEGIES
-from mlx_ep.benchmark.machine import agreed
 from mlx_ep.comm import GroupComm
 from mlx_ep.config import EPConfig, Runner
 from mlx_ep.exchange import STRATEGIES as STRATEGY_TABLE
@@ -28,6 +27,7 @@ from mlx_ep.loading import (
     find_model,
     held_bytes,
 )
+from mlx_ep.measure.machine import agreed
 from mlx_ep.models.tensor_parallel import tensor_problem
 from mlx_ep.moe import ExpertGroup
 

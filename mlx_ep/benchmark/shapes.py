@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_ep.policy.shape import (
+from mlx_ep.cost.shape import (
     MXFP4,
     MXFP8,
     NAMED_LAYERS,

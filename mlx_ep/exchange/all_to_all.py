@@ -12,8 +12,8 @@ from mlx_ep.config import EPConfig
 from mlx_ep.exchange.base import ExchangeShape, Strategy, Traffic
 from mlx_ep.exchange.low_latency import LowLatency
 from mlx_ep.exchange.normal import Normal
-from mlx_ep.movement import Mover
 from mlx_ep.placement import Placement
+from mlx_ep.rows import Mover
 from mlx_ep.types import Routing, Rows, TokenCounts
 
 

@@ -9,13 +9,6 @@ from jaxtyping import Float
 
 from mlx_ep.comm import Comm
 from mlx_ep.config import EPConfig
-from mlx_ep.dispatch import (
-    join_rows,
-    pad_routing,
-    routing_from_words,
-    routing_words,
-    split_rows,
-)
 from mlx_ep.exchange.base import (
     Collective,
     ExchangeShape,
@@ -25,6 +18,13 @@ from mlx_ep.exchange.base import (
     padded,
 )
 from mlx_ep.placement import Placement
+from mlx_ep.rows import (
+    join_rows,
+    pad_routing,
+    routing_from_words,
+    routing_words,
+    split_rows,
+)
 from mlx_ep.types import Routing, Rows, TokenCounts
 
 # Up to here tokens and their routing travel in one buffer, which saves a collective and

@@ -15,8 +15,8 @@ from mlx_ep.exchange.base import (
     swap_with_peer,
 )
 from mlx_ep.exchange.gathered import GatherPlan, gather_rows, gather_traffic
-from mlx_ep.movement import Mover
 from mlx_ep.placement import Placement
+from mlx_ep.rows import Mover
 from mlx_ep.types import Routing, Rows, TokenCounts
 
 

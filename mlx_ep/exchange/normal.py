@@ -9,7 +9,6 @@ from jaxtyping import Float, Float32, Int32
 
 from mlx_ep.comm import Comm
 from mlx_ep.config import EPConfig
-from mlx_ep.dispatch import pad_routing, routing_from_words, routing_words
 from mlx_ep.exchange.base import (
     Collective,
     ExchangeShape,
@@ -19,8 +18,15 @@ from mlx_ep.exchange.base import (
     expected_rows,
     swap_with_peer,
 )
-from mlx_ep.movement import Movement, Mover, RowPlan
 from mlx_ep.placement import Placement
+from mlx_ep.rows import (
+    Movement,
+    Mover,
+    RowPlan,
+    pad_routing,
+    routing_from_words,
+    routing_words,
+)
 from mlx_ep.types import Routing, Rows, TokenCounts
 
 

@@ -1,6 +1,13 @@
 """Rank-local reading of checkpoints."""
 
 from mlx_ep.loading.checkpoint import Checkpoint, TensorReader, read_config
+from mlx_ep.loading.dense import (
+    DensePart,
+    Splitter,
+    agree_attention,
+    decide,
+    dense_part,
+)
 from mlx_ep.loading.hub.fetch import DiskNeed, disk_problems
 from mlx_ep.loading.local import load_local
 from mlx_ep.loading.plan import (
@@ -22,6 +29,11 @@ from mlx_ep.loading.weights import Weights, checkpoint_weights, dummy_weights
 from mlx_ep.loading.widths import keep_part
 
 __all__ = [
+    "DensePart",
+    "Splitter",
+    "agree_attention",
+    "decide",
+    "dense_part",
     "EMBEDDED_MODEL",
     "Checkpoint",
     "DiskNeed",

@@ -15,11 +15,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
+from mlx_ep.cost.shape import LayerShape, Matrices, ModelShape
 from mlx_ep.loading.dummy import build_dummy
 from mlx_ep.loading.local import count_experts
 from mlx_ep.models import MoESite, find_moe_sites
 from mlx_ep.placement import Placement
-from mlx_ep.policy.shape import LayerShape, Matrices, ModelShape
 
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ATTENTION = re.compile(r"attn|attention|mixer|mamba|conv|ssm")
@@ -183,7 +183,7 @@ def _bytes(module: nn.Module, itemsize: int) -> int:
 
 
 def _packing(module: nn.Module, dtype: str) -> str:
-    """As `mlx_ep.runners.Matrices.packing` calls it."""
+    """As `mlx_ep.experts.Matrices.packing` calls it."""
     if "scales" not in module:
         return dtype
     scales = dtype if module.mode == "affine" else "uint8"

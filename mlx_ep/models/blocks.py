@@ -16,12 +16,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_ep.experts import switch_runner
 from mlx_ep.models.block_call import BlockCall, Stub, zero_column, zero_outputs
 from mlx_ep.models.partial_sum import PartialSum, find_partial_sum
 from mlx_ep.models.routing_probe import Probe, find_probe
 from mlx_ep.models.sites import MoESite
 from mlx_ep.moe import ExpertGroup
-from mlx_ep.runners import switch_runner
 from mlx_ep.types import Routing
 
 _VERIFY_TOKENS = 64

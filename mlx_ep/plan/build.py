@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mlx_ep.config import EPConfig
+from mlx_ep.cost.attention import choose_attention
+from mlx_ep.cost.profile import Profile
 from mlx_ep.loading import choose_placement, find_model, model_shape
 from mlx_ep.loading.caches import CacheQuantization
 from mlx_ep.loading.estimate import ModelOutline, RankNeed, Workload, rank_needs
@@ -14,8 +16,6 @@ from mlx_ep.models.tensor_parallel import plan_split
 from mlx_ep.placement import Placement
 from mlx_ep.plan.advice import advice
 from mlx_ep.plan.speeds import Speed, calibrated_profile, predict, profiles_of
-from mlx_ep.policy.attention import choose_attention
-from mlx_ep.policy.profile import Profile
 
 
 @dataclass(frozen=True)

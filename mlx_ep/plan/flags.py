@@ -7,8 +7,8 @@ from typing import get_args
 
 from mlx_ep import cli
 from mlx_ep.config import Attention
+from mlx_ep.cost.profile import shipped_profiles
 from mlx_ep.loading.caches import PREFILL_STEP
-from mlx_ep.policy.profile import shipped_profiles
 
 DEFAULT_CONTEXT = 4096
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mlx_ep.cost.profile import Profile, find_profile, read_profile, slowest
+from mlx_ep.cost.shape import ModelShape
+from mlx_ep.cost.step import prefill_seconds, step_cost
 from mlx_ep.plan.report import aligned
-from mlx_ep.policy.cache import cache_folder
-from mlx_ep.policy.cost import prefill_seconds, step_cost
-from mlx_ep.policy.profile import Profile, find_profile, read_profile, slowest
-from mlx_ep.policy.shape import ModelShape
+from mlx_ep.tune.cache import cache_folder
 
 # What is called what: the cost model's arms, for a person.
 _TITLES = {

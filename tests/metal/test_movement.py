@@ -14,22 +14,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_ep.backend import Option
 from mlx_ep.kernels import ops
-from mlx_ep.movement import (
+from mlx_ep.placement import Part, Placement
+from mlx_ep.rows import (
     OPS,
     MetalMovement,
     Movement,
     Mover,
     OpsMovement,
+    Option,
     RowPlan,
     has_one_rank_per_expert,
     movement_of,
     movement_options,
 )
-from mlx_ep.movement import device as device_module
-from mlx_ep.movement.mover import OnDevice
-from mlx_ep.placement import Part, Placement
+from mlx_ep.rows import device as device_module
+from mlx_ep.rows.mover import OnDevice
 from mlx_ep.types import TokenCounts
 from tests.cases import Case, routing_cases
 

@@ -29,9 +29,9 @@ KERNELS = {"route_plan", "pack_rows", "unpack_sum"}
 
 def execute_on_cpu():
     """In a rank's process: kernels execute on the CPU, and Metal seems to be there."""
+    from mlx_ep.experts import table
     from mlx_ep.kernels import loader
-    from mlx_ep.movement import mover
-    from mlx_ep.runners import table
+    from mlx_ep.rows import mover
     from tests.metal import host
 
     patch = pytest.MonkeyPatch()
@@ -103,9 +103,9 @@ def expected_of(x, case, rank, weights):
 
 def check_movements(group):
     """Bit for bit the sums that MLX's ops give, and by the kernels."""
-    from mlx_ep.backend import Option
     from mlx_ep.comm import GroupComm
-    from mlx_ep.runners import switch_runner
+    from mlx_ep.experts import switch_runner
+    from mlx_ep.rows import Option
 
     launches = execute_on_cpu()
     comm, weights = GroupComm(group), weights_of()
@@ -151,9 +151,9 @@ def test_the_kernels_move_the_rows_of_a_layer(num_ranks, transport):
 
 def check_all_kernels(group):
     """Experts, pair sums and movement by kernels; a rank may hold no expert."""
-    from mlx_ep.backend import Option
     from mlx_ep.comm import GroupComm
-    from mlx_ep.runners import switch_runner
+    from mlx_ep.experts import switch_runner
+    from mlx_ep.rows import Option
 
     execute_on_cpu()
     comm = GroupComm(group)
@@ -206,9 +206,9 @@ def test_a_whole_layer_by_kernels(num_ranks, transport):
 def logits_by_kernels(group):
     """A model with everything by kernels, beside the same one by MLX's ops."""
     import mlx_ep
-    from mlx_ep.backend import Option
     from mlx_ep.config import EPConfig
-    from mlx_ep.runners import switch_runner
+    from mlx_ep.experts import switch_runner
+    from mlx_ep.rows import Option
     from tests import tiny
 
     tokens, kernel = mx.array([[5, 9, 200, 31, 7]]), Option("metal", "metal")
@@ -269,9 +269,9 @@ def run_with_wrong_kernels(group, folder):
 
 
 def _with_wrong(comm, what):
+    from mlx_ep.experts import switch_runner
     from mlx_ep.kernels import loader
-    from mlx_ep.policy import Layer, Wish, tune, warmup, warmup_movement
-    from mlx_ep.runners import switch_runner
+    from mlx_ep.tune import Layer, Wish, tune, warmup, warmup_movement
 
     original, weights = loader.source, weights_of()
 

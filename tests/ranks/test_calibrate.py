@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from mlx_ep.calibrate import chosen_packings, chosen_widths
-from mlx_ep.policy.cost import ARMS, layer_cost
-from mlx_ep.policy.measure_costs import PACKINGS
-from mlx_ep.policy.profile import Profile, read_profile
-from mlx_ep.policy.shape import affine, named_layer
+from mlx_ep.cost.profile import Profile, read_profile
+from mlx_ep.cost.shape import affine, named_layer
+from mlx_ep.cost.step import ARMS, layer_cost
+from mlx_ep.measure.costs import PACKINGS
 from tests.ranks import run_commands
 
 pytestmark = pytest.mark.requires("ranks")

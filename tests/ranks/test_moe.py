@@ -36,7 +36,7 @@ def whole_weights(num_experts):
     """The experts as one process draws them."""
     from mlx_lm.models.switch_layers import SwitchGLU
 
-    from mlx_ep.router import TopKRouter
+    from mlx_ep.moe import TopKRouter
 
     mx.random.seed(4)
     TopKRouter(D, num_experts, K)

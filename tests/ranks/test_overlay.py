@@ -23,7 +23,7 @@ from mlx_lm.utils import sharded_load
 from mlx_ep.comm import GroupComm, default_cpu_stream
 from mlx_ep.config import EPConfig
 from mlx_ep.loading import find_model
-from mlx_ep.overlay import MODEL_FILE, make_overlay
+from mlx_ep.overlay.make import MODEL_FILE, make_overlay
 from tests import tiny
 from tests.ranks import StartedCommands, run_commands, run_ranks, start_commands
 

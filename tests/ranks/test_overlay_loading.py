@@ -14,7 +14,7 @@ import pytest
 from mlx_lm.generate import stream_generate
 from mlx_lm.utils import load_model, sharded_load
 
-from mlx_ep.overlay import make_overlay
+from mlx_ep.overlay.make import make_overlay
 from tests import tiny
 from tests.models import architectures
 from tests.models.hub_layouts import HUB_LAYOUTS

@@ -18,7 +18,7 @@ D, F, E, K = 32, 16, 5, 2
 def _layer(num_slots: int, seed: int):
     from mlx_lm.models.switch_layers import SwitchGLU
 
-    from mlx_ep.policy import Layer
+    from mlx_ep.tune import Layer
 
     mx.random.seed(seed)
     switch = SwitchGLU(D, F, max(num_slots, 1))
@@ -31,7 +31,7 @@ def _layer(num_slots: int, seed: int):
 
 def _measured(seconds: dict[str, float], wrong: str = ""):
     """Stands for the warm-up: an option takes so long, however many rows there are."""
-    from mlx_ep.policy import Result
+    from mlx_ep.tune import Result
 
     def measure(switch, dtype, top_k, candidates):
         return {
@@ -63,12 +63,12 @@ def _choices(group, case, folder):
     import warnings
 
     from mlx_ep.comm import GroupComm
-    from mlx_ep.policy import tune
-    from mlx_ep.runners import switch_runner
+    from mlx_ep.experts import switch_runner
+    from mlx_ep.tune import tune
 
     rank, comm = group.rank(), GroupComm(group)
     os.environ["XDG_CACHE_HOME"] = f"{folder}/{case}/{rank}"  # hosts of their own
-    module = importlib.import_module("mlx_ep.policy.tune")
+    module = importlib.import_module("mlx_ep.tune.tune")
     if case != "real measurements":
         fast, slow = ("gather", "blas") if rank == 0 else ("blas", "gather")
         wrong = "gather" if rank == 1 and case == "wrong on rank 1" else ""
@@ -103,7 +103,7 @@ def force_differently(group):
     import os
 
     from mlx_ep.comm import GroupComm
-    from mlx_ep.policy import Wish, tune
+    from mlx_ep.tune import Wish, tune
 
     comm = GroupComm(group)
     os.environ["MLX_EP_BACKEND"] = "cpu" if group.rank() == 0 else "metal"
@@ -130,7 +130,7 @@ def explain_a_model(group):
     """What a model that was made expert-parallel says, and how its strategy moves."""
     import mlx_ep
     from mlx_ep.config import EPConfig
-    from mlx_ep.movement import OPS
+    from mlx_ep.rows import OPS
     from tests import tiny
 
     model = tiny.make_model(tiny.QWEN3_MOE)

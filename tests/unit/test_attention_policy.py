@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from mlx_ep.attention import known_speeds
-from mlx_ep.policy.attention import (
+from mlx_ep.cost.attention import (
     ASSUMED,
     AttentionChoice,
     Speeds,
     choose_attention,
     cluster_speeds,
 )
-from mlx_ep.policy.profile import find_profile, write_profile
+from mlx_ep.cost.profile import find_profile, write_profile
+from mlx_ep.loading.dense import known_speeds
 
 # 8 GB at 100 GB/s take 80 ms; over 2 ranks 40 ms, and 50 collectives of 0.1 ms 5 ms.
 SPEEDS = Speeds(100e9, 100e-6, "made up")

@@ -9,20 +9,17 @@ from math import comb
 import numpy as np
 import pytest
 
-from mlx_ep.policy.cost import ARMS, layer_cost, step_cost
-from mlx_ep.policy.costs import CollectiveTable, MatrixCost
-from mlx_ep.policy.expected import (
+from mlx_ep.cost.expected import (
     expected_distinct,
     expected_pairs,
     experts_of_ranks,
     sampled_counts,
 )
-from mlx_ep.policy.layer_cost import SORTED_ROWS, TILE_ROWS, dense_seconds
-from mlx_ep.policy.profile import cost_key, overridden
-from mlx_ep.policy.shape import (
-    Matrices,
-    affine,
-)
+from mlx_ep.cost.layer import SORTED_ROWS, TILE_ROWS, dense_seconds
+from mlx_ep.cost.profile import cost_key, overridden
+from mlx_ep.cost.records import CollectiveTable, MatrixCost
+from mlx_ep.cost.shape import Matrices, affine
+from mlx_ep.cost.step import ARMS, layer_cost, step_cost
 from tests.round_numbers import JACCL, LAYER, MODEL, PROFILE, RING
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import bench_cost_model
 from benchmarks.published_figures import figures
-from mlx_ep.policy.profile import overridden, write_profile
+from mlx_ep.cost.profile import overridden, write_profile
 from tests.unit.test_cost import LAYER, MODEL, PROFILE
 
 LAYER_RECORD = {

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_ep.dispatch import (
+from mlx_ep.placement import Placement
+from mlx_ep.rows import (
     get_dispatch_layout,
     join_rows,
     limit_to_capacity,
@@ -18,7 +19,6 @@ from mlx_ep.dispatch import (
     routing_words,
     split_rows,
 )
-from mlx_ep.placement import Placement
 from mlx_ep.types import Routing, TokenCounts
 
 

@@ -9,10 +9,10 @@ from types import ModuleType
 import mlx.core as mx
 import pytest
 
-from mlx_ep import checks, doctor
-from mlx_ep.checks import Check, Sizes, check_experts, check_kernels
+from mlx_ep import doctor
 from mlx_ep.comm import Comm, GroupComm
 from mlx_ep.kernels import ops
+from mlx_ep.measure import Check, Sizes, check_experts, check_kernels, checks
 from tests.metal.conftest import installed
 from tests.ranks import run_commands
 

@@ -12,7 +12,6 @@ import pytest
 
 from mlx_ep.comm import GroupComm
 from mlx_ep.config import ALIASES, EPConfig, Strategy
-from mlx_ep.dispatch import pad_routing
 from mlx_ep.exchange import (
     STRATEGIES,
     AllToAll,
@@ -27,8 +26,8 @@ from mlx_ep.exchange import Strategy as StrategyProtocol
 from mlx_ep.exchange.base import depends_on, expected_share, padded
 from mlx_ep.metrics import Counters
 from mlx_ep.moe import ExpertGroup
-from mlx_ep.movement import MovesRows
 from mlx_ep.placement import Placement
+from mlx_ep.rows import MovesRows, pad_routing
 from mlx_ep.types import Routing, Rows, TokenCounts
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from mlx_ep.cost.profile import find_profile
 from mlx_ep.loading.estimate import RankNeed
 from mlx_ep.placement import read_placement
 from mlx_ep.plan import __main__ as command
 from mlx_ep.plan import build
 from mlx_ep.plan.speeds import Speed, predict, verdict
-from mlx_ep.policy.profile import find_profile
 from tests import tiny
 from tests.hub_server import HubServer, Repository, use_cache
 from tests.models.architectures import AFFINE
@@ -189,8 +189,8 @@ def test_verdict() -> None:
 
 
 def test_predict_is_the_cost_model() -> None:
+    from mlx_ep.cost.step import prefill_seconds, step_cost
     from mlx_ep.loading import model_shape
-    from mlx_ep.policy.cost import prefill_seconds, step_cost
 
     profile = find_profile("m3-ultra")
     shape = model_shape(tiny.QWEN3_MOE)

@@ -15,8 +15,12 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_ep.comm import GroupComm
 from mlx_ep.config import EPConfig
+from mlx_ep.experts import RUNNERS, switch_runner
+from mlx_ep.experts.blas import BlasRunner
+from mlx_ep.experts.table import BACKENDS
 from mlx_ep.metrics import Counters
-from mlx_ep.policy import (
+from mlx_ep.rows import Option
+from mlx_ep.tune import (
     ExpertsPolicy,
     Measured,
     ModelPolicy,
@@ -27,16 +31,13 @@ from mlx_ep.policy import (
     measure,
     tune,
 )
-from mlx_ep.policy.cache import cache_folder, cache_key, read_cache, write_cache
-from mlx_ep.runners import RUNNERS, Option, switch_runner
-from mlx_ep.runners.blas import BlasRunner
-from mlx_ep.runners.table import BACKENDS
+from mlx_ep.tune.cache import cache_folder, cache_key, read_cache, write_cache
 from mlx_ep.types import Rows, TokenCounts
 from tests.switches import KERNELS, D, E, F, K, fail, make_layer, make_switch
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
-tune_module = importlib.import_module("mlx_ep.policy.tune")
+tune_module = importlib.import_module("mlx_ep.tune.tune")
 GATHER, BLAS = Option("gather", "cpu"), Option("blas", "cpu")
 GPU = Option("gather", "metal")
 

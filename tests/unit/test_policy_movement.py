@@ -9,9 +9,10 @@ import pytest
 
 from mlx_ep.comm import GroupComm
 from mlx_ep.exchange import Auto
-from mlx_ep.movement import Job, OpsMovement, RowPlan, mover
+from mlx_ep.experts import switch_runner
 from mlx_ep.placement import Placement
-from mlx_ep.policy import (
+from mlx_ep.rows import Job, OpsMovement, Option, RowPlan, mover
+from mlx_ep.tune import (
     MovementShape,
     Result,
     default_movement,
@@ -19,9 +20,8 @@ from mlx_ep.policy import (
     move,
     tune,
 )
-from mlx_ep.policy.explain import explain_movement
-from mlx_ep.policy.move import agree_movement, movement_facts
-from mlx_ep.runners import Option, switch_runner
+from mlx_ep.tune.explain import explain_movement
+from mlx_ep.tune.move import agree_movement, movement_facts
 from tests.switches import KERNELS, D, E, K, fail, make_layer, make_switch
 
 pytestmark = pytest.mark.usefixtures("own_cache")

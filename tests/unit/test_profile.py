@@ -8,8 +8,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from mlx_ep.policy.costs import CollectiveTable, Link, MatrixCost
-from mlx_ep.policy.profile import (
+from mlx_ep.cost.profile import (
     Profile,
     find_profile,
     from_json,
@@ -21,6 +20,7 @@ from mlx_ep.policy.profile import (
     to_json,
     write_profile,
 )
+from mlx_ep.cost.records import CollectiveTable, Link, MatrixCost
 
 LINK = Link(
     transport="mpi",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.deepseek_v3 import group_expert_select
 
-from mlx_ep.router import TopKRouter
+from mlx_ep.moe import TopKRouter
 
 T, D, E = 9, 12, 8
 

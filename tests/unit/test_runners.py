@@ -12,17 +12,17 @@ from mlx_lm.models.activations import SwigluOAI
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchMLP
 
 from mlx_ep import metrics
-from mlx_ep.metrics import Counters
-from mlx_ep.runners import (
+from mlx_ep.experts import (
     RUNNERS,
-    Option,
     blas_threads,
     expert_weights,
     limit_blas_threads,
     options,
     switch_runner,
 )
-from mlx_ep.runners import blas as blas_module
+from mlx_ep.experts import blas as blas_module
+from mlx_ep.metrics import Counters
+from mlx_ep.rows import Option
 from mlx_ep.types import Rows
 from tests.metal.conftest import installed
 from tests.reference import moe_sum

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_ep.loading.shape import model_shape
-from mlx_ep.policy.shape import (
+from mlx_ep.cost.shape import (
     MXFP4,
     Matrices,
     affine,
@@ -13,6 +12,7 @@ from mlx_ep.policy.shape import (
     model_from_json,
     named_layer,
 )
+from mlx_ep.loading.shape import model_shape
 from tests import tiny
 from tests.round_numbers import MODEL
 

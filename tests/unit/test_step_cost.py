@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from mlx_ep.policy.cost import prefill_seconds, step_cost
-from mlx_ep.policy.profile import overridden
+from mlx_ep.cost.profile import overridden
+from mlx_ep.cost.step import prefill_seconds, step_cost
 from tests.round_numbers import MODEL, PROFILE
 
 

@@ -1,0 +1,106 @@
+"""What mlx_ep.generate reuses: a prompt cache from a file, and a draft model.
+
+The flags of mlx_lm.generate, with their meaning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_ep import cli
+from mlx_ep.cli.draft import Draft, check_trimmable, prepare_draft
+from mlx_ep.cli.prompt_cache import PromptCache, read_prompt_cache
+from mlx_ep.comm import Comm
+
+
+def add_reuse_flags(parser: argparse.ArgumentParser) -> None:
+    """A prompt cache and a draft model, as in mlx_lm.generate."""
+    group = parser.add_argument_group("prompt cache and speculative decoding")
+    group.add_argument(
+        "--prompt-cache-file",
+        type=Path,
+        help="A file of mlx_lm.cache_prompt, on every rank's disk; the prompt follows "
+        "what it holds.",
+    )
+    group.add_argument(
+        "--draft-model",
+        help="A small model with the same tokens that drafts for speculative decoding; "
+        "every rank holds all of it.",
+    )
+    group.add_argument(
+        "--num-draft-tokens",
+        type=cli.positive,
+        default=3,
+        help="Tokens it drafts at a time (default: %(default)s).",
+    )
+
+
+def check_reuse_flags(args: argparse.Namespace) -> None:
+    """Raises:
+    ValueError: flags that do not go together.
+    """
+    for flag in ("kv_bits", "prompt_cache_file", "draft_model"):
+        if getattr(args, flag) is not None and args.prompts_file is not None:
+            raise ValueError(
+                f"--{flag.replace('_', '-')} does not go with --prompts-file: mlx-lm "
+                "cannot."
+            )
+    if args.prompt_cache_file is not None and args.attention != "replicated":
+        raise ValueError(
+            "--prompt-cache-file holds the KV cache of all heads: it goes with "
+            f"--attention replicated, got {args.attention}."
+        )
+
+
+def read_cache(args: argparse.Namespace, comm: Comm) -> PromptCache | None:
+    """The cache of --prompt-cache-file; None without the flag."""
+    if args.prompt_cache_file is None:
+        return None
+    return read_prompt_cache(
+        args.prompt_cache_file, args.model, args.kv_bits, args.kv_group_size, comm
+    )
+
+
+def find_draft(
+    args: argparse.Namespace, tokenizer: TokenizerWrapper, comm: Comm
+) -> Draft | None:
+    """The model of --draft-model, not read yet; None without the flag."""
+    if args.draft_model is None:
+        return None
+    return prepare_draft(args.draft_model, tokenizer, comm)
+
+
+def reuse_options(
+    args: argparse.Namespace,
+    model: nn.Module,
+    draft: Draft | None,
+    cache: PromptCache | None,
+) -> dict[str, Any]:
+    """The arguments of stream_generate for a prompt cache and a draft model.
+
+    Raises:
+        UsageError: on every rank: the model's KV cache does not allow it.
+    """
+    options: dict[str, Any] = {}
+    with cli.usage_errors():
+        if draft is not None:
+            check_trimmable(model)
+            options["draft_model"] = draft.load()
+            options["num_draft_tokens"] = args.num_draft_tokens
+            if args.max_kv_size is not None:
+                warnings.warn(
+                    "--max-kv-size has no effect with --draft-model, as in mlx-lm.",
+                    stacklevel=2,
+                )
+        if cache is not None:
+            models = [model, *([options["draft_model"]] if draft else [])]
+            cache.check_length(sum(len(make_prompt_cache(each)) for each in models))
+            options["prompt_cache"] = cache.layers
+    return options

@@ -1,0 +1,51 @@
+"""Runner `gather`: the switch of mlx-lm itself, rows sorted by slot."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+from jaxtyping import Float, Float32, Int32
+
+from mlx_ep.experts.base import expert_weights
+from mlx_ep.experts.run import sum_pairs
+from mlx_ep.metrics import Counters
+from mlx_ep.rows import Backend, Mover
+from mlx_ep.types import Rows
+
+
+class GatherRunner:
+    """MLX's gather_mm and gather_qmm. Works with every switch.
+
+    Attributes:
+        mover: sums the outputs of the pairs.
+    """
+
+    def __init__(self, switch: nn.Module) -> None:
+        self.switch = switch
+        self.mover = Mover()
+
+    @staticmethod
+    def why_not(switch: nn.Module, backend: Backend) -> str:
+        """See `RunnerType`."""
+        weights = expert_weights(switch)
+        if weights is None or backend == "metal":
+            return ""
+        for matrices in weights.matrices:
+            if matrices.global_scale is not None:
+                return "MLX's gather_qmm on a CPU takes no global scale"
+            if not matrices.is_packed and matrices.weight.dtype != mx.float32:
+                return (
+                    f"MLX's gather_mm is float32 only on a CPU, not {matrices.packing}"
+                )
+        return ""
+
+    def partial_sum(self, rows: Rows, counters: Counters) -> Float32[mx.array, "M D"]:
+        """See `ExpertRunner`; sums in slot order."""
+        movement = self.mover("pairs", rows.slot_ids.shape[0])
+        return sum_pairs(rows, self.slot_outputs, counters, movement)
+
+    def slot_outputs(
+        self, rows: Float[mx.array, "N D"], slots: Int32[mx.array, " N"]
+    ) -> Float[mx.array, "N D"]:
+        """See `ExpertRunner`."""
+        return self.switch(rows, slots[:, None]).squeeze(1)

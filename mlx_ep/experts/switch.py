@@ -1,0 +1,93 @@
+"""A switch with a choice of runners, made anew for each call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+from jaxtyping import Float, Float32, Int32
+
+from mlx_ep.experts.base import ExpertRunner
+from mlx_ep.experts.table import RUNNERS
+from mlx_ep.metrics import Counters
+from mlx_ep.rows import Backend, Mover, MovesRows, Option, uses_metal
+from mlx_ep.types import Rows
+
+# Rows and choices per row (M, K) -> what runs them.
+Choice = Callable[[int, int], Option]
+
+
+class SwitchRunner:
+    """Runs rows through a switch of mlx-lm; a `RowsRunner`.
+
+    Attributes:
+        choose: what runs a call. `gather` where it can, until a policy sets it.
+        mover: sums the outputs of pairs, for runners that leave it to others.
+    """
+
+    def __init__(self, switch: nn.Module) -> None:
+        self.switch = switch
+        self.choose: Choice = self._first_possible
+        self.mover = Mover()
+        self._names = [n for n, child in switch.children().items() if "weight" in child]
+        self._runners: dict[str, ExpertRunner] = {}
+        self._default: Option | None = None
+        self._weights: list[mx.array] = []
+
+    def __call__(
+        self, rows: Float[mx.array, "N D"], slots: Int32[mx.array, " N"]
+    ) -> Float[mx.array, "N D"]:
+        """The unweighted output of each (row, slot) pair, slots ascending.
+
+        As one process computes it: by the switch itself, where that is possible.
+        """
+        return self.runner(self._first_possible(0, 0).runner).slot_outputs(rows, slots)
+
+    def partial_sum(self, rows: Rows, counters: Counters) -> Float32[mx.array, "M D"]:
+        """See `ExpertRunner`, by the runner that is chosen."""
+        option = self.choose(*rows.slot_ids.shape)
+        runner = self.runner(option.runner)
+        if option.stream is None:
+            return runner.partial_sum(rows, counters)
+        with mx.stream(option.stream):
+            return runner.partial_sum(rows, counters)
+
+    def runner(self, name: str) -> ExpertRunner:
+        """A runner of this switch, built once for its present weights."""
+        self._forget_old_weights()
+        if name not in self._runners:
+            runner = self._runners[name] = RUNNERS[name](self.switch)
+            if isinstance(runner, MovesRows):
+                runner.mover = self.mover
+        return self._runners[name]
+
+    def _forget_old_weights(self) -> None:
+        # At every call: by subscript, which is 10 times as fast as by attribute.
+        weights = [self.switch[name]["weight"] for name in self._names]
+        if len(weights) != len(self._weights) or any(
+            new is not old for new, old in zip(weights, self._weights, strict=True)
+        ):
+            self._runners, self._default, self._weights = {}, None, weights
+
+    def _first_possible(self, num_rows: int, per_row: int) -> Option:
+        self._forget_old_weights()
+        if self._default is None:
+            self._default = self._find_default()
+        return self._default
+
+    def _find_default(self) -> Option:
+        here: Backend = "metal" if uses_metal() else "cpu"
+        for name in ("gather", "blas"):
+            if not RUNNERS[name].why_not(self.switch, here):
+                return Option(name)
+        return Option("gather")  # which says what is wrong
+
+
+def switch_runner(switch: nn.Module) -> SwitchRunner:
+    """The runner of a switch, the same one at every call."""
+    found = getattr(switch, "expert_runner", None)
+    if found is None:
+        # A plain object, so that nn.Module does not take it for a parameter or child.
+        found = switch.expert_runner = SwitchRunner(switch)
+    return found

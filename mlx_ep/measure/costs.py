@@ -1,0 +1,282 @@
+"""Times that a profile consists of, measured on all ranks at once.
+
+Every function must be called on every rank: how far a series goes and how often a call
+is timed is rank 0's decision, and each sample begins with a barrier. What a rank gets
+are its own times.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_ep.comm import Comm, broadcast_object
+from mlx_ep.cost.records import CollectiveTable, MatrixCost
+from mlx_ep.rows import uses_metal
+
+Call = Callable[[], Any]
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+HEAD = 64  # of the positions
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is computed, so that it takes longer than starting and waiting for it.
+
+    Attributes:
+        slots: experts of a call. All of them together do not fit a GPU's cache.
+        matrices: dense ones, one after another.
+        numbers: that are read and copied.
+        tokens: of what is done for each number of a token.
+        queries, keys: of the attention.
+    """
+
+    slots: int
+    matrices: int
+    numbers: int
+    tokens: int
+    queries: int
+    keys: int
+
+
+ON_CPU = Sizes(4, 4, 1 << 25, 256, 64, 512)
+ON_METAL = Sizes(64, 64, 1 << 28, 4096, 1024, 4096)  # not tried yet
+
+
+def sizes() -> Sizes:
+    """For the device that MLX computes on."""
+    return ON_METAL if uses_metal() else ON_CPU
+
+
+@dataclass(frozen=True)
+class Timer:
+    """Takes medians over samples that begin together on all ranks.
+
+    Attributes:
+        seconds: for all samples of a call; at least three are taken.
+        longest: a series of growing calls stops before one would take longer.
+    """
+
+    comm: Comm
+    seconds: float = 0.25
+    longest: float = 0.4
+    most: int = 25
+
+    def median(self, call: Call) -> float:
+        """Seconds of a call that returns when its work is done."""
+        call()
+        self.comm.barrier()
+        start = time.perf_counter()
+        call()
+        first = time.perf_counter() - start
+        wanted = int(self.seconds / max(first, 1e-6))
+        count = self.agreed(min(self.most, max(3, wanted)))
+        found = []
+        for _ in range(count):
+            self.comm.barrier()
+            start = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - start)
+        return statistics.median(found)
+
+    def series(self, calls: Sequence[tuple[float, Call]]) -> list[tuple[float, float]]:
+        """Sizes with their medians, as long as the next one is not too long."""
+        found: list[tuple[float, float]] = []
+        for size, call in calls:
+            # At worst a call takes as much longer as it is larger; the best of such
+            # guesses, so that one disturbed sample does not end the series.
+            expected = min((t * size / done for done, t in found), default=0.0)
+            if len(found) >= 2 and self.agreed(expected > self.longest):
+                break
+            found.append((size, self.median(call)))
+        return found
+
+    def agreed(self, value: Any) -> Any:
+        """Rank 0's value."""
+        return broadcast_object(self.comm, value)
+
+
+@dataclass(frozen=True)
+class ExpertPacking:
+    """How experts are packed while they are timed.
+
+    Attributes:
+        bits: 0: not at all.
+        mode: MLX's name.
+    """
+
+    bits: int
+    group_size: int = 64
+    mode: str = "affine"
+
+
+PACKINGS = {
+    "affine4": ExpertPacking(4),
+    "affine8": ExpertPacking(8),
+    "mxfp4": ExpertPacking(4, 32, "mxfp4"),
+    "plain": ExpertPacking(0),
+}
+
+
+def dense_cost(
+    timer: Timer, width: int, packing: ExpertPacking, dtype: mx.Dtype
+) -> tuple[str, MatrixCost]:
+    """Square matrices that all rows pass one after another, by their packing."""
+    linears = [_linear(width, packing, dtype) for _ in range(sizes().matrices)]
+
+    def all_of_them(x: mx.array) -> mx.array:
+        for linear in linears:
+            x = linear(x)
+        return x
+
+    calls = [
+        (float(r), _evaluated(all_of_them, _random((r, width), dtype))) for r in ROWS
+    ]
+    found = timer.series(calls)
+    wait, weights = timer.median(_wait), len(linears) * width**2
+    name = str(dtype).removeprefix("mlx.core.")
+    if packing.bits:
+        scales = str(linears[0].scales.dtype).removeprefix("mlx.core.")
+        name = f"{packing.mode} {packing.bits} bit/{packing.group_size} {scales}"
+    return name, MatrixCost(
+        rows=tuple(rows for rows, _ in found),
+        seconds=tuple(_above(seconds, wait) / weights for _, seconds in found),
+    )
+
+
+def _linear(width: int, packing: ExpertPacking, dtype: mx.Dtype) -> nn.Module:
+    linear: nn.Module = nn.Linear(width, width, bias=False)
+    linear.set_dtype(dtype)
+    if packing.bits:
+        linear = linear.to_quantized(packing.group_size, packing.bits, packing.mode)
+    # sync: what is timed must not include making its arguments.
+    mx.eval(linear.parameters())
+    return linear
+
+
+def collective_tables(timer: Timer, sizes: Sequence[int]) -> dict[str, CollectiveTable]:
+    """Each collective of `Comm` for float32 payloads of so many bytes per rank."""
+    comm = timer.comm
+    tables = {}
+    for operation in COLLECTIVES:
+        run = getattr(comm, operation)
+        calls = []
+        for size in sizes:
+            rows = -(-size // (4 * comm.size)) * comm.size
+            calls.append((float(4 * rows), _evaluated(run, _random((rows, 1)))))
+        found = timer.series(calls)
+        tables[operation] = CollectiveTable(
+            ranks=float(comm.size),
+            bytes=tuple(size for size, _ in found),
+            seconds=tuple(seconds for _, seconds in found),
+        )
+    return tables
+
+
+def crossing_seconds(timer: Timer, alone: float) -> float:
+    """What a collective costs between operations of the device, above `alone`.
+
+    Args:
+        alone: seconds of a collective of a few numbers that is ready to start.
+    """
+    steps, comm = 16, timer.comm
+
+    def chain(with_collectives: bool) -> None:
+        x = mx.ones((64,))
+        for _ in range(steps):
+            x = x * 0.5
+            if with_collectives:
+                x = comm.all_reduce(x)
+        # sync: this is what is timed.
+        mx.eval(x)
+
+    both = timer.median(partial(chain, True))
+    return max(0.0, (both - timer.median(partial(chain, False))) / steps - alone)
+
+
+def machine_times(timer: Timer, width: int, dtype: mx.Dtype) -> dict[str, float]:
+    """The numbers of a profile that are neither matrices nor collectives.
+
+    Args:
+        width: D of the tokens.
+    """
+    size = sizes()
+    wait = timer.median(_wait)
+
+    def above_wait(function: Callable[[mx.array], mx.array], x: mx.array) -> float:
+        return _above(timer.median(_evaluated(function, x)), wait)
+
+    large = _random((size.numbers,))
+    half = large[: size.numbers // 2]
+    x, weight = _random((size.tokens, width), dtype), mx.ones((width,), dtype)
+
+    def elements(x: mx.array) -> mx.array:
+        """Norms and sums of a decoder layer, and its positions."""
+        h = x + mx.fast.rms_norm(x, weight, 1e-6)
+        heads = h.reshape(1, size.tokens, -1, HEAD).transpose(0, 2, 1, 3)
+        turned = mx.fast.rope(
+            heads, HEAD, traditional=False, base=1e4, scale=1.0, offset=0
+        )
+        turned = turned.transpose(0, 2, 1, 3).reshape(size.tokens, -1)
+        return turned + mx.fast.rms_norm(turned, weight, 1e-6)
+
+    experts, top_k = 128, 8
+    scores = _random((size.tokens, experts), mx.float32)
+
+    def route(scores: mx.array) -> mx.array:
+        gates = mx.softmax(scores, axis=-1)
+        ids = mx.argpartition(gates, experts - top_k, axis=-1)[:, -top_k:]
+        chosen = mx.take_along_axis(gates, ids, axis=-1)
+        return chosen / chosen.sum(axis=-1, keepdims=True)
+
+    heads, head = 8, 128
+    q = _random((1, heads, size.queries, head), dtype)
+    k, v = (_random((1, heads, size.keys, head), dtype) for _ in range(2))
+
+    def attend(q: mx.array) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=head**-0.5)
+
+    operations = 4 * heads * size.queries * size.keys * head
+    return {
+        "memory_bandwidth": large.nbytes / above_wait(mx.max, large),
+        "copy_bandwidth": large.nbytes
+        / above_wait(lambda x: mx.concatenate([x, x]), half),
+        "element_seconds": above_wait(elements, x) / x.size,
+        "route_seconds": above_wait(route, scores) / scores.size,
+        "attention_rate": operations / above_wait(attend, q),
+        "sync_seconds": wait,
+    }
+
+
+def _above(seconds: float, wait: float) -> float:
+    """Without what any evaluation takes; noise must not leave nothing."""
+    return max(seconds - wait, seconds / 10)
+
+
+def _wait() -> None:
+    # sync: this is what is timed.
+    (mx.ones((1,)) + 1).item()
+
+
+def _evaluated(function: Callable[[mx.array], mx.array], x: mx.array) -> Call:
+    def run() -> None:
+        # sync: this is what is timed.
+        mx.eval(function(x))
+
+    return run
+
+
+def _random(shape: tuple[int, ...], dtype: mx.Dtype = mx.float32) -> mx.array:
+    x = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
+    # sync: what is timed must not include making its arguments.
+    mx.eval(x)
+    return x

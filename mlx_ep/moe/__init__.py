@@ -1,0 +1,7 @@
+"""A MoE layer over the ranks of a group: router, group, the layer itself."""
+
+from mlx_ep.moe.group import ExpertGroup, Step
+from mlx_ep.moe.layer import MixtureOfExperts
+from mlx_ep.moe.router import TopKRouter
+
+__all__ = ["ExpertGroup", "MixtureOfExperts", "Step", "TopKRouter"]

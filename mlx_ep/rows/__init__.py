@@ -1,0 +1,57 @@
+"""Rows inside a rank: which ones leave, packing them, adding what comes back.
+
+Nothing here communicates. A strategy (`mlx_ep.exchange`) decides what is sent; a
+movement makes the rows that are sent and adds up what comes back, by MLX's ops or by
+kernels. Which movement runs is decided for each call by `mlx_ep.tune`.
+"""
+
+from mlx_ep.rows.device import MetalMovement, has_one_rank_per_expert
+from mlx_ep.rows.host import OpsMovement
+from mlx_ep.rows.movement import Job, Movement, RowPlan
+from mlx_ep.rows.mover import (
+    MOVEMENTS,
+    OPS,
+    Mover,
+    MovesRows,
+    movement_of,
+    movement_options,
+)
+from mlx_ep.rows.option import Backend, Option, uses_metal
+from mlx_ep.rows.pack import (
+    get_dispatch_layout,
+    join_rows,
+    limit_to_capacity,
+    pack,
+    pad_routing,
+    routing_from_words,
+    routing_words,
+    split_rows,
+)
+from mlx_ep.rows.sums import with_zero_row
+
+__all__ = [
+    "Backend",
+    "Option",
+    "uses_metal",
+    "Job",
+    "Movement",
+    "RowPlan",
+    "MetalMovement",
+    "has_one_rank_per_expert",
+    "OpsMovement",
+    "MOVEMENTS",
+    "OPS",
+    "Mover",
+    "MovesRows",
+    "movement_of",
+    "movement_options",
+    "get_dispatch_layout",
+    "join_rows",
+    "limit_to_capacity",
+    "pack",
+    "pad_routing",
+    "routing_from_words",
+    "routing_words",
+    "split_rows",
+    "with_zero_row",
+]

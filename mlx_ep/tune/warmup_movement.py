@@ -1,0 +1,222 @@
+"""Every way to plan, pack and sum rows, checked against NumPy and timed.
+
+With the width, dtype, K and placement of a layer and a few numbers of tokens, as one
+rank does it between others; nothing is sent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import get_args
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_ep.placement import Placement
+from mlx_ep.rows import Job, Movement, Option, movement_of
+from mlx_ep.tune.warmup import Result, fastest, relative_error
+from mlx_ep.types import TokenCounts
+
+TOKENS = (1, 64, 512)
+MAX_BYTES = 256 << 20  # of the rows of a case: with wide rows there are fewer tokens
+# Of the largest number: float32 sums of few terms. Copies and plans are exact.
+SUM_TOLERANCE = 1e-5
+
+Run = Callable[[Movement], list[mx.array]]
+Expected = list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class MovementShape:
+    """The rows of some layers, and who needs them.
+
+    Attributes:
+        width: D.
+        dtype: of the rows.
+        top_k: K.
+        placement: of the experts.
+        rank: this one.
+        exchanges: whether rows travel between ranks; else only pairs are summed.
+    """
+
+    width: int
+    dtype: mx.Dtype
+    top_k: int
+    placement: Placement
+    rank: int
+    exchanges: bool
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """What a movement can be asked for."""
+        return get_args(Job) if self.exchanges else ("pairs",)
+
+    @property
+    def name(self) -> str:
+        """For a person."""
+        dtype = str(self.dtype).removeprefix("mlx.core.")
+        ranks = f", {self.placement.num_ranks} ranks" if self.exchanges else ""
+        return f"{self.width} {dtype}, top {self.top_k}{ranks}"
+
+
+def measure_movement(
+    shape: MovementShape, job: Job, candidates: Iterable[Option]
+) -> dict[Option, Result]:
+    """Check and time the options for a job.
+
+    Args:
+        shape: of the layer.
+        job: what is measured.
+        candidates: those that are possible in this process.
+    """
+    most = max(shape.placement.num_ranks, shape.top_k) * 4 * shape.width
+    counts = [count for count in TOKENS if count * most <= MAX_BYTES] or TOKENS[:1]
+    cases = [(count, *_JOBS[job](shape, count)) for count in counts]
+    return {option: _measure(option, cases) for option in candidates}
+
+
+def _measure(option: Option, cases: list[tuple[int, Run, Expected]]) -> Result:
+    seconds, error = [], 0.0
+    movement = movement_of(option)
+    for num_tokens, run, expected in cases:
+
+        def call(run: Run = run) -> list[mx.array]:
+            results = run(movement)
+            # sync: this is what is timed.
+            mx.eval(results)
+            return results
+
+        try:
+            start = time.perf_counter()
+            results = call()
+            first = time.perf_counter() - start
+        except (RuntimeError, ValueError) as failure:  # MLX's, say of a compiler
+            return Result(left_out=f"it failed: {failure}")
+        difference = max(_difference(*both) for both in zip(results, expected))
+        error = max(error, difference)
+        if not difference <= SUM_TOLERANCE:  # not `>`, which is false for NaN
+            return Result(
+                error=difference,
+                left_out=f"with {num_tokens} tokens it differs from the reference by "
+                f"{difference:.2g} of the largest number; {SUM_TOLERANCE:.2g} is "
+                "allowed",
+            )
+        seconds.append(fastest(call, first))
+    # More tokens are no less work: a smaller time says that others were busy.
+    ascending = tuple(min(seconds[i:]) for i in range(len(seconds)))
+    return Result(tuple(count for count, *_ in cases), ascending, error)
+
+
+def _difference(got: mx.array, expected: np.ndarray) -> float:
+    """As `relative_error`; infinite for another shape, and NaN counts as infinite."""
+    if got.shape != expected.shape:
+        return float("inf")
+    # sync: at warm-up.
+    error = relative_error(np.array(got.astype(mx.float32)), expected)
+    return float("inf") if np.isnan(error) else error
+
+
+def _rows(shape: MovementShape, most: int) -> tuple[Run, Expected]:
+    """One all-to-all: its plan, the packed rows, and the sums with what comes back."""
+    placement, rank = shape.placement, shape.rank
+    num_ranks = placement.num_ranks
+    # Odd ranks have a token less: padding must not travel.
+    tokens = TokenCounts(tuple(most - r % 2 for r in range(num_ranks)))
+    ids = np.full((num_ranks, most, shape.top_k), -1, np.int32)
+    for home, count in enumerate(tokens.per_rank):
+        ids[home, :count] = _choices(shape, count, seed=home)
+    if most > 1:
+        ids[:, 0, -1] = -1  # a choice of no expert
+    visits = [np.isin(ids, held).any(axis=2) for held in placement.rank_experts]
+    needed = np.stack(visits, axis=2)  # [home, token, rank]
+    leaving, arriving = needed[rank].copy(), needed[:, :, rank].copy()
+    leaving[:, rank], arriving[rank] = False, False
+    num_sent, num_tokens = int(leaving.sum()), tokens.per_rank[rank]
+    x = _normal((num_tokens, shape.width), 1).astype(shape.dtype)
+    own = _normal((num_tokens, shape.width), 2)
+    back = _normal((num_sent, shape.width), 3).astype(shape.dtype)
+    everyone = mx.array(ids.reshape(-1, shape.top_k))
+    # sync: what is timed must not include making its arguments.
+    mx.eval(x, own, back)
+
+    def run(movement: Movement) -> list[mx.array]:
+        plan = movement.plan_rows(everyone, placement, rank, tokens)
+        counts = mx.array([*plan.send_counts, *plan.recv_counts])
+        packed = movement.pack(x, plan, num_sent)
+        return [counts, plan.arriving, packed, movement.add_rows(own, back, plan, rank)]
+
+    by_rank = np.argwhere(leaving.T)  # (rank, token), rank-major
+    # sync: at warm-up.
+    host_x, sums = np.array(x.astype(mx.float32)), np.array(own)
+    np.add.at(sums, by_rank[:, 1], np.array(back.astype(mx.float32)))
+    counts = np.concatenate([leaving.sum(axis=0), arriving.sum(axis=1)])
+    lines = np.flatnonzero(arriving.reshape(-1))
+    return run, [counts, lines, host_x[by_rank[:, 1]], sums]
+
+
+def _ranks(shape: MovementShape, num_tokens: int) -> tuple[Run, Expected]:
+    """Sums of all ranks for every token."""
+    num_ranks, rank = shape.placement.num_ranks, shape.rank
+    partial = _normal((num_ranks * num_tokens, shape.width), 4)
+    chunks = 1 if num_ranks == 2 else num_ranks
+    back = _normal((chunks * num_tokens, shape.width), 5).astype(shape.dtype)
+    # sync: what is timed must not include making its arguments.
+    mx.eval(partial, back)
+    # sync: at warm-up.
+    by_rank = np.array(back.astype(mx.float32)).reshape(chunks, num_tokens, -1)
+    if num_ranks != 2:
+        by_rank = np.delete(by_rank, rank, axis=0)  # it did not travel
+    # sync: at warm-up.
+    own = np.array(partial).reshape(num_ranks, num_tokens, -1)[rank]
+
+    def run(movement: Movement) -> list[mx.array]:
+        return [movement.add_ranks(partial, back, rank, num_ranks)]
+
+    return run, [own + by_rank.sum(axis=0)]
+
+
+def _pairs(shape: MovementShape, num_tokens: int) -> tuple[Run, Expected]:
+    """Sums of the outputs of a rank's pairs, of which each token has K or fewer."""
+    random = np.random.default_rng(num_tokens)
+    ids = random.permutation(num_tokens * shape.top_k).astype(np.int32)
+    ids = ids.reshape(num_tokens, shape.top_k)
+    foreign = random.random(ids.shape) < 0.25
+    gates = np.where(foreign, 0.0, random.random(ids.shape)).astype(np.float32)
+    outputs = _normal((ids.size, shape.width), 6).astype(shape.dtype)
+    pair_ids, pair_gates = mx.array(np.where(foreign, -1, ids)), mx.array(gates)
+    # sync: what is timed must not include making its arguments.
+    mx.eval(outputs)
+
+    def run(movement: Movement) -> list[mx.array]:
+        return [movement.sum_pairs(outputs, pair_ids, pair_gates)]
+
+    # sync: at warm-up.
+    values = np.array(outputs.astype(mx.float32))
+    sums = np.zeros((num_tokens, shape.width), np.float32)
+    for choice in range(shape.top_k):
+        sums += gates[:, choice, None] * values[ids[:, choice]]
+    return run, [sums]
+
+
+_JOBS: dict[Job, Callable[[MovementShape, int], tuple[Run, Expected]]] = {
+    "rows": _rows,
+    "ranks": _ranks,
+    "pairs": _pairs,
+}
+
+
+def _choices(shape: MovementShape, num_tokens: int, seed: int) -> np.ndarray:
+    """K distinct experts a token, or all of them where there are fewer."""
+    num_experts = shape.placement.num_experts
+    order = np.random.default_rng(seed).random((num_tokens, num_experts)).argsort()
+    ids = np.full((num_tokens, shape.top_k), -1, np.int32)
+    chosen = order[:, : shape.top_k]
+    ids[:, : chosen.shape[1]] = chosen
+    return ids
+
+
+def _normal(shape: tuple[int, ...], seed: int) -> mx.array:
+    # With a key: the model's own random state stays as it is.
+    return mx.random.normal(shape, key=mx.random.key(seed))
