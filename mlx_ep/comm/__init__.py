@@ -2,24 +2,59 @@
 
 `init` joins the ranks that a launcher started and gives a `Comm`, whose collectives
 the rest of the package uses; nothing else calls `mx.distributed` for them.
+
+The names are imported when they are first used: the process that watches a rank
+(`mlx_ep.comm.control`) needs none of them, and no mlx.
 """
 
-from mlx_ep.comm.base import Comm
-from mlx_ep.comm.capabilities import CAPABILITIES, Capability, Transport
-from mlx_ep.comm.group import (
-    GroupComm,
-    all_to_all,
-    default_cpu_stream,
-    transport_of_environment,
-)
-from mlx_ep.comm.launch import Backend, init
-from mlx_ep.comm.objects import (
-    agree,
-    broadcast_object,
-    gather_objects,
-    raise_problems,
-)
-from mlx_ep.comm.schedules import Schedule, choose_schedule
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlx_ep.comm.base import Comm
+    from mlx_ep.comm.capabilities import (
+        CAPABILITIES,
+        Capability,
+        Transport,
+        transport_of_environment,
+    )
+    from mlx_ep.comm.control.limits import Limits
+    from mlx_ep.comm.environment import Backend
+    from mlx_ep.comm.group import GroupComm, all_to_all, default_cpu_stream
+    from mlx_ep.comm.launch import init
+    from mlx_ep.comm.liveness import UsageError, guard, progress
+    from mlx_ep.comm.objects import (
+        agree,
+        broadcast_object,
+        gather_objects,
+        raise_problems,
+    )
+    from mlx_ep.comm.schedules import Schedule, choose_schedule
+
+_HOMES = {
+    "Comm": "base",
+    "GroupComm": "group",
+    "all_to_all": "group",
+    "default_cpu_stream": "group",
+    "init": "launch",
+    "Backend": "environment",
+    "guard": "liveness",
+    "progress": "liveness",
+    "Limits": "control.limits",
+    "UsageError": "liveness",
+    "transport_of_environment": "capabilities",
+    "CAPABILITIES": "capabilities",
+    "Capability": "capabilities",
+    "Transport": "capabilities",
+    "Schedule": "schedules",
+    "choose_schedule": "schedules",
+    "broadcast_object": "objects",
+    "gather_objects": "objects",
+    "agree": "objects",
+    "raise_problems": "objects",
+}
 
 __all__ = [
     "Comm",
@@ -28,6 +63,10 @@ __all__ = [
     "default_cpu_stream",
     "init",
     "Backend",
+    "guard",
+    "progress",
+    "Limits",
+    "UsageError",
     "transport_of_environment",
     "CAPABILITIES",
     "Capability",
@@ -39,3 +78,9 @@ __all__ = [
     "agree",
     "raise_problems",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mlx_ep.comm' has no attribute {name!r}")
+    return getattr(import_module(f"mlx_ep.comm.{_HOMES[name]}"), name)

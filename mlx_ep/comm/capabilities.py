@@ -81,3 +81,20 @@ _TABLE = (
 CAPABILITIES: Mapping[str, Capability] = MappingProxyType(
     {capability.transport: capability for capability in _TABLE}
 )
+
+
+def transport_of_environment(environ: Mapping[str, str]) -> Transport:
+    """The transport that a launcher prepared, from the variables it sets.
+
+    `mlx.launch` sets MLX_HOSTFILE for the ring, MLX_IBV_DEVICES for JACCL (and
+    MLX_JACCL_RING for its ring); mpirun sets OMPI_COMM_WORLD_SIZE and PMIX_RANK.
+    A ring launched under a scheduler that sets PMIX_RANK too is a ring.
+    """
+    if "MLX_HOSTFILE" in environ:
+        return "ring"
+    if "MLX_IBV_DEVICES" in environ:
+        # MLX takes the variable's presence, whatever its value.
+        return "jaccl-ring" if "MLX_JACCL_RING" in environ else "jaccl"
+    if "OMPI_COMM_WORLD_SIZE" in environ or "PMIX_RANK" in environ:
+        return "mpi"
+    return "none"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -11,7 +11,11 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Shaped
 
-from mlx_ep.comm.capabilities import CAPABILITIES, Transport
+from mlx_ep.comm.capabilities import (
+    CAPABILITIES,
+    Transport,
+    transport_of_environment,
+)
 from mlx_ep.comm.rows import split, take, take_padded
 from mlx_ep.comm.schedules import Schedule, choose_schedule
 
@@ -19,23 +23,6 @@ from mlx_ep.comm.schedules import Schedule, choose_schedule
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 # Rows of each chunk: counts[origin][target].
 _Counts = Sequence[Sequence[int]]
-
-
-def transport_of_environment(environ: Mapping[str, str]) -> Transport:
-    """The transport that a launcher prepared, from the variables it sets.
-
-    `mlx.launch` sets MLX_HOSTFILE for the ring, MLX_IBV_DEVICES for JACCL (and
-    MLX_JACCL_RING for its ring); mpirun sets OMPI_COMM_WORLD_SIZE and PMIX_RANK.
-    A ring launched under a scheduler that sets PMIX_RANK too is a ring.
-    """
-    if "MLX_HOSTFILE" in environ:
-        return "ring"
-    if "MLX_IBV_DEVICES" in environ:
-        # MLX takes the variable's presence, whatever its value.
-        return "jaccl-ring" if "MLX_JACCL_RING" in environ else "jaccl"
-    if "OMPI_COMM_WORLD_SIZE" in environ or "PMIX_RANK" in environ:
-        return "mpi"
-    return "none"
 
 
 @cache

@@ -1,0 +1,471 @@
+"""The watch of one rank: the process beside it (see `mlx_ep.comm.control`).
+
+    python -P -c "... watch.main()" link wake page stacks      (file descriptors)
+
+From the rank come, as lines of JSON over the link, its configuration first, then:
+
+    meet(meeting)       where the watches meet, once the group exists
+    group               the group exists; an end without a word is one like any other
+    guarded             from here on it is a failure
+    signals(numbers)    that end the run; others are the program's own business
+    failed, usage, leave   as in `hub.py`, `failed` with details and grace
+
+and to it go: listening(meeting), joined, left(texts), end(code).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+
+import psutil
+
+from mlx_ep.comm.control.frames import RefusedError
+from mlx_ep.comm.control.hub import LATECOMERS, Hub, Message, ended_without_a_word
+from mlx_ep.comm.control.limits import Limits
+from mlx_ep.comm.control.meeting import Meeting, remove_meeting, write_meeting
+from mlx_ep.comm.control.progress import ProgressPage
+from mlx_ep.comm.control.seek import Seeker
+from mlx_ep.comm.control.wire import Door, Wire
+
+TICK = 0.1  # seconds
+BEAT = 0.5  # seconds between two beats
+LONGEST_TICK = 1.0  # what is longer was a pause of this process, and does not count
+SIGNAL_GRACE = 0.5  # seconds for Python's handler to run after a signal
+LEAVE_GRACE = 1.0  # seconds for the rank to leave by itself after that
+KILL_AFTER = 0.5  # seconds for the rank to end by itself
+STACKS_AFTER = 0.25  # seconds for the stacks to be written
+SAY_LIMIT = 0.5  # seconds for the last words, whose reader may be gone
+HANDLED = 0  # a wake-up byte; the others are the numbers of signals
+WITHOUT_LIMIT = ("starting", "loading", "warmup")  # phases that may hold the lock
+
+
+class Watch:
+    """What the process holds; `run` is all that it does."""
+
+    def __init__(
+        self, link: socket.socket, wake: socket.socket, page: int, stacks: int
+    ) -> None:
+        self._link, self._wake, self._stacks_file = link, wake, stacks
+        self._page = ProgressPage(page)
+        self._selector = selectors.DefaultSelector()
+        self._buffer = b""
+        config = self._first_line()
+        self._rank, self._size = config["rank"], config["size"]
+        self._pid, self._launcher = config["pid"], config["launcher"]
+        self._dump_signal = config["dump_signal"]
+        self._limits = Limits(**config["limits"])
+        self._instance = f"process {self._pid} on {socket.gethostname()}"
+        self._process = psutil.Process(self._pid)
+        self._is_guarded = True  # until the group exists, then by `guard`
+        self._is_rank_gone = self._is_left = self._is_joined = False
+        self._is_stopped = False
+        self._signal: tuple[int, float] | None = None  # number, deadline
+        self._heeded: set[int] = set()
+        self._grace: tuple[Message, float] | None = None  # a failure that may follow
+        self._silent_beat, self._silent_for = 0.0, 0.0
+        self._has_told_silence = False
+        self._stacks_at = math.inf
+        self._unsent: list[Message] = []
+        self._inbox: deque[Message] = deque()
+        self._code: int | None = None  # of the end
+        self._kill_at = self._quit_at = math.inf
+        self._starting_for = 0.0
+        self._hub_wire: Wire | None = None
+        self._hub: Hub | None = None
+        self._seeker: Seeker | None = None
+        self._meeting = Meeting("late")
+        self._sayer: threading.Thread | None = None
+        self._selector.register(link, selectors.EVENT_READ, self._on_link)
+        self._selector.register(wake, selectors.EVENT_READ, self._on_wake)
+        if self._rank == 0:
+            self._hub = Hub(
+                self._size, self._limits, self._selector, self._inbox.append, self._say
+            )
+        self._meet(Meeting.from_json(config["meeting"]))
+        self._hear_lines()  # what came with the configuration
+
+    def run(self) -> None:
+        """Watches until there is nothing left to do."""
+        last = last_tick = last_beat = time.monotonic()
+        while not self._is_done():
+            for key, _ in self._selector.select(TICK):
+                if key.fileobj in self._selector.get_map():
+                    key.data()
+            now = time.monotonic()
+            if now - last_tick >= TICK:
+                self._tick(min(now - last, LONGEST_TICK))
+                last = last_tick = now
+            if now - last_beat >= BEAT:
+                self._beat()
+                last_beat = now
+            while self._inbox:
+                self._hear_hub(self._inbox.popleft())
+        if self._meeting.kind == "file" and self._rank == 0:
+            remove_meeting(self._meeting.path)
+        if self._sayer is not None:
+            self._sayer.join(SAY_LIMIT)
+
+    # The rank -------------------------------------------------------------------------
+
+    def _first_line(self) -> Message:
+        while b"\n" not in self._buffer:
+            data = self._link.recv(65536)
+            if not data:
+                sys.exit(0)
+            self._buffer += data
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        self._link.setblocking(False)
+        self._wake.setblocking(False)
+        config: Message = json.loads(line)
+        return config
+
+    def _on_link(self) -> None:
+        try:
+            data = self._link.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._rank_is_gone()
+            return
+        self._buffer += data
+        self._hear_lines()
+
+    def _hear_lines(self) -> None:
+        *lines, self._buffer = self._buffer.split(b"\n")
+        for line in lines:
+            self._hear_rank(json.loads(line))
+
+    def _hear_rank(self, message: Message) -> None:
+        kind = message["kind"]
+        if kind == "meet":
+            self._meet(Meeting.from_json(message["meeting"]))
+        elif kind == "group":
+            self._is_guarded = False
+        elif kind == "guarded":
+            self._is_guarded = True
+        elif kind == "signals":
+            self._heeded = set(message["numbers"])
+        elif kind == "failed":
+            self._say(message.pop("details"), end="")
+            grace = message.pop("grace")
+            if grace:
+                self._grace = message, time.monotonic() + grace
+            else:
+                self._tell_hub(message)
+        else:  # usage and leave
+            self._is_left = True
+            self._tell_hub(message)
+        if kind in ("failed", "usage", "leave"):
+            self._signal = None
+
+    def _tell_rank(self, message: Message) -> None:
+        with suppress(OSError):
+            self._link.send(json.dumps(message).encode() + b"\n")
+
+    def _rank_is_gone(self) -> None:
+        if self._is_rank_gone:
+            return
+        self._is_rank_gone = True
+        self._selector.unregister(self._link)
+        if self._code is not None:
+            return
+        self._signal = None
+        if self._is_left or not self._is_guarded:
+            self._tell_hub({"kind": "leave"})
+        elif self._grace is None:
+            text = ended_without_a_word(self._rank)
+            self._tell_hub({"kind": "failed", "text": text, "code": 1, "asks": True})
+        self._quit_at = time.monotonic() + LATECOMERS
+        if self._hub is not None or (not self._is_guarded and self._is_joined):
+            self._quit_at = math.inf  # until the others leave
+
+    def _on_wake(self) -> None:
+        try:
+            data = self._wake.recv(4096)
+        except OSError:
+            return
+        if not data:
+            self._selector.unregister(self._wake)
+        now = time.monotonic()
+        for byte in data:
+            if byte == HANDLED:
+                if self._signal is not None:
+                    self._signal = self._signal[0], now + LEAVE_GRACE
+            elif byte in self._heeded and self._signal is None and self._code is None:
+                self._signal = byte, now + SIGNAL_GRACE
+
+    # The hub --------------------------------------------------------------------------
+
+    def _meet(self, meeting: Meeting) -> None:
+        self._meeting = meeting
+        if self._hub is not None:
+            self._open_door(meeting)
+        else:
+            if self._seeker is not None:
+                self._seeker.close()
+            hello = {"kind": "hello", "rank": self._rank, "instance": self._instance}
+            self._seeker = Seeker(self._selector, meeting, hello, self._on_welcome)
+
+    def _open_door(self, meeting: Meeting) -> None:
+        assert self._hub is not None
+        if not meeting.addresses or self._hub.door is not None:
+            return
+        try:
+            door = Door(
+                self._selector, meeting.addresses, meeting.ports, self._hub.on_hello,
+                lambda text: self._say(f"[mlx_ep] control channel: {text}"),
+            )  # fmt: skip
+        except OSError as error:
+            where = " and ".join(meeting.addresses)
+            self._hub.fail(
+                0, f"rank 0 cannot listen at {where}, ports {meeting.ports}: {error}"
+            )
+            return
+        self._hub.door = door
+        secret = bytes.fromhex(meeting.secret) or os.urandom(32)
+        if meeting.kind == "file":
+            secret = write_meeting(meeting.path, door.port)
+        door.open(secret)
+        if meeting.kind == "late":
+            place = Meeting(
+                "address", "", meeting.addresses, (door.port,), secret.hex()
+            )
+            self._tell_rank({"kind": "listening", "meeting": place.to_json()})
+
+    def _on_welcome(self, wire: Wire, messages: list[Message]) -> None:
+        self._hub_wire, self._seeker = wire, None
+        self._selector.register(wire.socket, selectors.EVENT_READ, self._on_hub_wire)
+        self._beat()
+        for message in self._unsent:
+            wire.send(message)
+        self._unsent.clear()
+        self._inbox.extend(messages)
+
+    def _on_hub_wire(self) -> None:
+        wire = self._hub_wire
+        assert wire is not None
+        try:
+            self._inbox.extend(wire.receive())
+        except RefusedError as error:
+            wire.is_gone = True
+            text = f"the connection to rank 0 was tampered with: {error}"
+            self._inbox.append({"kind": "end", "text": text, "code": 1})
+        while self._inbox:
+            self._hear_hub(self._inbox.popleft())
+        if wire.is_gone:
+            self._selector.unregister(wire.socket)
+            if self._code is None and not (self._is_left and self._is_rank_gone):
+                self._end(ended_without_a_word(0), 1)
+
+    def _tell_hub(self, message: Message) -> None:
+        if self._hub is not None:
+            self._hub.receive(0, message)
+        elif self._hub_wire is not None:
+            self._hub_wire.send(message)
+        elif message["kind"] != "beat":
+            self._unsent.append(message)
+            if self._seeker is None or message["kind"] == "leave":
+                return
+            # Not yet connected: the others hear of it within LATECOMERS, or never.
+            if message["kind"] == "failed":
+                self._end(message["text"], message["code"])
+            self._quit_at = time.monotonic() + LATECOMERS
+
+    def _hear_hub(self, message: Message) -> None:
+        kind = message["kind"]
+        if kind == "joined":
+            self._is_joined = True
+            self._tell_rank(message)
+        elif kind == "stacks" and not self._is_rank_gone:
+            with suppress(OSError):
+                os.ftruncate(self._stacks_file, 0)
+                if self._dump_signal and not self._is_stopped:
+                    os.kill(self._pid, self._dump_signal)
+            self._stacks_at = time.monotonic() + STACKS_AFTER
+        elif kind == "stacks":
+            self._tell_hub({"kind": "stacks", "text": "(its process is gone)"})
+        elif kind == "end":
+            self._end(message["text"], message["code"])
+        elif kind == "left":
+            self._code = 0
+            self._tell_rank(message)
+            self._quit_at = time.monotonic()
+
+    # Time -----------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        if self._is_rank_gone:
+            beat: Message = {"kind": "beat", "stopped": False}
+        else:
+            beat = {"kind": "beat", "stopped": self._is_stopped}
+        place, now = self._page.read(), time.monotonic()
+        beat |= {
+            "phase": place.phase or "starting",
+            "step": place.step,
+            "layer": place.layer,
+            "stage": place.stage,
+            "since": now - place.since if place.since else 0.0,
+            "interpreter": self._silent_for,
+            "move": [place.phase, place.step, place.since],
+        }
+        self._tell_hub(beat)
+        if self._hub is not None:
+            self._hub.beat()
+
+    def _tick(self, seconds: float) -> None:
+        now = time.monotonic()
+        if self._hub is not None:
+            self._hub.tick(seconds)
+        if self._seeker is not None:
+            self._seeker.tick()
+        if self._hub_wire is not None:
+            self._hub_wire.flush()
+            self._look_at_hub(seconds)
+        if not self._is_rank_gone:
+            self._look_at_rank(seconds)
+        if self._signal is not None and now >= self._signal[1] and self._code is None:
+            number, self._signal = self._signal[0], None
+            self._fail(signal_text(self._rank, number), 128 + number)
+        if self._grace is not None and now >= self._grace[1]:
+            message, self._grace = self._grace[0], None
+            self._tell_hub(message)
+        if now >= self._stacks_at:
+            self._stacks_at = math.inf
+            self._tell_hub({"kind": "stacks", "text": self._read_stacks()})
+        if now >= self._kill_at and not self._is_rank_gone:
+            self._kill_at = math.inf
+            # Also a stopped process ends by it.
+            if os.getppid() == self._pid:
+                with suppress(ProcessLookupError):
+                    os.kill(self._pid, signal.SIGKILL)
+
+    def _look_at_rank(self, seconds: float) -> None:
+        if os.getppid() != self._pid:  # its end of the link may live on in a child
+            self._rank_is_gone()
+            return
+        with suppress(psutil.Error):
+            status = self._process.status()
+            self._is_stopped = status in (
+                psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP,
+            )  # fmt: skip
+            if self._launcher and self._process.ppid() != self._launcher:
+                self._launcher = None
+                self._fail(f"rank {self._rank} has lost its launcher; it was killed", 1)
+        if self._is_stopped or self._code is not None:
+            return
+        if not self._is_joined and self._hub is None:
+            self._starting_for += seconds
+            if self._starting_for > self._limits.starting + 1:  # rank 0 goes first
+                trouble = self._seeker.trouble if self._seeker else "it does not answer"
+                self._fail(
+                    f"rank {self._rank} could not reach rank 0 within "
+                    f"{self._limits.starting:g} s ({trouble}); is a firewall on?", 1
+                )  # fmt: skip
+        place = self._page.read()
+        self._silent_for += seconds
+        if place.beat != self._silent_beat:
+            self._silent_beat, self._silent_for = place.beat, 0.0
+        limit = self._limits.interpreter
+        is_silent = self._silent_for > limit and place.phase not in WITHOUT_LIMIT
+        if is_silent and not self._has_told_silence:
+            self._has_told_silence = True
+            self._fail(
+                f"the interpreter of rank {self._rank} has not answered for {limit:g} "
+                "s: something holds its lock", 1
+            )  # fmt: skip
+
+    def _look_at_hub(self, seconds: float) -> None:
+        wire = self._hub_wire
+        assert wire is not None
+        wire.silent += seconds
+        if wire.silent > self._limits.silence and self._code is None:
+            what = "its host or its network is gone"
+            self._end(f"rank 0 has been silent for {wire.silent:.0f} s; {what}", 1)
+
+    # The end --------------------------------------------------------------------------
+
+    def _fail(self, text: str, code: int) -> None:
+        asks = code < 128
+        self._beat()  # where it is now, for the report
+        self._tell_hub({"kind": "failed", "text": text, "code": code, "asks": asks})
+
+    def _end(self, text: str, code: int) -> None:
+        """Ends the rank, gently first."""
+        if self._code is not None:
+            return
+        self._code = code % 256 or 1
+        if self._hub is None:
+            me = f"rank {self._rank} "
+            self._say(
+                f"[mlx_ep] {text if text.startswith(me) else f'{me}ends: {text}'}"
+            )
+        self._tell_rank({"kind": "end", "code": self._code})
+        self._kill_at = time.monotonic() + KILL_AFTER
+        if self._seeker is None:
+            self._quit_at = self._kill_at + KILL_AFTER
+        else:
+            self._quit_at = time.monotonic() + LATECOMERS
+
+    def _is_done(self) -> bool:
+        if self._code is not None and not self._is_rank_gone and self._code != 0:
+            return False  # it is killed in a moment
+        if self._hub is not None:
+            return self._hub.is_done
+        is_told = self._seeker is None and self._is_rank_gone and self._code is not None
+        return is_told or time.monotonic() >= self._quit_at
+
+    def _read_stacks(self) -> str:
+        with suppress(OSError):
+            text = os.pread(self._stacks_file, 32768, 0).decode(errors="replace")
+            if text:
+                return text
+        return "(stopped)" if self._is_stopped else "(no answer)"
+
+    def _say(self, words: str, end: str = "\n") -> None:
+        """Prints without waiting: whoever reads it may be gone, or stopped."""
+        if not words:
+            return
+        before = self._sayer
+
+        def write() -> None:
+            if before is not None:
+                before.join()
+            with suppress(OSError):
+                os.write(2, (words + end).encode())
+
+        self._sayer = threading.Thread(target=write, daemon=True)
+        self._sayer.start()
+
+
+def signal_text(rank: int, number: int) -> str:
+    """What happened to a rank that got a signal."""
+    if number == signal.SIGINT:
+        return f"rank {rank} was interrupted (Ctrl-C)"
+    return f"rank {rank} was told to end ({signal.Signals(number).name})"
+
+
+def main() -> None:
+    """The process."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    link, wake, page, stacks = map(int, sys.argv[1:5])
+    with suppress(ValueError, OSError, ImportError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        enough = 1024 if most == resource.RLIM_INFINITY else min(most, 1024)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, most))
+    Watch(socket.socket(fileno=link), socket.socket(fileno=wake), page, stacks).run()
+    os._exit(0)  # a thread may still wait for somebody to read its words
