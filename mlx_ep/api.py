@@ -19,7 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from mlx_ep import loading
-from mlx_ep.comm import Comm, GroupComm, gather_objects, raise_problems
+from mlx_ep.comm import Comm, GroupComm, gather_objects, note_progress, raise_problems
 from mlx_ep.config import EPConfig
 from mlx_ep.cost.attention import REPLICATED, AttentionChoice
 from mlx_ep.exchange import STRATEGIES
@@ -308,7 +308,9 @@ class PreparedModel:
                 others wait for it, unless they run under `mlx_ep.guard`.
         """
         if self.weights.fetch is not None:
+            note_progress("fetching")
             self.weights.fetch.run(self.comm.rank)
+        note_progress("loading")
         start = time.perf_counter()
         splitter = Splitter(self.attention, self.comm)
         model, read_bytes = self.weights.build(splitter.change)
@@ -325,6 +327,7 @@ class PreparedModel:
         )
         reports = gather_objects(self.comm, asdict(report))
         model.expert_parallel.reports = [RankReport(**r) for r in reports]
+        note_progress("running")
         return model, self.tokenizer
 
 
@@ -336,6 +339,7 @@ def _install(
     splitter: Splitter,
 ) -> nn.Module:
     """Make a model expert-parallel whose switches hold this rank's experts."""
+    note_progress("warmup")
     shares_routing = _shares_routing(comm, config)
     group = ExpertGroup.from_config(comm, placement, config, shares_routing)
     connect(model, group.counted)

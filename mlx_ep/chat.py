@@ -18,7 +18,7 @@ from mlx_lm.utils import common_prefix_len
 
 from mlx_ep import cli
 from mlx_ep.cli import add_sampling_flags, seed_ranks, shared_sampler
-from mlx_ep.comm import Comm, broadcast_object
+from mlx_ep.comm import Comm, broadcast_object, note_decode, note_prefill, note_progress
 from mlx_ep.generate import add_generation_flags, generation_options
 
 _HELP = "Commands: /reset forgets the conversation, /help, /quit (or end of input)."
@@ -110,15 +110,17 @@ class Conversation:
             self._messages, add_generation_prompt=True
         )
         reply, last = "", None
-        for last in stream_generate(
+        responses = stream_generate(
             self._model,
             self._tokenizer,
             self._uncached(prompt),
             max_tokens=self._args.max_tokens,
             sampler=self._sampler,
             prompt_cache=self._cache,
+            prompt_progress_callback=note_prefill,
             **self._options,
-        ):
+        )
+        for last in note_decode(responses):
             _say(self._comm, last.text, end="")
             reply += last.text
             self._cached.append(last.token)
@@ -163,6 +165,7 @@ def _cache_length(cache: list[Any]) -> int | None:
 def _read_line(comm: Comm) -> str | None:
     """The user's next line, read by rank 0 and known to all; None at the end."""
     line = None
+    note_progress("waiting")  # for the user: without a limit
     if comm.rank == 0:
         print(">> ", end="", flush=True)
         line = sys.stdin.readline()

@@ -28,7 +28,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
-from mlx_ep.comm import Comm, gather_objects
+from mlx_ep.comm import Comm, gather_objects, note_progress
 from mlx_ep.types import Sampler, TokenCounts
 
 
@@ -84,7 +84,10 @@ class LockStep:
 
     def serve(self) -> None:
         """Serve this rank's experts until every rank is done."""
+        step = 0
         while self._begin(0, is_done=True):
+            note_progress("batch", step)
+            step += 1
             for block in self.model.expert_parallel.blocks:
                 block.serve()
 
@@ -210,7 +213,10 @@ def _generate(
     uids = generator.insert(list(prompts.values()), [max_tokens] * len(prompts))
     index_of = dict(zip(uids, prompts, strict=True))
     tokens: dict[int, list[int]] = {uid: [] for uid in uids}
+    step = 0
     while len(answers) < len(prompts):
+        note_progress("batch", step)
+        step += 1
         _, responses = generator.next()
         cache_bytes = max(cache_bytes, generator.prompt_cache_nbytes)
         for response in responses:

@@ -34,7 +34,13 @@ from mlx_ep.cli import (
     user_message,
     write_answers,
 )
-from mlx_ep.comm import Comm, broadcast_object, gather_objects
+from mlx_ep.comm import (
+    Comm,
+    broadcast_object,
+    gather_objects,
+    note_decode,
+    note_prefill,
+)
 from mlx_ep.config import EPConfig
 from mlx_ep.data_parallel import can_batch, generate_replicated, generate_sharded
 from mlx_ep.loading import EMBEDDED_MODEL
@@ -322,14 +328,16 @@ def _stream(
 
     note("=" * 10)
     is_empty = True
-    for response in stream_generate(
+    responses = stream_generate(
         model,
         tokenizer,
         prompt,
         max_tokens=args.max_tokens,
         sampler=shared_sampler(args, tokenizer, comm),
+        prompt_progress_callback=note_prefill,
         **options,
-    ):
+    )
+    for response in note_decode(responses):
         say(response.text, end="")
         is_empty = is_empty and not response.text
     say()

@@ -6,15 +6,21 @@ import argparse
 import os
 from typing import NoReturn
 
-
-class UsageError(Exception):
-    """Wrong usage that every rank knows of, with the same text."""
+from mlx_ep.comm import UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, named by rank where there are several."""
+    """A parser whose errors are one line, named by rank where there are several.
+
+    Attributes:
+        raises: errors are a UsageError, for `run` to tell all ranks of.
+    """
+
+    raises = False
 
     def error(self, message: str) -> NoReturn:
+        if self.raises:
+            raise UsageError(message)
         rank = os.environ.get("MLX_RANK", "0")
         where = "" if rank == "0" else f" (rank {rank})"
         self.exit(2, f"{self.prog}{where}: error: {message} (--help lists all flags)\n")

@@ -10,18 +10,17 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import mlx.nn as nn
 
 from mlx_ep.api import PreparedModel, prepare
 from mlx_ep.cli.flags import ep_config
-from mlx_ep.cli.parser import UsageError
-from mlx_ep.comm import Comm, init
-from mlx_ep.comm.liveness import guard
-from mlx_ep.config import (
-    EPConfig,
-)
+from mlx_ep.cli.parser import Parser, UsageError
+from mlx_ep.comm import Comm, GroupComm, init
+from mlx_ep.comm.launch import start_channel
+from mlx_ep.comm.liveness import fail_with, guard, joined_texts
+from mlx_ep.config import EPConfig
 
 
 def run(
@@ -29,33 +28,59 @@ def run(
     body: Callable[[argparse.Namespace, Comm], None],
 ) -> None:
     """Parse the command line, start all ranks and run `body` on each."""
-    args = parser.parse_args()
+    assert isinstance(parser, Parser)
+    args, comm = _start(parser)
     try:
-        ep_config(args)
-        comm = init(num_ranks=args.ranks)
-    except ValueError as error:
-        parser.error(str(error))
-    except RuntimeError as error:  # the other ranks are not there
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    usage_error = ""
-    with guard(comm.group):
-        try:
+        with guard(comm.group):
             body(args, comm)
             # mlx-lm begins the step after the last token too: a rank that left now
             # would take its part of that step's collectives away from the others.
             comm.barrier()
-        except UsageError as error:
-            usage_error = str(error)
-    # Outside of guard: every rank leaves by itself, with the same code.
-    if usage_error and comm.rank == 0:
-        parser.error(usage_error)
-    if usage_error:
-        sys.exit(2)
+    except UsageError as error:  # every rank is here, with the same text
+        _exit_by_usage(parser, str(error), comm.rank)
+
+
+def _start(parser: Parser) -> tuple[argparse.Namespace, GroupComm]:
+    """Parse the command line and join the ranks; what fails on one ends all."""
+    try:
+        channel = start_channel()
+    except ValueError as error:
+        parser.error(str(error))
+    parser.raises = True
+    try:
+        args = parser.parse_args()
+        ep_config(args)
+        return args, init(num_ranks=args.ranks)
+    except (ValueError, UsageError) as error:
+        problem = str(error)
+    except RuntimeError as error:  # the other ranks are not there
+        if channel is not None:
+            channel.fail(str(error))
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    except SystemExit:  # --help
+        if channel is not None:
+            channel.close()
+        raise
+    except BaseException as error:
+        fail_with(error)
+    finally:
+        parser.raises = False
+    if channel is None:
+        parser.error(problem)
+    texts = channel.leave_with_usage_error(problem)
+    _exit_by_usage(parser, joined_texts(texts), channel.rank)
+
+
+def _exit_by_usage(parser: Parser, text: str, rank: int) -> NoReturn:
+    """One line by rank 0, exit code 2 on every rank."""
+    if rank == 0:
+        parser.error(text)
+    sys.exit(2)
 
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """A ValueError in the body is wrong usage; it must be raised on every rank."""
+    """A ValueError in the body is wrong usage, also where only some ranks raise it."""
     try:
         yield
     except ValueError as error:

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from mlx_ep.comm.environment import Backend
     from mlx_ep.comm.group import GroupComm, all_to_all, default_cpu_stream
     from mlx_ep.comm.launch import init
-    from mlx_ep.comm.liveness import UsageError, guard, progress
+    from mlx_ep.comm.liveness import (
+        UsageError,
+        guard,
+        note_decode,
+        note_prefill,
+        note_progress,
+    )
     from mlx_ep.comm.objects import (
         agree,
         broadcast_object,
@@ -41,7 +47,9 @@ _HOMES = {
     "init": "launch",
     "Backend": "environment",
     "guard": "liveness",
-    "progress": "liveness",
+    "note_decode": "liveness",
+    "note_prefill": "liveness",
+    "note_progress": "liveness",
     "Limits": "control.limits",
     "UsageError": "liveness",
     "transport_of_environment": "capabilities",
@@ -64,7 +72,9 @@ __all__ = [
     "init",
     "Backend",
     "guard",
-    "progress",
+    "note_decode",
+    "note_prefill",
+    "note_progress",
     "Limits",
     "UsageError",
     "transport_of_environment",

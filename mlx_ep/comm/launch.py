@@ -21,7 +21,7 @@ from mlx_ep.comm.environment import (
     check_num_ranks,
 )
 from mlx_ep.comm.group import GroupComm
-from mlx_ep.comm.liveness import start_early
+from mlx_ep.comm.liveness import Liveness, start_early
 
 BACKSTOP = 5.0  # seconds after the time limit, should the watch have gone
 
@@ -61,6 +61,8 @@ def init(
             stacklevel=2,
         )
     channel = start_early(launched, limits)
+    if channel is not None:
+        channel.wait_ready()
     if launched.num_ranks == 1:
         # A backend whose launcher variables are not set gives a group of one. MLX's
         # ring would wait for itself where the hostfile names one host.
@@ -80,6 +82,18 @@ def init(
     if channel is not None:
         channel.group_exists(group)
     return GroupComm(group, transport=launched.transport if size > 1 else "none")
+
+
+def start_channel() -> Liveness | None:
+    """The control channel of the ranks that a launcher started, before any connects.
+
+    `init` starts it too; a command calls this first of all, so that the others hear of
+    whatever goes wrong before. None without a launcher.
+
+    Raises:
+        ValueError: the environment does not fit.
+    """
+    return start_early(check_environment(os.environ))
 
 
 def _wait_for_all_ranks_to_start(backend: str, timeout: float) -> mx.distributed.Group:

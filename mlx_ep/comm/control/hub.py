@@ -5,13 +5,15 @@ Messages to the hub, from each watch (its own included):
     beat(place, stopped)        twice a second
     failed(text, code, asks)    this rank takes the run down; asks: for all stacks
     stacks(text)                where the threads of this rank are
+    ready                       this rank is about to connect to the group
     usage(text)                 wrong usage; the others should find the same
     leave                       this rank has done its part
 
 and from it:
 
     beat(places)                where every rank is
-    joined                      all ranks are connected
+    joined                      all watches are connected
+    ready                       all ranks are about to connect to the group
     stacks                      say where your threads are
     end(text, code)             end your rank
     left(texts)                 all have left; texts: of wrong usage, by rank
@@ -65,6 +67,7 @@ class Hub:
         self._quiet = 0.0  # seconds since any rank came further
         self._stopped_for = 0.0  # seconds in which some ranks were stopped
         self._waiting = 0.0  # seconds for ranks that have not come
+        self._ready: set[int] = set()
         self._left: set[int] = set()
         self._usage: dict[int, str] = {}
         self._usage_until = math.inf
@@ -131,6 +134,10 @@ class Hub:
             self.fail(rank, message["text"], message["code"], message["asks"])
         elif kind == "stacks":
             self._stacks[rank] = message["text"]
+        elif kind == "ready":
+            self._ready.add(rank)
+            if len(self._ready) == self._size:
+                self._send_all({"kind": "ready"})
         elif kind == "usage":
             self._usage[rank] = message["text"]
             self._left.add(rank)

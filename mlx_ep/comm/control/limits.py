@@ -21,6 +21,7 @@ class Limits:
         warmup: for one check of the warm-up, in which kernels are compiled.
         prefill: for one chunk of a prompt; the first compiles kernels.
         decode: for one step.
+        batch: for one step of many sequences, which may hold a chunk of a prompt.
         interpreter: without a sign of the Python interpreter, in steps. Something
             holds its lock then; `mx.save` does, while it writes.
         stopped: a rank may be stopped while others run (SIGSTOP, a debugger). Where all
@@ -33,6 +34,7 @@ class Limits:
     warmup: float = 300.0
     prefill: float = 300.0
     decode: float = 60.0
+    batch: float = 300.0
     interpreter: float = 30.0
     stopped: float = 4.0
     silence: float = 5.0
@@ -75,4 +77,4 @@ class Limits:
         return replace(self, **changes)
 
 
-_PHASES = ("starting", "loading", "warmup", "prefill", "decode")
+_PHASES = ("starting", "loading", "warmup", "prefill", "decode", "batch")

@@ -6,11 +6,12 @@ From the rank come, as lines of JSON over the link, its configuration first, the
 
     meet(meeting)       where the watches meet, once the group exists
     group               the group exists; an end without a word is one like any other
+    ready               it is about to connect to the group
     guarded             from here on it is a failure
     signals(numbers)    that end the run; others are the program's own business
     failed, usage, leave   as in `hub.py`, `failed` with details and grace
 
-and to it go: listening(meeting), joined, left(texts), end(code).
+and to it go: listening(meeting), joined, ready, left(texts), end(code).
 """
 
 from __future__ import annotations
@@ -164,6 +165,8 @@ class Watch:
                 self._grace = message, time.monotonic() + grace
             else:
                 self._tell_hub(message)
+        elif kind == "ready":
+            self._tell_hub(message)
         else:  # usage and leave
             self._is_left = True
             self._tell_hub(message)
@@ -285,7 +288,7 @@ class Watch:
 
     def _hear_hub(self, message: Message) -> None:
         kind = message["kind"]
-        if kind == "joined":
+        if kind in ("joined", "ready"):
             self._is_joined = True
             self._tell_rank(message)
         elif kind == "stacks" and not self._is_rank_gone:
