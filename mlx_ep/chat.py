@@ -17,14 +17,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import common_prefix_len
 
 from mlx_ep import cli
-from mlx_ep.cli import add_sampling_flags, seed_ranks, shared_sampler
 from mlx_ep.comm import Comm, broadcast_object, note_decode, note_prefill, note_progress
-from mlx_ep.generate import add_generation_flags, generation_options
 
 _HELP = "Commands: /reset forgets the conversation, /help, /quit (or end of input)."
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="mlx_ep.chat",
         description="Chat with an expert-parallel model. " + _HELP,
@@ -38,12 +36,18 @@ def make_parser() -> argparse.ArgumentParser:
         "-m",
         type=cli.positive,
         default=256,
-        help="Most tokens of an answer (default: %(default)s).",
+        help="Most tokens of an answer.",
     )
-    add_generation_flags(parser)
-    add_sampling_flags(parser, seed=0)
+    cli.add_cache_flags(parser)
+    cli.add_sampling_flags(parser, by_default=0)
     cli.add_ep_flags(parser)
+    parser.finishers.append(_check)
     return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    cli.check_strategy(args.config)
+    cli.check_cache_flags(args)
 
 
 def main() -> None:
@@ -52,16 +56,15 @@ def main() -> None:
 
 def _chat(args: argparse.Namespace, comm: Comm) -> None:
     with cli.usage_errors():
-        config = cli.ep_config(args)
-        cli.check_strategy(config, "replicated")
-        prepared = cli.prepare_model(args, comm, config)
+        prepared = cli.prepare_model(args, comm)
+        cli.check_for_model(args, prepared)
         if not prepared.tokenizer.has_chat_template:
             raise ValueError(
                 f"--model {args.model} has no chat template; use mlx_ep.generate."
             )
     model, tokenizer = prepared.load()
-    cli.print_reports(model, comm, config)
-    seed_ranks(args.seed, comm)
+    cli.print_reports(model, comm, args.config)
+    cli.seed_ranks(args.seed, comm)
     conversation = Conversation(args, comm, model, tokenizer)
     _say(comm, _HELP)
     while (line := _read_line(comm)) is not None and line != "/quit":
@@ -86,8 +89,8 @@ class Conversation:
     ) -> None:
         self._args, self._comm = args, comm
         self._model, self._tokenizer = model, tokenizer
-        self._sampler = shared_sampler(args, tokenizer, comm)
-        self._options = generation_options(args)
+        self._sampler = cli.shared_sampler(args, tokenizer, comm)
+        self._options = cli.cache_options(args)
         self._max_kv_size = self._options.pop("max_kv_size")
         self._messages: list[dict[str, str]] = []
         self._cache: list[Any] = []

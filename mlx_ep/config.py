@@ -1,11 +1,22 @@
-"""The one configuration record. Its fields are the defaults of every command."""
+"""The one configuration record: the default of each field, the values that it takes and
+the help of its flag stand here alone. `mlx_ep.cli.flags` makes the flags of it.
+"""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, fields
+from functools import cache
 from math import inf
-from typing import Any, Literal, get_args
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 # The strategies of this package; `STRATEGIES.register` adds others.
 Strategy = Literal["replicated", "gathered", "all_to_all", "auto"]
@@ -31,6 +42,25 @@ ALIASES: dict[str, tuple[str, Mode | None]] = {
     "low_latency": ("all_to_all", "low_latency"),
     "normal": ("all_to_all", "normal"),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """What the flag of an EPConfig field says.
+
+    Attributes:
+        help: without the default.
+        name: of the flag, where it is not the field's.
+        metavar: of its value, in the help.
+        least: the smallest number that the field takes.
+        otherwise: what the default means, for a person; None: the default itself.
+    """
+
+    help: str
+    name: str | None = None
+    metavar: str | None = None
+    least: int | None = None
+    otherwise: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,46 +135,122 @@ class EPConfig:
             may add to.)
     """
 
-    strategy: str = "replicated"
-    mode: Mode = "auto"
-    low_latency_tokens: int = 64
-    round_tokens: int = 4096
-    sums: Sums = "model"
-    capacity: int | None = None
-    reduction: Reduction = "partial_sum"
-    shared_routing: SharedRouting = "auto"
-    attention: Attention = "replicated"
-    runner: Runner = "auto"
-    backend: Backend = "auto"
-    warmup: bool = True
-    memory_limit_gb: float | None = None
-    memory: tuple[float, ...] | None = None
-    context: int = 0
-    placement_file: str | None = None
-    ep_size: int | None = None
-    download: Download = "ranges"
+    strategy: Annotated[
+        str, Flag(help="How tokens meet the experts of other ranks")
+    ] = "replicated"
+    mode: Annotated[Mode, Flag(help="Of the strategy all_to_all")] = "auto"
+    attention: Annotated[
+        Attention,
+        Flag(
+            help="How attention and the other dense layers run. replicated: whole on "
+            "every rank; tensor: split over the ranks by the model's own shard(); "
+            "auto: the one of these that fits and is predicted to be faster"
+        ),
+    ] = "replicated"
+    low_latency_tokens: Annotated[
+        int, Flag(help="Most tokens of a rank in mode low_latency", least=1)
+    ] = 64
+    round_tokens: Annotated[
+        int, Flag(help="Most tokens of a rank exchanged at once", least=1)
+    ] = 4096
+    sums: Annotated[
+        Sums, Flag(help="The dtype in which all_to_all sends sums back")
+    ] = "model"
+    capacity: Annotated[
+        int | None,
+        Flag(
+            help="Most tokens of a rank that one expert takes; the rest is dropped "
+            "and counted",
+            least=1,
+            otherwise="nothing is dropped",
+        ),
+    ] = None
+    reduction: Annotated[
+        Reduction,
+        Flag(help="per_slot is bit-identical to one process, for K times the bytes"),
+    ] = "partial_sum"
+    shared_routing: Annotated[
+        SharedRouting,
+        Flag(help="Send rank 0's routing to all ranks; auto: where their chips differ"),
+    ] = "auto"
+    runner: Annotated[Runner, Flag(help="What runs the experts of a rank")] = "auto"
+    backend: Annotated[
+        Backend, Flag(help="What computes them; MLX_EP_BACKEND goes first")
+    ] = "auto"
+    warmup: Annotated[
+        bool,
+        Flag(
+            help="Do not check and time the ways to run experts; a fixed rule chooses",
+            name="--no-warmup",
+        ),
+    ] = True
+    memory_limit_gb: Annotated[
+        float | None,
+        Flag(
+            help="Most GB of weights a rank may hold",
+            otherwise="what the device offers",
+        ),
+    ] = None
+    download: Annotated[
+        Download,
+        Flag(
+            help="Of a hub repository: ranges fetches what this rank needs, full all "
+            "files"
+        ),
+    ] = "ranges"
+    memory: Annotated[
+        tuple[float, ...] | None,
+        Flag(
+            help="GB that each rank may hold, in rank order: gives each its share of "
+            "the experts",
+            metavar="GB,GB,...",
+            otherwise="the same number of experts for every rank",
+        ),
+    ] = None
+    placement_file: Annotated[
+        str | None,
+        Flag(
+            help="A JSON file that says which rank holds which experts (docs/plan.md)",
+            name="--placement",
+            metavar="FILE",
+        ),
+    ] = None
+    ep_size: Annotated[
+        int | None,
+        Flag(
+            help="With strategy replicated: N groups of ranks; experts belong to a "
+            "group, whose ranks share their width",
+            name="--ep",
+            metavar="N",
+            least=1,
+            otherwise="as many as ranks",
+        ),
+    ] = None
+    context: Annotated[
+        int,
+        Flag(
+            help="With --memory: leave room for the KV cache of that many tokens, and "
+            "for computing them",
+            metavar="TOKENS",
+            least=0,
+        ),
+    ] = 0
 
     def __post_init__(self) -> None:
         self._resolve_alias()
-        for name, options in (
-            ("mode", get_args(Mode)),
-            ("sums", get_args(Sums)),
-            ("reduction", get_args(Reduction)),
-            ("shared_routing", get_args(SharedRouting)),
-            ("attention", get_args(Attention)),
-            ("runner", get_args(Runner)),
-            ("backend", get_args(Backend)),
-            ("download", get_args(Download)),
-        ):
-            value = getattr(self, name)
-            if value not in options:
+        for setting in settings():
+            value = getattr(self, setting.name)
+            options = get_args(setting.kind)
+            if get_origin(setting.kind) is Literal and value not in options:
                 raise ValueError(
-                    f"{name} must be one of {', '.join(options)}; got {value!r}."
+                    f"{setting.name} must be one of {', '.join(options)}; got "
+                    f"{value!r}."
                 )
-        for name in ("low_latency_tokens", "round_tokens", "capacity"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be 1 or more; got {number}.")
+            least = setting.flag.least
+            if least is not None and value is not None and value < least:
+                raise ValueError(
+                    f"{setting.name} must be {least} or more; got {value}."
+                )
         if self.attention == "tensor" and self.strategy != "replicated":
             raise ValueError(
                 "attention='tensor' needs the same tokens on all ranks, which is "
@@ -157,7 +263,7 @@ class EPConfig:
                 "it belongs to all_to_all.",
                 stacklevel=3,
             )
-        if self.memory_limit_gb is not None and self.memory_limit_gb <= 0:
+        if self.memory_limit_gb is not None and not 0 < self.memory_limit_gb < inf:
             raise ValueError(
                 "memory_limit_gb must be a number of GB above 0, or None for what "
                 f"the device offers; got {self.memory_limit_gb}."
@@ -169,11 +275,6 @@ class EPConfig:
             raise ValueError(
                 "memory must be the GB of each rank, numbers above 0; got "
                 f"{self.memory}."
-            )
-        if self.context < 0 or (self.ep_size is not None and self.ep_size < 1):
-            raise ValueError(
-                "context must be 0 or more and ep_size 1 or more; got "
-                f"{self.context} and {self.ep_size}."
             )
         if self.placement_file is not None and (self.memory or self.ep_size):
             raise ValueError(
@@ -212,3 +313,31 @@ class EPConfig:
                 f"Known are: {', '.join(known)}."
             )
         return cls(**values)
+
+
+class Setting(NamedTuple):
+    """A field of EPConfig.
+
+    Attributes:
+        kind: its type.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    flag: Flag
+
+    @property
+    def flag_name(self) -> str:
+        return self.flag.name or "--" + self.name.replace("_", "-")
+
+
+@cache
+def settings() -> tuple[Setting, ...]:
+    """The fields of EPConfig, with what their flags say."""
+    hints = get_type_hints(EPConfig, include_extras=True)
+    found = []
+    for each in fields(EPConfig):
+        kind, flag = get_args(hints[each.name])
+        found.append(Setting(each.name, kind, each.default, flag))
+    return tuple(found)

@@ -17,7 +17,7 @@ done.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -66,12 +66,17 @@ class LockStep:
     model's.
 
     Attributes:
-        num_finished: sequences that this rank has finished; shown as progress.
+        on_answer: called on every rank with each answer of any rank, in the same order.
+        num_answered: answers of all ranks that every rank knows.
+        answers: of this rank, those that the others do not know yet.
+        num_finished: sequences that this rank has finished.
     """
 
     model: nn.Module
     comm: Comm
-    progress: tqdm[Any]
+    on_answer: Callable[[Answer], Any]
+    num_answered: int = 0
+    answers: list[Answer] = field(default_factory=list)
     num_finished: int = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -91,8 +96,9 @@ class LockStep:
             for block in self.model.expert_parallel.blocks:
                 block.serve()
 
-    def finished(self) -> None:
-        """Count one more finished sequence; the next step tells the others."""
+    def finished(self, answer: Answer) -> None:
+        """One more finished sequence; the next step tells the others."""
+        self.answers.append(answer)
         self.num_finished += 1
 
     def _begin(self, num_tokens: int, is_done: bool) -> bool:
@@ -102,9 +108,17 @@ class LockStep:
         ranks = np.array(self.comm.all_gather(status))
         tokens = TokenCounts(tuple(ranks[:, 0].tolist()))  # on host
         self.model.expert_parallel.group.step.tokens = tokens
-        if newly_finished := int(ranks[:, 2].sum()) - self.progress.n:
-            self.progress.update(newly_finished)
+        if int(ranks[:, 2].sum()) > self.num_answered:
+            self._tell()
         return bool(ranks[:, 1].any())
+
+    def _tell(self) -> None:
+        """Exchange the answers that ended since the last time."""
+        news = gather_objects(self.comm, self.answers)
+        self.answers = []
+        for answer in (Answer(*values) for rank in news for values in rank):
+            self.num_answered += 1
+            self.on_answer(answer)
 
 
 def assign_prompts(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
@@ -131,8 +145,9 @@ def generate_sharded(
     prompts: Sequence[list[int]],
     comm: Comm,
     *,
-    max_tokens: int,
-    sampler: Sampler,
+    max_tokens: int | Sequence[int],
+    sampler: Sampler | Sequence[Sampler],
+    on_answer: Callable[[Answer], Any] | None = None,
     **options: Any,
 ) -> BatchResult:
     """Answer every prompt, each on one rank. All ranks call it alike.
@@ -140,26 +155,36 @@ def generate_sharded(
     Args:
         model: expert-parallel, with a strategy for ranks with tokens of their own.
         prompts: token ids.
-        max_tokens: of each answer.
-        sampler: of this rank's sequences.
+        max_tokens: of each answer, one number for all or one for each.
+        sampler: of this rank's sequences; of all or of each, whatever rank runs it.
+        on_answer: called on every rank with each answer when it has ended, at the next
+            step of any rank.
         **options: of mlx-lm's BatchGenerator.
     """
-    mine = assign_prompts([len(p) + max_tokens for p in prompts], comm.size)[comm.rank]
+    most = _of_each(max_tokens, len(prompts))
+    lengths = [len(p) + m for p, m in zip(prompts, most, strict=True)]
+    mine = assign_prompts(lengths, comm.size)[comm.rank]
+    answers: list[Answer] = []
     with _progress(len(prompts), comm) as progress:
-        lock_step = LockStep(model, comm, progress)
-        answers, cache_bytes = _generate(
+
+        def collect(answer: Answer) -> None:
+            answers.append(answer)
+            progress.update()
+            if on_answer is not None:
+                on_answer(answer)
+
+        lock_step = LockStep(model, comm, collect)
+        cache_bytes = _generate(
             lock_step,
             tokenizer,
             {index: prompts[index] for index in mine},
             lock_step.finished,
-            max_tokens=max_tokens,
-            sampler=sampler,
-            **options,
+            most,
+            _of_each(sampler, len(prompts)),
+            options,
         )
         lock_step.serve()
-    gathered = gather_objects(comm, [answers, cache_bytes])
-    everyone = [Answer(*a) for rank_answers, _ in gathered for a in rank_answers]
-    return BatchResult(sorted(everyone), [peak for _, peak in gathered])
+    return BatchResult(sorted(answers), gather_objects(comm, cache_bytes))
 
 
 def generate_replicated(
@@ -168,8 +193,9 @@ def generate_replicated(
     prompts: Sequence[list[int]],
     comm: Comm,
     *,
-    max_tokens: int,
-    sampler: Sampler,
+    max_tokens: int | Sequence[int],
+    sampler: Sampler | Sequence[Sampler],
+    on_answer: Callable[[Answer], Any] | None = None,
     **options: Any,
 ) -> BatchResult:
     """Answer every prompt on every rank; arguments as `generate_sharded`.
@@ -178,17 +204,29 @@ def generate_replicated(
         model: expert-parallel, with the strategy `replicated`.
         sampler: gives the same tokens on every rank.
     """
+    answers: list[Answer] = []
     with _progress(len(prompts), comm) as progress:
-        answers, cache_bytes = _generate(
+
+        def collect(answer: Answer) -> None:
+            answers.append(answer)
+            progress.update()
+            if on_answer is not None:
+                on_answer(answer)
+
+        cache_bytes = _generate(
             model,
             tokenizer,
             dict(enumerate(prompts)),
-            progress.update,
-            max_tokens=max_tokens,
-            sampler=sampler,
-            **options,
+            collect,
+            _of_each(max_tokens, len(prompts)),
+            _of_each(sampler, len(prompts)),
+            options,
         )
     return BatchResult(sorted(answers), gather_objects(comm, cache_bytes))
+
+
+def _of_each(value: Any, count: int) -> list[Any]:
+    return list(value) if isinstance(value, Sequence) else [value] * count
 
 
 def can_batch(model: nn.Module) -> bool:
@@ -200,21 +238,30 @@ def _generate(
     model: nn.Module | LockStep,
     tokenizer: TokenizerWrapper,
     prompts: dict[int, list[int]],
-    on_finished: Callable[[], Any],
-    *,
-    max_tokens: int,
-    **options: Any,
-) -> tuple[list[Answer], int]:
-    """Answers to the prompts of this rank, and the most bytes of its KV caches."""
-    answers: list[Answer] = []
-    cache_bytes = 0
+    on_answer: Callable[[Answer], Any],
+    max_tokens: Sequence[int],
+    samplers: Sequence[Sampler],
+    options: dict[str, Any],
+) -> int:
+    """Answer the prompts of this rank; the most bytes that its KV caches held.
+
+    Args:
+        prompts: by their numbers.
+        max_tokens: of every number.
+        samplers: of every number.
+    """
+    cache_bytes = num_answers = 0
     stop_tokens = [[token] for token in tokenizer.eos_token_ids]
     generator = BatchGenerator(model, stop_tokens=stop_tokens, **options)
-    uids = generator.insert(list(prompts.values()), [max_tokens] * len(prompts))
-    index_of = dict(zip(uids, prompts, strict=True))
+    uids = generator.insert(
+        list(prompts.values()),
+        [max_tokens[number] for number in prompts],
+        samplers=[samplers[number] for number in prompts],
+    )
+    number_of = dict(zip(uids, prompts, strict=True))
     tokens: dict[int, list[int]] = {uid: [] for uid in uids}
     step = 0
-    while len(answers) < len(prompts):
+    while num_answers < len(prompts):
         note_progress("batch", step)
         step += 1
         _, responses = generator.next()
@@ -224,10 +271,10 @@ def _generate(
                 tokens[response.uid].append(response.token)
             if response.finish_reason is not None:
                 uid, reason = response.uid, response.finish_reason
-                answers.append(Answer(index_of[uid], tokens[uid], reason))
-                on_finished()
+                num_answers += 1
+                on_answer(Answer(number_of[uid], tokens.pop(uid), reason))
     generator.close()
-    return answers, cache_bytes
+    return cache_bytes
 
 
 def _progress(num_prompts: int, comm: Comm) -> tqdm[Any]:

@@ -92,7 +92,7 @@ def cut(
     return mx.array(list(tokens[: samples * length])).reshape(samples, length)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="mlx_ep.perplexity",
         description="Perplexity of an expert-parallel model on a text file, as "
@@ -109,22 +109,22 @@ def make_parser() -> argparse.ArgumentParser:
         "--sequence-length",
         type=cli.positive,
         default=512,
-        help="Tokens of a sequence (default: %(default)s).",
+        help="Tokens of a sequence.",
     )
     parser.add_argument(
         "--num-samples",
         type=int,
         default=256,
-        help="Most sequences, from the beginning of the text; -1 is all (default: "
-        "%(default)s).",
+        help="Most sequences, from the beginning of the text; -1 is all.",
     )
     parser.add_argument(
         "--batch-size",
         type=cli.positive,
         default=8,
-        help="Sequences that run at once (default: %(default)s).",
+        help="Sequences that run at once.",
     )
     cli.add_ep_flags(parser)
+    parser.finishers.append(lambda args: cli.check_strategy(args.config))
     return parser
 
 
@@ -134,14 +134,12 @@ def main() -> None:
 
 def _perplexity(args: argparse.Namespace, comm: Comm) -> None:
     with cli.usage_errors():
-        config = cli.ep_config(args)
-        cli.check_strategy(config, "replicated")
         text = _read_text(args.text, comm)
-        prepared = cli.prepare_model(args, comm, config)
+        prepared = cli.prepare_model(args, comm)
         tokens = prepared.tokenizer.encode(text)
         sequences = cut(tokens, args.sequence_length, args.num_samples)
     model, _ = prepared.load()
-    cli.print_reports(model, comm, config)
+    cli.print_reports(model, comm, args.config)
     found = perplexity(model, sequences, args.batch_size)
     if comm.rank == 0:
         print(f"Perplexity: {found.value:.3f} ± {found.standard_error:.3f}")

@@ -54,12 +54,12 @@ MAY_IMPORT = {
         "types", "comm", "cost", "experts", "kernels", "loading", "metrics", "rows",
         "tune",
     },
-    "cli": {
-        "types", "api", "comm", "config", "data_parallel", "exchange", "loading",
-    },
+    "cli": {"types", "api", "comm", "config", "exchange", "loading"},
     # The commands.
-    "generate": {"cli", "comm", "config", "data_parallel", "loading", "metrics"},
-    "chat": {"cli", "comm", "generate"},
+    "generate": {
+        "types", "api", "cli", "comm", "data_parallel", "loading", "metrics",
+    },
+    "chat": {"cli", "comm"},
     "doctor": {"cli", "comm", "measure", "rows", "tune"},
     "calibrate": {"cli", "comm", "cost", "loading", "measure", "rows", "tune"},
     "perplexity": {"cli", "comm"},
@@ -72,6 +72,8 @@ MAY_IMPORT = {
         "loading", "measure", "metrics", "models", "moe", "placement", "tune",
     },
 }  # fmt: skip
+# The package's names and the list of its commands hold no concept of their own.
+NO_ROOMS = {"__init__", "__main__"}
 MOST_ROOMS = 30
 MOST_FLOORS = 11
 
@@ -115,7 +117,7 @@ def _floor(part: str, above: tuple[str, ...] = ()) -> int:
 
 def test_every_room_has_a_row() -> None:
     assert set(_parts()) == set(MAY_IMPORT)
-    assert len(MAY_IMPORT) <= MOST_ROOMS
+    assert len(set(MAY_IMPORT) - NO_ROOMS) <= MOST_ROOMS
 
 
 @pytest.mark.parametrize("part", _parts())

@@ -56,9 +56,7 @@ def add_layer_flags(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="Divide D and F by it, for small machines (default: %(default)s).",
     )
-    parser.add_argument(
-        "--tokens", default=TOKENS, help="T, of all ranks together (%(default)s)."
-    )
+    parser.add_argument("--tokens", default=TOKENS, help="T, of all ranks together.")
     parser.add_argument(
         "--quantization",
         choices=MODES,

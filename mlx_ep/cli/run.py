@@ -15,8 +15,8 @@ from typing import Any, NoReturn, TextIO
 import mlx.nn as nn
 
 from mlx_ep.api import PreparedModel, prepare
-from mlx_ep.cli.flags import ep_config
 from mlx_ep.cli.parser import Parser, UsageError
+from mlx_ep.cli.say import one_line_warnings
 from mlx_ep.comm import Comm, GroupComm, init
 from mlx_ep.comm.launch import start_channel
 from mlx_ep.comm.liveness import fail_with, guard, joined_texts
@@ -24,14 +24,13 @@ from mlx_ep.config import EPConfig
 
 
 def run(
-    parser: argparse.ArgumentParser,
-    body: Callable[[argparse.Namespace, Comm], None],
+    parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace, Comm], None]
 ) -> None:
     """Parse the command line, start all ranks and run `body` on each."""
     assert isinstance(parser, Parser)
     args, comm = _start(parser)
     try:
-        with guard(comm.group):
+        with one_line_warnings(), guard(comm.group):
             body(args, comm)
             # mlx-lm begins the step after the last token too: a rank that left now
             # would take its part of that step's collectives away from the others.
@@ -46,10 +45,9 @@ def _start(parser: Parser) -> tuple[argparse.Namespace, GroupComm]:
         channel = start_channel()
     except ValueError as error:
         parser.error(str(error))
-    parser.raises = True
+    Parser.raises = True
     try:
         args = parser.parse_args()
-        ep_config(args)
         return args, init(num_ranks=args.ranks)
     except (ValueError, UsageError) as error:
         problem = str(error)
@@ -64,7 +62,7 @@ def _start(parser: Parser) -> tuple[argparse.Namespace, GroupComm]:
     except BaseException as error:
         fail_with(error)
     finally:
-        parser.raises = False
+        Parser.raises = False
     if channel is None:
         parser.error(problem)
     texts = channel.leave_with_usage_error(problem)
@@ -80,7 +78,7 @@ def _exit_by_usage(parser: Parser, text: str, rank: int) -> NoReturn:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """A ValueError in the body is wrong usage, also where only some ranks raise it."""
+    """A ValueError in the body is wrong usage; also where only some ranks raise it."""
     try:
         yield
     except ValueError as error:
@@ -90,7 +88,6 @@ def usage_errors() -> Iterator[None]:
 def prepare_model(
     args: argparse.Namespace,
     comm: Comm,
-    config: EPConfig,
     tokenizer_config: dict[str, Any] | None = None,
 ) -> PreparedModel:
     """Check on all ranks the model that the flags of `add_model_flags` name.
@@ -104,7 +101,7 @@ def prepare_model(
     return prepare(
         args.model,
         comm,
-        config,
+        args.config,
         tokenizer_config={
             **(tokenizer_config or {}),
             "trust_remote_code": args.trust_remote_code,

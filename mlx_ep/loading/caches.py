@@ -182,8 +182,8 @@ Call = Callable[[nn.Module, mx.array, mx.array], mx.array]
 
 def run_shapes(
     model: nn.Module, num_tokens: int, caches: list[Any], call: Call | None = None
-) -> None:
-    """A forward pass that is not evaluated, without experts.
+) -> Any:
+    """What the model gives in a forward pass that is not evaluated, without experts.
 
     Args:
         call: in the place of every switch; None: one that returns zeros.
@@ -193,7 +193,7 @@ def run_shapes(
     """
     try:
         with _experts_replaced(model, call or _no_experts):
-            model(mx.zeros((1, num_tokens), mx.int32), cache=caches)
+            return model(mx.zeros((1, num_tokens), mx.int32), cache=caches)
     except RuntimeError as error:
         raise ValueError(
             f"{type(model).__module__} does not run here, so that its caches are not "

@@ -93,7 +93,7 @@ def _make_empty(folder: Path) -> None:
             entry.unlink()
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="mlx_ep.overlay",
         description="Make a folder with which mlx_lm.server, mlx_lm.chat, "
@@ -136,11 +136,10 @@ def _make_on_hosts(args: argparse.Namespace, comm: Comm) -> str:
     folder = problem = ""
     if hosts.index(hosts[comm.rank]) == comm.rank:  # the first rank on its host
         try:
-            config = cli.ep_config(args)
             made = make_overlay(
                 args.model,
                 args.output,
-                config,
+                args.config,
                 revision=args.revision,
                 ranks=args.ranks,
             )

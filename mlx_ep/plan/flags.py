@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import get_args
-
 from mlx_ep import cli
-from mlx_ep.config import Attention
 from mlx_ep.cost.profile import shipped_profiles
 from mlx_ep.loading.caches import PREFILL_STEP
 
 DEFAULT_CONTEXT = 4096
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="mlx_ep.plan",
         description="What every rank of a cluster would hold of a model, whether it "
@@ -35,13 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=cli.positive,
         help="How many Macs (default: as many as --memory).",
     )
-    cli.add_placement_flags(cluster)
-    cluster.add_argument(
-        "--attention",
-        choices=get_args(Attention),
-        default="replicated",
-        help="How the dense part runs (default: %(default)s).",
-    )
+    cli.add_config_flags(cluster, [*cli.PLACEMENT, "attention"])
     cluster.add_argument(
         "--write-placement",
         metavar="FILE",
@@ -53,36 +43,36 @@ def make_parser() -> argparse.ArgumentParser:
         type=cli.positive,
         default=DEFAULT_CONTEXT,
         metavar="TOKENS",
-        help="Tokens of a sequence (default: %(default)s).",
+        help="Tokens of a sequence.",
     )
     use.add_argument(
         "--sequences",
         type=cli.positive,
         default=1,
-        help="Sequences at once (default: %(default)s).",
+        help="Sequences at once.",
     )
     use.add_argument(
         "--kv-bits",
         type=int,
-        help="Bits of a quantized KV cache, as of mlx_lm.generate (default: none).",
+        help="Bits of a quantized KV cache, as of mlx_lm.generate.",
     )
     use.add_argument(
         "--kv-group-size",
         type=int,
         default=64,
-        help="With --kv-bits (default: %(default)s).",
+        help="With --kv-bits.",
     )
     use.add_argument(
         "--quantized-kv-start",
         type=int,
         default=0,
-        help="With --kv-bits: from this token on (default: %(default)s).",
+        help="With --kv-bits: from this token on.",
     )
     use.add_argument(
         "--prefill-step-size",
         type=cli.positive,
         default=PREFILL_STEP,
-        help="Tokens of a step of prefill (default: %(default)s).",
+        help="Tokens of a step of prefill.",
     )
     speeds = parser.add_argument_group("predicted speeds")
     speeds.add_argument(

@@ -189,9 +189,9 @@ def test_wrong_flags() -> None:
             (["--max-tokens", "0"], "must be 1 or more"),
             (["--top-p", "1.5"], "between 0 and 1"),
             (["--reduction", "none"], "invalid choice"),
-            (["--memory-limit-gb", "-1"], "above 0"),
+            (["--memory-limit-gb", "-1"], "a number above 0"),
             (["--no-such-flag"], "unrecognized arguments"),
-            (["--ranks", "0"], "at least 1, got 0"),
+            (["--ranks", "0"], "must be 1 or more, got 0"),
             (["--ranks", "3"], "got 3"),
         ],
     )

@@ -220,11 +220,15 @@ def test_the_command(tmp_path: Path) -> None:
         outputs.append(first.stdout)
     assert outputs[2] == ""
     outputs[2] = (tmp_path / "answers.jsonl").read_text()
-    records = [json.loads(line) for line in outputs[0].splitlines()]
+    # Each answer is written when it ends.
+    records, *others = (
+        sorted(map(json.loads, output.splitlines()), key=lambda r: r["index"])
+        for output in outputs
+    )
     assert [record["prompt"] for record in records] == questions
     assert [record["index"] for record in records] == [0, 1, 2, 3]
     assert all(record["text"] for record in records)
-    assert outputs[0] == outputs[1] == outputs[2]
+    assert others == [records, records]
 
 
 def test_wrong_usage(tmp_path: Path) -> None:
@@ -250,7 +254,7 @@ def test_wrong_usage(tmp_path: Path) -> None:
             (prompts("no-such-file"), "No such file"),
             (prompts("empty"), "at least one prompt"),
             (prompts("bad.jsonl"), "bad.jsonl, line 1 is not JSON"),
-            (prompts("other.jsonl"), "line 2 must be an object"),
+            (prompts("other.jsonl"), "line 2 must be an object with"),
             (["--output", "x"], "where the answers"),
         ],
     )

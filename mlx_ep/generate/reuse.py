@@ -15,9 +15,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_ep import cli
-from mlx_ep.cli.draft import Draft, check_trimmable, prepare_draft
-from mlx_ep.cli.prompt_cache import PromptCache, read_prompt_cache
 from mlx_ep.comm import Comm
+from mlx_ep.generate.draft import Draft, check_trimmable, prepare_draft
 
 
 def add_reuse_flags(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +37,7 @@ def add_reuse_flags(parser: argparse.ArgumentParser) -> None:
         "--num-draft-tokens",
         type=cli.positive,
         default=3,
-        help="Tokens it drafts at a time (default: %(default)s).",
+        help="Tokens it drafts at a time.",
     )
 
 
@@ -52,18 +51,19 @@ def check_reuse_flags(args: argparse.Namespace) -> None:
                 f"--{flag.replace('_', '-')} does not go with --prompts-file: mlx-lm "
                 "cannot."
             )
-    if args.prompt_cache_file is not None and args.attention != "replicated":
+    attention = args.config.attention
+    if args.prompt_cache_file is not None and attention != "replicated":
         raise ValueError(
             "--prompt-cache-file holds the KV cache of all heads: it goes with "
-            f"--attention replicated, got {args.attention}."
+            f"--attention replicated, got {attention}."
         )
 
 
-def read_cache(args: argparse.Namespace, comm: Comm) -> PromptCache | None:
+def read_cache(args: argparse.Namespace, comm: Comm) -> cli.PromptCache | None:
     """The cache of --prompt-cache-file; None without the flag."""
     if args.prompt_cache_file is None:
         return None
-    return read_prompt_cache(
+    return cli.read_prompt_cache(
         args.prompt_cache_file, args.model, args.kv_bits, args.kv_group_size, comm
     )
 
@@ -81,7 +81,7 @@ def reuse_options(
     args: argparse.Namespace,
     model: nn.Module,
     draft: Draft | None,
-    cache: PromptCache | None,
+    cache: cli.PromptCache | None,
 ) -> dict[str, Any]:
     """The arguments of stream_generate for a prompt cache and a draft model.
 

@@ -1,0 +1,77 @@
+"""What flags ask of a model, checked before its weights are read."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_ep.api import PreparedModel
+from mlx_ep.loading.caches import CacheQuantization, cache_bytes, run_shapes
+
+
+def check_cache_flags(args: argparse.Namespace) -> None:
+    """Raises:
+    ValueError: flags of the KV cache that do not go together.
+    """
+    if args.kv_bits is not None and args.max_kv_size is not None:
+        raise ValueError(
+            "--kv-bits does not go with --max-kv-size: mlx-lm cannot quantize a cache "
+            f"that rotates; got {args.kv_bits} and {args.max_kv_size}. Leave one out."
+        )
+
+
+def check_for_model(
+    args: argparse.Namespace, prepared: PreparedModel, eos_tokens: Sequence[str] = ()
+) -> None:
+    """Whether a model can do what flags of sampling and KV cache ask for.
+
+    Args:
+        eos_tokens: further tokens that end the text; the tokenizer learns them.
+
+    Raises:
+        ValueError: it cannot. Every rank finds the same.
+    """
+    for token in eos_tokens:
+        _add_eos_token(prepared.tokenizer, token)
+    check_sampling([args], prepared)
+    if args.kv_bits is not None:
+        # Behind a token more than a group, so that there is something to quantize.
+        quantization = CacheQuantization(args.kv_bits, args.kv_group_size, 0)
+        cache_bytes(prepared.weights.outline(), 64, quantization)
+
+
+def check_sampling(
+    flags: Sequence[argparse.Namespace], prepared: PreparedModel
+) -> None:
+    """Raises:
+    ValueError: flags name more tokens than the model has.
+    """
+    top_k = max(each.top_k for each in flags)
+    least = max(each.min_tokens_to_keep for each in flags)
+    if top_k == 0 and least == 1:
+        return
+    model = prepared.weights.outline()
+    vocabulary = run_shapes(model, 1, make_prompt_cache(model)).shape[-1]
+    for flag, number in (("--top-k", top_k), ("--min-tokens-to-keep", least)):
+        if number >= vocabulary:
+            raise ValueError(
+                f"{flag} must be below the number of the model's tokens, {vocabulary}; "
+                f"got {number}."
+            )
+
+
+def _add_eos_token(tokenizer: TokenizerWrapper, token: str) -> None:
+    """Raises:
+    ValueError: it is no token of this tokenizer.
+    """
+    known = tokenizer.get_vocab()
+    is_number = token.isdecimal() and int(token) < tokenizer.vocab_size
+    if token not in known and not is_number:
+        raise ValueError(
+            "--extra-eos-token must be tokens of the model, as text or number; got "
+            f"{token!r}, which its tokenizer does not have."
+        )
+    tokenizer.add_eos_token(token)

@@ -1,0 +1,80 @@
+"""``mlx_ep.generate`` and ``python -m mlx_ep.generate``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TextIO
+
+from mlx_ep import cli
+from mlx_ep.comm import Comm, gather_objects
+from mlx_ep.generate.batch import answer_all, plan_batch
+from mlx_ep.generate.flags import make_parser
+from mlx_ep.generate.prompts import read_prompt
+from mlx_ep.generate.reuse import find_draft, read_cache, reuse_options
+from mlx_ep.generate.stream import stream
+from mlx_ep.generate.tokens import prompt_tokens, tokens_after_cache, user_message
+from mlx_ep.loading import EMBEDDED_MODEL
+from mlx_ep.metrics import StageTimings, stage_table
+
+
+def main() -> None:
+    cli.run(make_parser(), _generate)
+
+
+def _generate(args: argparse.Namespace, comm: Comm) -> None:
+    (_one if args.prompts_file is None else _many)(args, comm)
+
+
+def _one(args: argparse.Namespace, comm: Comm) -> None:
+    """One prompt, streamed to the standard output."""
+    with cli.usage_errors():
+        text = read_prompt(args, comm)
+        cache = read_cache(args, comm)
+        args.model = args.model or (cache.model if cache else EMBEDDED_MODEL)
+        extra = cache.tokenizer_config if cache else None
+        prepared = cli.prepare_model(args, comm, extra)
+        cli.check_for_model(args, prepared, args.extra_eos_token)
+        draft = find_draft(args, prepared.tokenizer, comm)
+        tokens_of = prompt_tokens if cache is None else tokens_after_cache
+        prompt = tokens_of(args, prepared.tokenizer, [user_message(text)])
+    model, tokenizer = prepared.load()
+    cli.seed_ranks(args.seed, comm)
+    timings = model.expert_parallel.group.timings
+    timings.enabled = args.timings
+    if args.verbose:
+        cli.print_reports(model, comm, args.config)
+    options = cli.cache_options(args) | reuse_options(args, model, draft, cache)
+    stream(args, comm, model, tokenizer, prompt, options)
+    if args.timings:
+        _print_timings(timings, comm, sys.stdout)
+
+
+def _many(args: argparse.Namespace, comm: Comm) -> None:
+    """Every prompt of a file, each answer written when it ends."""
+    with cli.usage_errors():
+        args.model = args.model or EMBEDDED_MODEL
+        batch = plan_batch(args, comm)
+        prepared = cli.prepare_model(args, comm)
+        batch.check(args, prepared)
+    model, tokenizer = prepared.load()
+    cli.seed_ranks(args.seed, comm)
+    timings = model.expert_parallel.group.timings
+    timings.enabled = args.timings
+    if args.verbose:
+        cli.print_reports(model, comm, args.config, sys.stderr)
+    answer_all(args, comm, model, tokenizer, batch)
+    if args.timings:
+        _print_timings(timings, comm, sys.stderr)
+
+
+def _print_timings(timings: StageTimings, comm: Comm, file: TextIO) -> None:
+    """Each stage's share of the MoE layers, by rank 0, one column a rank."""
+    timings.enabled = False
+    ranks = gather_objects(comm, timings.seconds)
+    if comm.rank == 0:
+        print(stage_table(ranks, timings.layer_calls), file=file, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Flags: made of EPConfig's fields, one configuration, defaults in the help."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from importlib import import_module
+
+import pytest
+
+from mlx_ep.cli import Parser, add_ep_flags
+from mlx_ep.config import EPConfig, settings
+
+PARSERS = {
+    "generate": "mlx_ep.generate.flags",
+    "chat": "mlx_ep.chat",
+    "perplexity": "mlx_ep.perplexity",
+    "plan": "mlx_ep.plan.flags",
+    "overlay": "mlx_ep.overlay.make",
+    "doctor": "mlx_ep.doctor",
+    "calibrate": "mlx_ep.calibrate",
+    "benchmark": "mlx_ep.benchmark.flags",
+}
+
+
+def make_parser(command: str) -> argparse.ArgumentParser:
+    return import_module(PARSERS[command]).make_parser()
+
+
+@pytest.fixture
+def parser() -> Parser:
+    parser = Parser(prog="test")
+    add_ep_flags(parser)
+    return parser
+
+
+def test_the_defaults_are_those_of_the_configuration(parser: Parser) -> None:
+    args = parser.parse_args([])
+    assert args.config == EPConfig()
+    # What a command does with a field goes through the configuration.
+    assert not {setting.name for setting in settings()} & set(vars(args))
+
+
+VALUES = {
+    "strategy": ("deepep", "all_to_all"),
+    "attention": ("auto", "auto"),
+    "memory": ("5,6.5", (5.0, 6.5)),
+    "warmup": (None, False),
+    "placement_file": ("FILE", "FILE"),
+    "memory_limit_gb": ("2.5", 2.5),
+    "capacity": ("3", 3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*has no effect")
+@pytest.mark.parametrize("setting", settings(), ids=lambda s: s.name)
+def test_each_field_has_a_flag(setting, parser: Parser) -> None:
+    """And it sets that field."""
+    by_default = getattr(EPConfig(), setting.name)
+    if setting.name in VALUES:
+        text, value = VALUES[setting.name]
+    elif isinstance(by_default, int) or setting.name == "ep_size":
+        text, value = "7", 7
+    else:  # another of its choices
+        choices = parser._option_string_actions[setting.flag_name].choices
+        text = value = next(choice for choice in choices if choice != by_default)
+    line = [setting.flag_name, *([] if text is None else [text])]
+    found = getattr(parser.parse_args(line).config, setting.name)
+    assert found == value != by_default
+
+
+@pytest.mark.parametrize("command", PARSERS)
+def test_the_help_shows_every_default(command: str) -> None:
+    parsers = [make_parser(command)]
+    for action in parsers[0]._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            parsers += action.choices.values()
+    checked = 0
+    for parser in parsers:
+        text = parser.format_help()
+        formatter = parser._get_formatter()
+        for action in parser._actions:
+            has_default = action.default is not argparse.SUPPRESS
+            if not action.option_strings or action.required or not has_default:
+                continue
+            said = formatter._expand_help(action)
+            assert re.search(r"default[^)]*: ", said), (action.option_strings, said)
+            assert action.option_strings[0] in text
+            checked += 1
+    assert checked >= 2
