@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Int
 
 from mlx_ep import cli
-from mlx_ep.comm import Comm, broadcast_object
+from mlx_ep.comm import Comm
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,9 @@ def main() -> None:
 
 def _perplexity(args: argparse.Namespace, comm: Comm) -> None:
     with cli.usage_errors():
-        text = _read_text(args.text, comm)
+        shipped = files("mlx_ep") / "embedded" / "jargon.txt"
+        file = args.text or shipped
+        text = cli.on_rank_0(lambda: file.read_text("utf-8"), comm, "--text")
         prepared = cli.prepare_model(args, comm)
         tokens = prepared.tokenizer.encode(text)
         sequences = cut(tokens, args.sequence_length, args.num_samples)
@@ -146,25 +148,6 @@ def _perplexity(args: argparse.Namespace, comm: Comm) -> None:
         print(f"Tokens: {found.num_tokens}, in {len(sequences)} sequences")
         print(f"Tokens per second: {found.num_tokens / found.seconds:.0f}")
         print(f"Peak memory: {mx.get_peak_memory() / 1e9:.2f} GB")
-
-
-def _read_text(file: Path | None, comm: Comm) -> str:
-    """The text that rank 0 reads, on every rank.
-
-    Raises:
-        ValueError: on every rank, when it cannot be read.
-    """
-    text = problem = ""
-    if comm.rank == 0:
-        try:
-            shipped = files("mlx_ep") / "embedded" / "jargon.txt"
-            text = (file or shipped).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            problem = f"--text: {error}"
-    text, problem = broadcast_object(comm, [text, problem])
-    if problem:
-        raise ValueError(problem)
-    return text
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ MAY_IMPORT = {
         "types", "api", "cli", "comm", "data_parallel", "loading", "metrics",
     },
     "chat": {"cli", "comm"},
+    "cache_prompt": {"cli", "comm"},
     "doctor": {"cli", "comm", "measure", "rows", "tune"},
     "calibrate": {"cli", "comm", "cost", "loading", "measure", "rows", "tune"},
     "perplexity": {"cli", "comm"},

@@ -1,6 +1,11 @@
 """What commands share: flags, starting on all ranks, sampling, checks, reports."""
 
-from mlx_ep.cli.checks import check_cache_flags, check_for_model, check_sampling
+from mlx_ep.cli.checks import (
+    check_cache,
+    check_cache_flags,
+    check_for_model,
+    check_sampling,
+)
 from mlx_ep.cli.flags import (
     PLACEMENT,
     add_config_flags,
@@ -17,6 +22,7 @@ from mlx_ep.cli.generation import (
     seed_ranks,
     shared_sampler,
 )
+from mlx_ep.cli.inputs import on_rank_0, read_text
 from mlx_ep.cli.parser import (
     Parser,
     UsageError,
@@ -55,11 +61,14 @@ __all__ = [
     "rank_sampler",
     "seed_ranks",
     "shared_sampler",
+    "check_cache",
     "check_cache_flags",
     "check_for_model",
     "check_sampling",
     "PromptCache",
     "read_prompt_cache",
+    "on_rank_0",
+    "read_text",
     "prepare_model",
     "print_reports",
     "run",

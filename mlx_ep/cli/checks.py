@@ -37,6 +37,13 @@ def check_for_model(
     for token in eos_tokens:
         _add_eos_token(prepared.tokenizer, token)
     check_sampling([args], prepared)
+    check_cache(args, prepared)
+
+
+def check_cache(args: argparse.Namespace, prepared: PreparedModel) -> None:
+    """Raises:
+    ValueError: the model's KV cache cannot be quantized so.
+    """
     if args.kv_bits is not None:
         # Behind a token more than a group, so that there is something to quantize.
         quantization = CacheQuantization(args.kv_bits, args.kv_group_size, 0)

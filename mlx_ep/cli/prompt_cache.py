@@ -77,7 +77,7 @@ def _read(file: Path) -> PromptCache:
         )
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
         raise ValueError(
-            f"--prompt-cache-file {file} is not one that mlx_lm.cache_prompt made: "
+            f"--prompt-cache-file {file} is not one that cache_prompt made: "
             f"{' '.join(str(error).split())}"
         ) from error
 
@@ -102,8 +102,6 @@ def _check(
 
 
 def _place(model: str) -> str:
-    """A folder by its full path, so that two ways to name it are one."""
-    if model == EMBEDDED_MODEL:
-        return str(find_model(model))
-    folder = Path(model).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else model
+    """A folder by its full path, an overlay by its model: ways to name it are one."""
+    is_here = model == EMBEDDED_MODEL or Path(model).expanduser().is_dir()
+    return str(find_model(model).resolve()) if is_here else model

@@ -10,7 +10,6 @@ from mlx_ep import cli
 from mlx_ep.comm import Comm, gather_objects
 from mlx_ep.generate.batch import answer_all, plan_batch
 from mlx_ep.generate.flags import make_parser
-from mlx_ep.generate.prompts import read_prompt
 from mlx_ep.generate.reuse import find_draft, read_cache, reuse_options
 from mlx_ep.generate.stream import stream
 from mlx_ep.generate.tokens import prompt_tokens, tokens_after_cache, user_message
@@ -29,7 +28,7 @@ def _generate(args: argparse.Namespace, comm: Comm) -> None:
 def _one(args: argparse.Namespace, comm: Comm) -> None:
     """One prompt, streamed to the standard output."""
     with cli.usage_errors():
-        text = read_prompt(args, comm)
+        text = cli.read_text(args.prompt, args.prompt_file, comm, "--prompt")
         cache = read_cache(args, comm)
         args.model = args.model or (cache.model if cache else EMBEDDED_MODEL)
         extra = cache.tokenizer_config if cache else None
@@ -55,6 +54,8 @@ def _many(args: argparse.Namespace, comm: Comm) -> None:
     with cli.usage_errors():
         args.model = args.model or EMBEDDED_MODEL
         batch = plan_batch(args, comm)
+        if not batch.todo:
+            return
         prepared = cli.prepare_model(args, comm)
         batch.check(args, prepared)
     model, tokenizer = prepared.load()

@@ -24,7 +24,7 @@ from mlx_ep.data_parallel import (
     generate_replicated,
     generate_sharded,
 )
-from mlx_ep.generate.prompts import Prompt, on_rank_0, read_prompts
+from mlx_ep.generate.prompts import Prompt, read_prompts
 from mlx_ep.generate.tokens import prompt_tokens
 from mlx_ep.metrics import format_bytes
 from mlx_ep.types import Sampler
@@ -115,7 +115,7 @@ def plan_batch(args: argparse.Namespace, comm: Comm) -> Batch:
         output, answered = _open_output(args.output, prompts, args.resume)
         return [list(map(asdict, prompts)), sorted(answered)]
 
-    found, answered = on_rank_0(open_both, comm, "--prompts-file")
+    found, answered = cli.on_rank_0(open_both, comm, "--prompts-file")
     prompts = [Prompt(**prompt) for prompt in found]
     todo = sorted(set(range(len(prompts))) - set(answered))
     if answered:

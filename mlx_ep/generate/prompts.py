@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_ep import cli
-from mlx_ep.comm import Comm, broadcast_object
 from mlx_ep.generate.tokens import Message, user_message
 
 # What a line may set for itself, and what its value must be.
@@ -51,34 +49,6 @@ class Prompt:
         return argparse.Namespace(**{**vars(args), **self.settings})
 
 
-def read_prompt(args: argparse.Namespace, comm: Comm) -> str:
-    """The one prompt: what rank 0 reads, on every rank.
-
-    A launcher may feed only rank 0, and only its host may have the file.
-
-    Raises:
-        ValueError: on every rank, when it cannot be read.
-    """
-
-    def read() -> str:
-        if args.prompt_file is not None:
-            prompt = args.prompt_file.read_text(encoding="utf-8")
-        elif args.prompt == "-":
-            try:
-                prompt = sys.stdin.buffer.read().decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"The standard input must be UTF-8; got {error}."
-                ) from None
-        else:
-            prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
-        if not prompt.strip():
-            raise ValueError("The prompt must not be empty; give one with --prompt.")
-        return prompt
-
-    return on_rank_0(read, comm, "--prompt-file")
-
-
 def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     """The prompts of --prompts-file.
 
@@ -90,32 +60,6 @@ def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     return parse_prompts(
         file.read_text(encoding="utf-8"), file.suffix == ".jsonl", str(file)
     )
-
-
-def on_rank_0(read: Callable[[], Any], comm: Comm, flag: str) -> Any:
-    """What rank 0 reads, on every rank, as JSON would hold it.
-
-    Args:
-        flag: that names what is read.
-
-    Raises:
-        ValueError: on every rank, when it cannot.
-    """
-    found: Any = None
-    problem = ""
-    if comm.rank == 0:
-        try:
-            found = read()
-        except UnicodeDecodeError as error:
-            problem = f"{flag} must name a file in UTF-8; got {error}."
-        except OSError as error:
-            problem = f"{flag}: {error}"
-        except ValueError as error:
-            problem = str(error)
-    found, problem = broadcast_object(comm, [found, problem])
-    if problem:
-        raise ValueError(problem)
-    return found
 
 
 def parse_prompts(text: str, is_jsonl: bool, name: str) -> list[Prompt]:

@@ -21,6 +21,7 @@ from mlx_ep.loading.shape import model_shape
 from mlx_ep.loading.sizes import choose_placement, expert_sizes, held_bytes
 from mlx_ep.loading.source import (
     EMBEDDED_MODEL,
+    OVERLAY_FILE,
     find_model,
     has_tokenizer,
     hub_commit,
@@ -35,6 +36,7 @@ __all__ = [
     "decide",
     "dense_part",
     "EMBEDDED_MODEL",
+    "OVERLAY_FILE",
     "Checkpoint",
     "DiskNeed",
     "LoadPlan",

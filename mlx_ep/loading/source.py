@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +14,9 @@ from mlx_ep.loading.hub.repository import SMALL_FILES, WEIGHT_FILES, open_reposi
 
 # The name of the model inside the package, the default of every command.
 EMBEDDED_MODEL = "jargon-moe"
+
+# What makes a folder an overlay (`mlx_ep.overlay`), and says of which model.
+OVERLAY_FILE = "mlx_ep.json"
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -28,7 +32,8 @@ def find_model(
 
     Args:
         path_or_repo: ``jargon-moe`` (inside the package), a folder, a config.json, or
-            the name of a hub repository such as ``mlx-community/NAME``.
+            the name of a hub repository such as ``mlx-community/NAME``. An overlay's
+            folder stands for its model.
         revision: a branch, tag or commit of a repository.
         with_weights: whether the weight files are wanted.
         download: of a repository's weight files. ``full``: all of them. ``ranges``:
@@ -44,7 +49,7 @@ def find_model(
         return Path(str(files("mlx_ep") / "embedded" / EMBEDDED_MODEL))
     path = Path(path_or_repo).expanduser()
     if path.is_dir():
-        return path
+        return _model_of_overlay(path) if (path / OVERLAY_FILE).is_file() else path
     if path.name == "config.json" and path.is_file():
         return path.parent
     if path.exists() or not _REPOSITORY.fullmatch(path_or_repo):
@@ -67,6 +72,25 @@ def find_model(
             f"--model {path_or_repo!r} is not a folder here, and as a hub repository "
             f"it could not be fetched: {error}"
         ) from error
+
+
+def _model_of_overlay(folder: Path) -> Path:
+    """Raises:
+    ValueError: the overlay is not in order, or its model is gone.
+    """
+    try:
+        source = Path(json.loads((folder / OVERLAY_FILE).read_text())["source"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder} is not an overlay of this version of mlx_ep ({error}). Make it "
+            "again with mlx_ep.overlay."
+        ) from None
+    if not source.is_dir():
+        raise ValueError(
+            f"The overlay {folder} is of a model that is no longer at {source}. Make "
+            "it again with mlx_ep.overlay."
+        )
+    return source
 
 
 def hub_commit(model_path: Path) -> str:

@@ -16,9 +16,9 @@ from pathlib import Path
 from mlx_ep import cli
 from mlx_ep.comm import Comm, agree, gather_objects
 from mlx_ep.config import EPConfig
-from mlx_ep.loading import find_model, read_config
+from mlx_ep.loading import OVERLAY_FILE, find_model, read_config
 from mlx_ep.loading.local import count_experts, model_class
-from mlx_ep.overlay.model import SETTINGS_FILE, Settings
+from mlx_ep.overlay.model import Settings
 
 MODEL_FILE = "ep_model.py"
 _MODEL_SOURCE = """\
@@ -59,15 +59,15 @@ def make_overlay(
             "mlx-lm's commands give every rank the same tokens: an overlay goes with "
             f"--strategy replicated only, got {config.strategy}."
         )
-    source = find_model(model, revision).resolve()
-    if (source / SETTINGS_FILE).exists():
+    if (Path(model).expanduser() / OVERLAY_FILE).exists():
         raise ValueError(f"{model} is an overlay already; give the model itself.")
+    source = find_model(model, revision).resolve()
     model_config = read_config(source)
     model_class(model_config)
     count_experts(model_config)
     folder = (output or Path(f"{Path(model).name}-ep")).expanduser().resolve()
     _make_empty(folder)
-    made_here = ("config.json", MODEL_FILE, SETTINGS_FILE, "__pycache__")
+    made_here = ("config.json", MODEL_FILE, OVERLAY_FILE, "__pycache__")
     for entry in source.iterdir():
         if entry.name not in made_here:
             (folder / entry.name).symlink_to(entry)
@@ -83,7 +83,7 @@ def _make_empty(folder: Path) -> None:
     """An empty folder, or an overlay's with its links taken away."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = list(folder.iterdir())
-    if entries and not (folder / SETTINGS_FILE).exists():
+    if entries and not (folder / OVERLAY_FILE).exists():
         raise ValueError(
             f"--output must be a new or empty folder, or an overlay; {folder} holds "
             f"{entries[0].name}."

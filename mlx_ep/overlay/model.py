@@ -27,9 +27,8 @@ from mlx_ep.api import prepare
 from mlx_ep.comm import GroupComm, default_cpu_stream
 from mlx_ep.comm.liveness import Liveness
 from mlx_ep.config import EPConfig
-from mlx_ep.loading import read_config
+from mlx_ep.loading import OVERLAY_FILE, read_config
 
-SETTINGS_FILE = "mlx_ep.json"
 # The modules of mlx-lm whose ranks all do the same: those that EP can serve.
 _ALIKE = ("generate", "chat", "server", "benchmark", "perplexity", "cache_prompt")
 _WHY_NOT = {
@@ -59,7 +58,7 @@ class Settings:
             "ranks": self.ranks,
             "config": asdict(self.config),
         }
-        (folder / SETTINGS_FILE).write_text(json.dumps(values, indent=2) + "\n")
+        (folder / OVERLAY_FILE).write_text(json.dumps(values, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Settings:
@@ -67,7 +66,7 @@ class Settings:
         ValueError: the overlay or its model is not in order.
         """
         try:
-            values = json.loads((folder / SETTINGS_FILE).read_text())
+            values = json.loads((folder / OVERLAY_FILE).read_text())
             config = EPConfig.from_dict(values["config"])
             return cls(Path(values["source"]), config, values["ranks"])
         except (OSError, ValueError, KeyError) as error:
