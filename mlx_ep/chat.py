@@ -64,7 +64,7 @@ def _chat(args: argparse.Namespace, comm: Comm) -> None:
             )
     model, tokenizer = prepared.load()
     cli.print_reports(model, comm, args.config)
-    cli.seed_ranks(args.seed, comm)
+    cli.seed_ranks(args.seed, prepared)
     conversation = Conversation(args, comm, model, tokenizer)
     _say(comm, _HELP)
     while (line := _read_line(comm)) is not None and line != "/quit":

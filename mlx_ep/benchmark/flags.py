@@ -90,19 +90,24 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     cli.add_model_flags(parser)
     parser.add_argument(
         "--batch",
+        "--batch-size",
+        "-b",
         default="1,8",
         help="Sequences at once, of all ranks together; several as a comma list "
         "(default: %(default)s).",
     )
     parser.add_argument(
         "--prompt-tokens",
+        "-p",
         type=cli.positive,
         default=512,
         help="Of each sequence (default: %(default)s).",
     )
     parser.add_argument(
         "--max-tokens",
+        "--generation-tokens",
         "-m",
+        "-g",
         type=cli.positive,
         default=64,
         help="Generated for each sequence, 2 or more (default: %(default)s).",
@@ -140,6 +145,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--samples",
+        "--num-trials",
+        "-n",
         type=cli.positive,
         default=50,
         help="Most samples of each arm at one point (default: %(default)s).",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from mlx_ep.cli.parser import Parser, above_zero, at_least, gigabytes, not_empty
 from mlx_ep.config import ALIASES, EPConfig, Setting, settings
@@ -41,6 +41,19 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--trust-remote-code",
         action="store_true",
         help="Let the tokenizer run code that comes with the model.",
+    )
+    parser.add_argument(
+        "--adapter-path",
+        type=_no_adapter,
+        help="Refused: an adapter changes whole layers, of which a rank has a part. "
+        "Fuse it into the model first (mlx_lm.fuse).",
+    )
+
+
+def _no_adapter(path: str) -> NoReturn:
+    raise argparse.ArgumentTypeError(
+        "must be left out: an adapter changes whole layers, of which a rank has a "
+        f"part; got {path}. Fuse it into the model first (mlx_lm.fuse)"
     )
 
 

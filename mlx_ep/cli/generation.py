@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_ep.api import PreparedModel
 from mlx_ep.cli.parser import at_least, at_least_zero, fraction, half, positive, seed
 from mlx_ep.comm import Comm, broadcast_object
 from mlx_ep.types import Sampler
@@ -131,8 +132,17 @@ def shared_sampler(
     return lambda logprobs: comm.broadcast(sampler(logprobs))
 
 
-def seed_ranks(number: int | None, comm: Comm) -> None:
-    """Seed MLX's random numbers alike on every rank."""
+def seed_ranks(number: int | None, prepared: PreparedModel) -> None:
+    """Seed MLX's random numbers alike on every rank, after the model was loaded.
+
+    Args:
+        number: None draws one. With a number a text is that of mlx_lm.generate on one
+            rank, which seeds before it makes the model: the numbers that making the
+            layers draws are drawn here too.
+    """
     if number is None:
-        number = broadcast_object(comm, random.randrange(2**31))
+        drawn = broadcast_object(prepared.comm, random.randrange(2**31))
+        mx.random.seed(drawn)
+        return
     mx.random.seed(number)
+    prepared.weights.outline()

@@ -38,7 +38,7 @@ def _one(args: argparse.Namespace, comm: Comm) -> None:
         tokens_of = prompt_tokens if cache is None else tokens_after_cache
         prompt = tokens_of(args, prepared.tokenizer, [user_message(text)])
     model, tokenizer = prepared.load()
-    cli.seed_ranks(args.seed, comm)
+    cli.seed_ranks(args.seed, prepared)
     timings = model.expert_parallel.group.timings
     timings.enabled = args.timings
     if args.verbose:
@@ -59,7 +59,7 @@ def _many(args: argparse.Namespace, comm: Comm) -> None:
         prepared = cli.prepare_model(args, comm)
         batch.check(args, prepared)
     model, tokenizer = prepared.load()
-    cli.seed_ranks(args.seed, comm)
+    cli.seed_ranks(args.seed, prepared)
     timings = model.expert_parallel.group.timings
     timings.enabled = args.timings
     if args.verbose:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,12 @@ def _add_template_flags(parser: argparse.ArgumentParser) -> None:
         help="Use the prompt as it is, without the tokenizer's chat template.",
     )
     parser.add_argument(
+        "--use-default-chat-template",
+        action="store_true",
+        help="Of mlx_lm.generate, where it has no effect either: tokenizers bring "
+        "their templates themselves.",
+    )
+    parser.add_argument(
         "--chat-template-config",
         type=_json_object,
         default={},
@@ -148,6 +155,12 @@ def _check(args: argparse.Namespace) -> None:
         )
     cli.check_cache_flags(args)
     check_reuse_flags(args)
+    if args.use_default_chat_template:
+        warnings.warn(
+            "--use-default-chat-template has no effect: the tokenizer's own template "
+            "is used.",
+            stacklevel=2,
+        )
 
 
 def _true_or_false(text: str) -> bool:

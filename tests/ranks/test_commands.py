@@ -11,8 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import mlx.core as mx
+import mlx_lm
 import pytest
+from mlx_lm.sample_utils import make_sampler
 
+from mlx_ep.loading import find_model
 from tests import tiny
 from tests.ranks import run_commands, start_commands
 from tests.usage import assert_usage_errors
@@ -28,10 +32,6 @@ ASK = ["--prompt", "What is a hacker?", "--max-tokens", "12", "--ranks"]
 @pytest.fixture(scope="module")
 def expected() -> str:
     """What mlx-lm generates in one process."""
-    import mlx_lm
-
-    from mlx_ep.loading import find_model
-
     model, tokenizer = mlx_lm.load(str(find_model("jargon-moe")))
     messages = [{"role": "user", "content": "What is a hacker?"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
@@ -115,12 +115,23 @@ def test_prompt_from_stdin_and_from_a_file(tmp_path: Path, expected: str) -> Non
 
 
 def test_sampling_is_seeded_and_shared() -> None:
-    options = ["--temp", "1.5", "--max-tokens", "20", "--verbose", "F"]
+    """A seed gives mlx_lm.generate's text with that seed, on any number of ranks."""
+    options = ["--prompt", "What is a hacker?", "--temp", "1.5", "--max-tokens", "20"]
+    options += ["--xtc-probability", "0.3", "--top-k", "40", "--verbose", "F"]
+    mx.random.seed(1)
+    model, tokenizer = mlx_lm.load(str(find_model("jargon-moe")))
+    messages = [{"role": "user", "content": "What is a hacker?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    special = tokenizer.encode("\n") + list(tokenizer.eos_token_ids)
+    sampler = make_sampler(
+        1.5, top_k=40, xtc_probability=0.3, xtc_special_tokens=special
+    )
+    expected = mlx_lm.generate(model, tokenizer, prompt, max_tokens=20, sampler=sampler)
     texts = [
-        run_commands(2, [*GENERATE, *options, "--seed", seed])[0].stdout
-        for seed in ("1", "1", "2")
+        run_commands(ranks, [*GENERATE, *options, "--seed", seed])[0].stdout
+        for ranks, seed in ((1, "1"), (2, "1"), (2, "2"))
     ]
-    assert texts[0] == texts[1] != texts[2]
+    assert texts[0] == texts[1] == expected + "\n" != texts[2]
 
 
 def test_chat_remembers_and_forgets() -> None:
