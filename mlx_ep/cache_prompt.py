@@ -19,7 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from mlx_ep import cli
-from mlx_ep.comm import Comm, agree, gather_objects
+from mlx_ep.comm import Comm, agree, gather_objects, note_prefill
 
 
 def make_parser() -> cli.Parser:
@@ -90,6 +90,11 @@ def _cache_prompt(args: argparse.Namespace, comm: Comm) -> None:
     tokens = _tokens(text, tokenizer)
     cache = make_prompt_cache(model, args.max_kv_size)
     with tqdm(total=len(tokens), unit="token", disable=comm.rank != 0) as progress:
+
+        def show(num_done: int, num_tokens: int) -> None:
+            progress.update(num_done - progress.n)
+            note_prefill(num_done, num_tokens)
+
         for _ in generate_step(
             mx.array(tokens),
             model,
@@ -99,7 +104,7 @@ def _cache_prompt(args: argparse.Namespace, comm: Comm) -> None:
             kv_bits=args.kv_bits,
             kv_group_size=args.kv_group_size,
             quantized_kv_start=args.quantized_kv_start,
-            prompt_progress_callback=lambda done, _: progress.update(done - progress.n),
+            prompt_progress_callback=show,
         ):
             pass
     # sync: on every rank, the ones that do not write included: a layer is one

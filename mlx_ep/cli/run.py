@@ -28,15 +28,16 @@ def run(
 ) -> None:
     """Parse the command line, start all ranks and run `body` on each."""
     assert isinstance(parser, Parser)
-    args, comm = _start(parser)
-    try:
-        with one_line_warnings(), guard(comm.group):
-            body(args, comm)
-            # mlx-lm begins the step after the last token too: a rank that left now
-            # would take its part of that step's collectives away from the others.
-            comm.barrier()
-    except UsageError as error:  # every rank is here, with the same text
-        _exit_by_usage(parser, str(error), comm.rank)
+    with one_line_warnings():
+        args, comm = _start(parser)
+        try:
+            with guard(comm.group):
+                body(args, comm)
+                # mlx-lm begins the step after the last token too: a rank that left now
+                # would take its part of that step's collectives away from the others.
+                comm.barrier()
+        except UsageError as error:  # every rank is here, with the same text
+            _exit_by_usage(parser, str(error), comm.rank)
 
 
 def _start(parser: Parser) -> tuple[argparse.Namespace, GroupComm]:
