@@ -14,10 +14,11 @@ from mlx_ep.comm.group import (
 )
 from mlx_ep.comm.launch import Backend, init
 from mlx_ep.comm.objects import (
-    agree,
+    agreed,
     broadcast_object,
     gather_objects,
     raise_problems,
+    shortened,
 )
 from mlx_ep.comm.schedules import Schedule, choose_schedule
 
@@ -36,6 +37,7 @@ __all__ = [
     "choose_schedule",
     "broadcast_object",
     "gather_objects",
-    "agree",
+    "agreed",
     "raise_problems",
+    "shortened",
 ]
