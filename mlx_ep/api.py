@@ -19,7 +19,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from mlx_ep import loading
-from mlx_ep.comm import Comm, GroupComm, gather_objects, note_progress, raise_problems
+from mlx_ep.comm import (
+    Comm,
+    GroupComm,
+    agreed,
+    gather_objects,
+    note_progress,
+    raise_problems,
+)
 from mlx_ep.config import EPConfig
 from mlx_ep.cost.attention import REPLICATED, AttentionChoice
 from mlx_ep.exchange import STRATEGIES
@@ -232,16 +239,10 @@ def _agreed_placement(
     Raises:
         ValueError: on every rank, if any rank has a problem or another placement.
     """
-    placement, problem = None, ""
-    try:
-        placement = choose_placement(config, num_experts, comm.size, lambda: model)
-    except ValueError as error:
-        problem = str(error)
-    mine = [problem, placement.digest if placement else ""]
-    problems, digests = zip(*gather_objects(comm, mine), strict=True)
-    raise_problems(problems)
-    _check_placements(digests)
-    assert placement is not None
+    placement = agreed(
+        comm, lambda: choose_placement(config, num_experts, comm.size, lambda: model)
+    )
+    _check_placements(gather_objects(comm, placement.digest))
     return placement
 
 

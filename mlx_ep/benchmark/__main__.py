@@ -22,10 +22,9 @@ from mlx_ep.benchmark.shapes import (
     make_weights,
     parse_counts,
 )
-from mlx_ep.comm import Comm, GroupComm
+from mlx_ep.comm import Comm, GroupComm, agreed
 from mlx_ep.loading import model_shape, read_config
 from mlx_ep.measure.machine import (
-    agreed,
     check_memory,
     facts_text,
     machine_facts,
@@ -133,7 +132,7 @@ def model_plan(
         args.memory_limit_gb,
         args.trust_remote_code,
     )
-    config = agreed(lambda: read_config(source.path()), comm)
+    config = agreed(comm, lambda: read_config(source.path()))
     if comm.size > 1:
         problem = why_no_shard(source, comm.size)
     arms, notes = chosen_arms(
@@ -193,7 +192,7 @@ def check_plot(args: argparse.Namespace, comm: GroupComm) -> None:
     ValueError: on every rank: rank 0 cannot draw.
     """
     if args.plot is not None:
-        agreed(lambda: plot.check_can_plot() if comm.rank == 0 else None, comm)
+        agreed(comm, lambda: plot.check_can_plot() if comm.rank == 0 else None)
 
 
 def printer(comm: GroupComm) -> Callable[[str], None]:

@@ -17,7 +17,7 @@ from mlx_lm.utils import load_model
 
 from mlx_ep.api import PreparedModel, parallelize, prepare
 from mlx_ep.benchmark.arms import SHARDED, STRATEGIES
-from mlx_ep.comm import GroupComm
+from mlx_ep.comm import GroupComm, agreed
 from mlx_ep.config import EPConfig, Runner
 from mlx_ep.exchange import STRATEGIES as STRATEGY_TABLE
 from mlx_ep.loading import (
@@ -27,7 +27,6 @@ from mlx_ep.loading import (
     find_model,
     held_bytes,
 )
-from mlx_ep.measure.machine import agreed
 from mlx_ep.models.tensor_parallel import tensor_problem
 from mlx_ep.moe import ExpertGroup
 
@@ -224,7 +223,7 @@ def prepare_arms(source: ModelSource, arms: Sequence[str], comm: GroupComm) -> P
     Raises:
         ValueError: on every rank: an arm cannot be loaded.
     """
-    plain = agreed(source.whole, comm)
+    plain = agreed(comm, source.whole)
     whole = plain.rank_bytes
     # tp's share: dense layers are split too, of which norms are not; as an upper bound.
     share = whole // comm.size + whole // 20

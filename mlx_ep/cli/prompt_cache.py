@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache
 
-from mlx_ep.comm import Comm, agree
+from mlx_ep.comm import Comm, agreed
 from mlx_ep.loading import EMBEDDED_MODEL, find_model
 
 
@@ -56,15 +56,13 @@ def read_prompt_cache(
         ValueError: on every rank: a rank cannot read it, or it is another model's or
             quantized in another way.
     """
-    found, problem = None, ""
-    try:
+
+    def read() -> PromptCache:
         found = _read(file)
         _check(found, model, kv_bits, kv_group_size)
-    except ValueError as error:
-        problem = str(error)
-    agree(comm, problem)
-    assert found is not None
-    return found
+        return found
+
+    return agreed(comm, read)
 
 
 def _read(file: Path) -> PromptCache:

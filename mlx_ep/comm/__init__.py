@@ -32,10 +32,11 @@ if TYPE_CHECKING:
         note_progress,
     )
     from mlx_ep.comm.objects import (
-        agree,
+        agreed,
         broadcast_object,
         gather_objects,
         raise_problems,
+        shortened,
     )
     from mlx_ep.comm.schedules import Schedule, choose_schedule
 
@@ -60,7 +61,8 @@ _HOMES = {
     "choose_schedule": "schedules",
     "broadcast_object": "objects",
     "gather_objects": "objects",
-    "agree": "objects",
+    "agreed": "objects",
+    "shortened": "objects",
     "raise_problems": "objects",
 }
 
@@ -85,8 +87,9 @@ __all__ = [
     "choose_schedule",
     "broadcast_object",
     "gather_objects",
-    "agree",
+    "agreed",
     "raise_problems",
+    "shortened",
 ]
 
 

@@ -7,13 +7,19 @@ the one that sent it included.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_ep.comm.base import Comm
+
+Value = TypeVar("Value")
+
+# A problem of one rank is printed by all: a checkpoint's own text in it must not fill
+# their screens.
+MOST_CHARACTERS = 2000
 
 
 def gather_objects(comm: Comm, obj: Any) -> list[Any]:
@@ -65,13 +71,37 @@ def raise_problems(problems: Sequence[str]) -> None:
     )
 
 
-def agree(comm: Comm, problem: str) -> None:
-    """Tell all ranks of this rank's problem, or that it has none (""). All must call.
+def agreed(comm: Comm, compute: Callable[[], Value]) -> Value:
+    """What `compute` gives on this rank, once it has given something on every rank.
+
+    One rank's problem is everybody's error: nobody goes on to a collective that another
+    rank will never enter. Every rank must call it, and `compute` must not communicate.
+
+    Args:
+        comm: the ranks.
+        compute: run once on this rank; what it returns stays on it. It tells of a
+            problem by a ValueError.
 
     Raises:
-        ValueError: on every rank, with the same text: a rank has a problem.
+        ValueError: on every rank, with the same text, if `compute` raised one on any: a
+            problem that all ranks have is told once, else each with its rank. A longer
+            text than `MOST_CHARACTERS` loses its middle.
     """
+    value, problem = None, ""
+    try:
+        value = compute()
+    except ValueError as error:
+        problem = shortened(str(error)) or type(error).__name__
     raise_problems(gather_objects(comm, problem))
+    return cast(Value, value)
+
+
+def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
+    """A text of at most `most` characters: its middle gives way."""
+    if len(text) <= most:
+        return text
+    half = (most - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
 
 
 def _bytes(text: bytes) -> mx.array:

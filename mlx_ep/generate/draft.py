@@ -15,7 +15,7 @@ from mlx_lm.models.cache import (
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
-from mlx_ep.comm import Comm, agree
+from mlx_ep.comm import Comm, agreed
 from mlx_ep.loading import find_model
 
 
@@ -44,21 +44,24 @@ def prepare_draft(path_or_repo: str, tokenizer: TokenizerWrapper, comm: Comm) ->
     Raises:
         ValueError: on every rank: there is no such model, or its tokens are others.
     """
-    path, problem = Path(), ""
+    return Draft(agreed(comm, lambda: _checked_path(path_or_repo, tokenizer)))
+
+
+def _checked_path(path_or_repo: str, tokenizer: TokenizerWrapper) -> Path:
     try:
         path = find_model(path_or_repo)
         drafts = load_tokenizer(path)
-        if drafts.vocab_size != tokenizer.vocab_size:
-            problem = (
-                f"--draft-model {path_or_repo} must have the model's tokens: its "
-                f"tokenizer has {drafts.vocab_size}, the model's "
-                f"{tokenizer.vocab_size}."
-            )
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split()).replace("--model", "--draft-model")
-        problem = reason if "--draft-model" in reason else f"--draft-model: {reason}"
-    agree(comm, problem)
-    return Draft(path)
+        if "--draft-model" not in reason:
+            reason = f"--draft-model: {reason}"
+        raise ValueError(reason) from error
+    if drafts.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"--draft-model {path_or_repo} must have the model's tokens: its "
+            f"tokenizer has {drafts.vocab_size}, the model's {tokenizer.vocab_size}."
+        )
+    return path
 
 
 def check_trimmable(model: nn.Module) -> None:

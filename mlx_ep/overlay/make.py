@@ -14,7 +14,7 @@ import socket
 from pathlib import Path
 
 from mlx_ep import cli
-from mlx_ep.comm import Comm, agree, gather_objects
+from mlx_ep.comm import Comm, agreed, gather_objects
 from mlx_ep.config import EPConfig
 from mlx_ep.loading import OVERLAY_FILE, find_model, read_config
 from mlx_ep.loading.local import count_experts, model_class
@@ -133,8 +133,10 @@ def _make_on_hosts(args: argparse.Namespace, comm: Comm) -> str:
         ValueError: on every rank: a host cannot, or its path is another.
     """
     hosts = gather_objects(comm, socket.gethostname())
-    folder = problem = ""
-    if hosts.index(hosts[comm.rank]) == comm.rank:  # the first rank on its host
+
+    def make() -> str:
+        if hosts.index(hosts[comm.rank]) != comm.rank:  # not the first of its host
+            return ""
         try:
             made = make_overlay(
                 args.model,
@@ -143,10 +145,11 @@ def _make_on_hosts(args: argparse.Namespace, comm: Comm) -> str:
                 revision=args.revision,
                 ranks=args.ranks,
             )
-            folder = str(made)
-        except (ValueError, OSError) as error:
-            problem = str(error)
-    agree(comm, problem)
+        except OSError as error:
+            raise ValueError(str(error)) from error
+        return str(made)
+
+    folder = agreed(comm, make)
     folders = sorted({path for path in gather_objects(comm, folder) if path})
     if len(folders) > 1:
         raise ValueError(
