@@ -118,6 +118,7 @@ def rank_main() -> None:
     (marker.parent / f"pid.{rank}").write_text(str(os.getpid()))
     # A shell may have started this in the background, with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    from mlx_ep.comm.channel import Liveness
     from mlx_ep.comm.control.progress import ProgressPage
     from mlx_ep.generate import main
 
@@ -126,6 +127,9 @@ def rank_main() -> None:
     def at(page: ProgressPage, *args: Any, **kwargs: Any) -> None:
         say(page, *args, **kwargs)
         if rank == case.rank and not marker.exists() and is_there(page.read()):
+            if case.fault == "network":  # what never was connected cannot be cut
+                assert Liveness.current is not None
+                Liveness.current.wait_joined()
             marker.write_text(str(time.time()))
             fail(case.fault)
 
