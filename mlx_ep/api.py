@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import socket
 import time
 import warnings
 from collections.abc import Sequence
@@ -19,7 +18,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from mlx_ep import loading
-from mlx_ep.comm import Comm, GroupComm, gather_objects, note_progress, raise_problems
+from mlx_ep.comm import (
+    Comm,
+    GroupComm,
+    gather_objects,
+    host_id,
+    note_progress,
+    raise_problems,
+)
 from mlx_ep.config import EPConfig
 from mlx_ep.cost.attention import REPLICATED, AttentionChoice
 from mlx_ep.exchange import STRATEGIES
@@ -202,7 +208,7 @@ def prepare(
     except ValueError as error:
         problem = str(error)
     need = MemoryNeed(
-        host=socket.gethostname(),
+        host=host_id(),
         num_bytes=prepared.weights.rank_bytes if prepared else 0,
         limit=memory_limit(config.memory_limit_gb),
     )
