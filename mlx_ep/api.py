@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import socket
 import time
 import warnings
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from mlx_ep.comm import (
     GroupComm,
     agreed,
     gather_objects,
+    host_id,
     note_progress,
     raise_problems,
 )
@@ -209,7 +209,7 @@ def prepare(
     except ValueError as error:
         problem = str(error)
     need = MemoryNeed(
-        host=socket.gethostname(),
+        host=host_id(),
         num_bytes=prepared.weights.rank_bytes if prepared else 0,
         limit=memory_limit(config.memory_limit_gb),
     )

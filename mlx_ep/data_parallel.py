@@ -22,14 +22,13 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from mlx_ep.comm import Comm, gather_objects, note_progress
-from mlx_ep.types import Sampler, TokenCounts
+from mlx_ep.types import Sampler, TokenCounts, to_host
 
 
 class Answer(NamedTuple):
@@ -105,7 +104,7 @@ class LockStep:
         """Agree on a step; False when no rank has anything left."""
         status = mx.array([[num_tokens, not is_done, self.num_finished]], mx.int32)
         # sync: the shapes of the step's exchanges depend on it.
-        ranks = np.array(self.comm.all_gather(status))
+        ranks = to_host(self.comm.all_gather(status))
         tokens = TokenCounts(tuple(ranks[:, 0].tolist()))  # on host
         self.model.expert_parallel.group.step.tokens = tokens
         if int(ranks[:, 2].sum()) > self.num_answered:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 import mlx.core as mx
-import numpy as np
+
+from mlx_ep.types import to_host
 
 Value = TypeVar("Value")
 
@@ -77,7 +78,7 @@ class Counters:
         """Count the pairs of the oldest calls."""
         for slot_ids in self._uncounted[:num_calls]:
             # sync: only where somebody asks; older calls have been computed.
-            self._counted_pairs += int((np.array(slot_ids) >= 0).sum())
+            self._counted_pairs += int((to_host(slot_ids) >= 0).sum())
         del self._uncounted[:num_calls]
 
     def reset(self) -> None:

@@ -22,6 +22,7 @@ from jaxtyping import Int
 
 from mlx_ep import cli
 from mlx_ep.comm import Comm
+from mlx_ep.types import to_host
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def perplexity(
         logits = model(batch[:, :-1]).astype(mx.float32)
         loss = nn.losses.cross_entropy(logits, batch[:, 1:], reduction="none")
         # sync: one batch at a time, so that one batch of logits at most is held.
-        losses.append(np.array(loss).ravel())
+        losses.append(to_host(loss).ravel())
     seconds = time.perf_counter() - start
     all_losses = np.concatenate(losses).astype(np.float64)
     value = math.exp(all_losses.mean())

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
-from jaxtyping import Float, Float32, Int32
+import numpy as np
+from jaxtyping import Float, Float32, Int32, Shaped
 
 # Logits' logarithms of probabilities in, a token out.
 Sampler = Callable[[mx.array], mx.array]
@@ -86,3 +87,19 @@ class TokenCounts(NamedTuple):
         return TokenCounts(
             tuple(min(max(t - done, 0), round_tokens) for t in self.per_rank)
         )
+
+
+def to_host(x: Shaped[mx.array, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
+    """A copy of `x` in NumPy, of which every value has been computed.
+
+    `np.array` alone waits too, but hides an error: when a rank has left the ring, it
+    gives what happens to be in the buffer, where `mx.eval` raises.
+    """
+    return np.array(view_on_host(x))  # sync: what for is said where it is called.
+
+
+def view_on_host(x: Shaped[mx.array, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
+    """As `to_host`, without a copy: it must not be written to."""
+    # sync: what for is said where it is called.
+    mx.eval(x)
+    return np.asarray(x)

@@ -17,9 +17,9 @@ MAY_IMPORT = {
     # Records and alphabet.
     "types": set(),
     "config": set(),
-    "metrics": set(),
+    "metrics": {"types"},
     # Ranks, where experts are, the kernels.
-    "comm": set(),
+    "comm": {"types"},
     "placement": set(),
     "kernels": set(),
     # The parts of a layer.
@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "cache_prompt": {"cli", "comm"},
     "doctor": {"cli", "comm", "measure", "rows", "tune"},
     "calibrate": {"cli", "comm", "cost", "loading", "measure", "rows", "tune"},
-    "perplexity": {"cli", "comm"},
+    "perplexity": {"types", "cli", "comm"},
     "overlay": {"api", "cli", "comm", "config", "loading"},
     "plan": {
         "cli", "config", "cost", "loading", "metrics", "models", "placement", "tune",
@@ -150,6 +150,7 @@ def test_importing_the_package_imports_nothing_else() -> None:
 # or says that the value is on the host already.
 _SYNC_CALLS = {
     "mx.eval", "mx.synchronize", "np.array", "np.asarray", "memoryview",
+    "to_host", "view_on_host",
 }  # fmt: skip
 _SYNC_METHODS = {"item", "tolist"}
 _SYNC_WINDOW = 4  # lines above, within which the comment stands
@@ -175,4 +176,26 @@ def test_host_syncs_are_marked(file: Path) -> None:
         assert any("# sync:" in line or "# on host" in line for line in window), (
             f"{file.name}:{node.lineno} waits for the device without a '# sync:' "
             f"comment that says why: {lines[node.lineno - 1].strip()}"
+        )
+
+
+@pytest.mark.parametrize(
+    "file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE))
+)
+def test_numpy_reads_what_is_evaluated(file: Path) -> None:
+    """`np.array` of a collective's result hides that a rank is gone."""
+    if file == PACKAGE / "types.py":  # which has `to_host`
+        return
+    source = file.read_text()
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        if ast.unparse(node.func) not in ("np.array", "np.asarray"):
+            continue
+        window = lines[max(0, node.lineno - 1 - _SYNC_WINDOW) : node.end_lineno]
+        reasons = [line for line in window if "# sync:" in line or "# on host" in line]
+        assert reasons and "# on host" in reasons[-1], (
+            f"{file.name}:{node.lineno} must be to_host(...) of mlx_ep.types, or say "
+            "'# on host' where it is no mx.array"
         )

@@ -19,6 +19,7 @@ from mlx.nn.layers.distributed import shard_inplace
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
 from mlx_ep.benchmark.shapes import LayerShape, Weights
+from mlx_ep.types import to_host
 
 # How mlx-lm's `shard()` splits the projections of a MoE layer.
 SHARDING = {
@@ -139,5 +140,5 @@ def _deviation(weights: Weights) -> float:
         with mx.stream(mx.cpu):
             codes = mx.arange(0, 256, 2).astype(mx.uint8)
             # sync: on the CPU, of 128 numbers.
-            values = np.array(mx.from_fp8(codes, mx.float32))
+            values = to_host(mx.from_fp8(codes, mx.float32))
     return float(np.sqrt(np.square(values).mean()))

@@ -33,6 +33,7 @@ from mlx_ep.comm import GroupComm, gather_objects
 from mlx_ep.measure.machine import MemoryMark, check_memory
 from mlx_ep.metrics import COMMUNICATION_STAGES, STAGES
 from mlx_ep.placement import Placement
+from mlx_ep.types import to_host
 
 # Uncounted rounds before the samples, as far as a share of the budget lasts.
 MOST_WARMUPS, WARMUP_SHARE = 4, 0.1
@@ -317,4 +318,4 @@ def difference(a: Float[mx.array, "T D"], b: Float[mx.array, "T D"]) -> float:
     a, b = a.astype(mx.float32), b.astype(mx.float32)
     # sync: of one sample, before anything is timed.
     error = mx.abs(a - b).max() / mx.maximum(mx.abs(a).max(), 1e-30)
-    return float(np.array(error))
+    return float(to_host(error))

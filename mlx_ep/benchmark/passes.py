@@ -14,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_ep.benchmark.models import ModelArm
 from mlx_ep.comm import GroupComm, gather_objects
 from mlx_ep.metrics import STAGES
+from mlx_ep.types import to_host
 
 CHECK_TOKENS = 16
 # Median over positions of the largest difference of logits, of the largest logit: in 16
@@ -85,7 +86,7 @@ def logits_difference(a: mx.array, b: mx.array) -> float:
     a, b = a.astype(mx.float32), b.astype(mx.float32)
     worst = mx.abs(a - b).max(axis=-1) / mx.maximum(mx.abs(a).max(), 1e-30)
     # sync: of one sample, before anything is timed.
-    return float(np.median(np.array(worst)))
+    return float(np.median(to_host(worst)))
 
 
 @contextmanager

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mlx_ep.comm.control.limits import Limits
     from mlx_ep.comm.environment import Backend
     from mlx_ep.comm.group import GroupComm, all_to_all, default_cpu_stream
+    from mlx_ep.comm.host import host_id
     from mlx_ep.comm.launch import init
     from mlx_ep.comm.liveness import (
         UsageError,
@@ -46,6 +47,7 @@ _HOMES = {
     "all_to_all": "group",
     "default_cpu_stream": "group",
     "init": "launch",
+    "host_id": "host",
     "Backend": "environment",
     "guard": "liveness",
     "note_decode": "liveness",
@@ -72,6 +74,7 @@ __all__ = [
     "all_to_all",
     "default_cpu_stream",
     "init",
+    "host_id",
     "Backend",
     "guard",
     "note_decode",

@@ -68,13 +68,13 @@ _TABLE = (
         is_fixed_shape=True,
         max_ranks=8,
     ),
-    # mlx 0.32.4, JACCL with MLX_JACCL_RING: one cable to each neighbour.
+    # mlx 0.32.4, JACCL with MLX_JACCL_RING: one cable to each neighbour. Its ring holds
+    # connections to two neighbours only, so the mesh's limit of 8 does not apply.
     Capability(
         transport="jaccl-ring",
         operations=COLLECTIVES | {"sum_scatter", "send", "recv"},
         peers="neighbours",
         is_fixed_shape=True,
-        max_ranks=8,
     ),
 )
 

@@ -122,9 +122,13 @@ class Liveness:
             channel = cls(rank, size, meeting, limits)
             channel._meet_late(group)
         channel._send(kind="guarded")
-        channel._joined.wait()
+        channel.wait_joined()
         channel._page.at("running")
         return channel
+
+    def wait_joined(self) -> None:
+        """Waits until the watches of all ranks are connected."""
+        self._joined.wait()
 
     def wait_ready(self) -> None:
         """Waits until every rank is about to connect, where they can know it by now.

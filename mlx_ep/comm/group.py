@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from jaxtyping import Shaped
 
 from mlx_ep.comm.capabilities import (
@@ -18,6 +17,7 @@ from mlx_ep.comm.capabilities import (
 )
 from mlx_ep.comm.rows import split, take, take_padded
 from mlx_ep.comm.schedules import Schedule, choose_schedule
+from mlx_ep.types import to_host
 
 # Integers as wide as each dtype: moving bits through a sum keeps -0.0 and NaN.
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
@@ -206,7 +206,7 @@ class GroupComm:
             # A rank that passes chunks on has to know their sizes.
             gathered = self.all_gather(mx.array(list(send_counts), dtype=mx.int32))
             # sync: the shapes of the messages depend on it.
-            return np.array(gathered).reshape(self._size, self._size).tolist()
+            return to_host(gathered).reshape(self._size, self._size).tolist()
         counts = [[0] * self._size for _ in range(self._size)]
         for peer in range(self._size):
             counts[peer][self._rank] = recv_counts[peer]
@@ -247,7 +247,7 @@ class GroupComm:
             largest, group=self.group, stream=self._stream()
         )
         # sync: the shape of the collective depends on it.
-        widest = int(np.array(largest))
+        widest = int(to_host(largest))
         starts = [sum(send_counts[:peer]) for peer in range(self._size)]
         padded = take_padded(x, starts, send_counts, widest)
         received = self._all_to_all(padded, widest)

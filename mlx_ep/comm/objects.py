@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ep.comm.base import Comm
+from mlx_ep.types import to_host
 
 Value = TypeVar("Value")
 
@@ -30,10 +31,10 @@ def gather_objects(comm: Comm, obj: Any) -> list[Any]:
     """
     text = json.dumps(obj).encode()
     # sync: the shape of what follows depends on it.
-    sizes = np.array(comm.all_gather(mx.array([len(text)], dtype=mx.int32)))
+    sizes = to_host(comm.all_gather(mx.array([len(text)], dtype=mx.int32)))
     width = int(sizes.max())
     # sync: the objects are needed on the host.
-    gathered = np.array(comm.all_gather(_bytes(text.ljust(width))))
+    gathered = to_host(comm.all_gather(_bytes(text.ljust(width))))
     rows = gathered.reshape(comm.size, width)
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes)]
 
@@ -47,9 +48,9 @@ def broadcast_object(comm: Comm, obj: Any, root: int = 0) -> Any:
     """
     text = json.dumps(obj).encode() if comm.rank == root else b""
     # sync: the shape of what follows depends on it.
-    size = int(np.array(comm.broadcast(mx.array(len(text), dtype=mx.int32), root)))
+    size = int(to_host(comm.broadcast(mx.array(len(text), dtype=mx.int32), root)))
     # sync: the object is needed on the host.
-    received = np.array(comm.broadcast(_bytes(text.ljust(size)), root))
+    received = to_host(comm.broadcast(_bytes(text.ljust(size)), root))
     return json.loads(bytes(received))
 
 

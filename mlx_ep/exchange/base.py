@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import mlx.core as mx
-import numpy as np
 from jaxtyping import Float
 
 from mlx_ep.comm import Comm
 from mlx_ep.placement import Placement
-from mlx_ep.types import Routing, Rows, TokenCounts
+from mlx_ep.types import Routing, Rows, TokenCounts, to_host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +137,7 @@ def agree_tokens(num_tokens: int, comm: Comm) -> TokenCounts:
     """The T of every rank, by one small collective. Once per step, not per layer."""
     gathered = comm.all_gather(mx.array([num_tokens], mx.int32))
     # sync: the shapes of what is exchanged depend on it.
-    return TokenCounts(tuple(np.array(gathered).tolist()))
+    return TokenCounts(tuple(to_host(gathered).tolist()))
 
 
 def check_tokens(tokens: TokenCounts, num_tokens: int, comm: Comm) -> None:

@@ -20,7 +20,7 @@ from mlx_ep.experts.run import local_pairs
 from mlx_ep.experts.unpack import BLOCK_BYTES, host_view, to_float32, unpacker
 from mlx_ep.metrics import Counters
 from mlx_ep.rows import Backend
-from mlx_ep.types import Rows
+from mlx_ep.types import Rows, view_on_host
 
 # Most bytes of temporaries, the block included; not the rows that come and go.
 SCRATCH_BYTES = 64 << 20
@@ -49,7 +49,7 @@ class BlasRunner:
         pairs = local_pairs(rows.slot_ids, counters)
         chosen = pairs.position.reshape(-1)
         # sync: evaluated above.
-        host_x, host_gates = np.asarray(x), np.asarray(rows.gates).reshape(-1)
+        host_x, host_gates = view_on_host(x), view_on_host(rows.gates).reshape(-1)
         gates = np.empty(len(pairs.rows) + 1, np.float32)
         gates[chosen] = host_gates  # the last one takes those of foreign slots
         total = np.zeros(host_x.shape, np.float32)
@@ -72,7 +72,7 @@ class BlasRunner:
         # sync: all that the host reads, at once.
         mx.eval(x, slots)
         # sync: evaluated above.
-        host_x, host_slots = np.asarray(x), np.asarray(slots)
+        host_x, host_slots = view_on_host(x), view_on_host(slots)
         outputs = np.empty(host_x.shape, np.float32)
         scratch = self.experts.scratch()
         for slot, part in self.experts.parts(host_slots):
@@ -134,7 +134,7 @@ class _HostExperts:
             arguments = [mx.array(a.T) for a in (up, gate) if a is not None]
             hidden = self.activation(*arguments).astype(mx.float32)
             # sync: on the CPU, of what was just computed there.
-            return np.ascontiguousarray(np.asarray(hidden).T)
+            return np.ascontiguousarray(view_on_host(hidden).T)
 
 
 class _HostMatrices:

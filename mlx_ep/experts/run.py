@@ -11,7 +11,7 @@ from jaxtyping import Float, Float32, Int32
 
 from mlx_ep.metrics import Counters
 from mlx_ep.rows import OPS, Movement, with_zero_row
-from mlx_ep.types import Rows
+from mlx_ep.types import Rows, to_host
 
 # [N, D] rows and the [N] slot each one visits, ascending -> [N, D] unweighted outputs.
 PairRunner = Callable[[mx.array, mx.array], mx.array]
@@ -115,7 +115,7 @@ def run_slots(
 def local_pairs(slot_ids: Int32[mx.array, "M K"], counters: Counters) -> Pairs:
     """The pairs of this rank, on the host, counted."""
     # sync: how many pairs are this rank's decides the shapes of what it computes.
-    pairs = group_by_slot(np.array(slot_ids))
+    pairs = group_by_slot(to_host(slot_ids))
     counters.count_pairs(slot_ids, len(pairs.rows))
     return pairs
 

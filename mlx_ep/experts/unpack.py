@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 
 from mlx_ep.experts.base import Matrices
+from mlx_ep.types import to_host, view_on_host
 
 BLOCK_BYTES = 1 << 20  # of unpacked weights: what stays in a core's own cache
 
@@ -33,7 +34,7 @@ def host_view(x: Shaped[mx.array, ...]) -> np.ndarray:
     if x.dtype == mx.bfloat16:
         x = x.view(mx.uint16)
     # sync: NumPy reads the buffer; a parameter has been evaluated long before.
-    return np.asarray(x)
+    return view_on_host(x)
 
 
 def to_float32(view: np.ndarray, dtype: mx.Dtype, out: np.ndarray) -> np.ndarray:
@@ -210,7 +211,7 @@ class MlxUnpacker(_InOrder):
                 dtype=mx.float32,
             )
             # sync: on the CPU, of what was just computed there.
-            return np.asarray(weights)
+            return view_on_host(weights)
 
 
 @cache
@@ -236,4 +237,4 @@ def _fp8_values() -> np.ndarray:
     with mx.stream(mx.cpu):
         values = mx.from_fp8(mx.arange(256).astype(mx.uint8), mx.float32)
         # sync: once per process.
-        return np.nan_to_num(np.array(values), nan=0.0).astype(np.float64)
+        return np.nan_to_num(to_host(values), nan=0.0).astype(np.float64)

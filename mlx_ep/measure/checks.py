@@ -21,6 +21,7 @@ from mlx_ep.comm import Comm
 from mlx_ep.experts import options
 from mlx_ep.kernels import Projection, metal, ops
 from mlx_ep.tune import TOLERANCE, measure
+from mlx_ep.types import to_host
 
 REPEATS = 5
 # Of the largest number. Sums are float32; results of 16 bits are rounded once.
@@ -285,7 +286,7 @@ def _difference(got: mx.array, expected: mx.array) -> float:
     values, wanted = got.astype(mx.float32), expected.astype(mx.float32)
     scale = mx.maximum(mx.abs(wanted).max(), 1e-30)
     # sync: the verdict.
-    return float(np.array(mx.abs(values - wanted).max() / scale))
+    return float(to_host(mx.abs(values - wanted).max() / scale))
 
 
 def _name(dtype: mx.Dtype) -> str:

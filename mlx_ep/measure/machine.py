@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_ep.comm import Comm, gather_objects
+from mlx_ep.comm import Comm, gather_objects, host_id
 from mlx_ep.experts import limit_blas_threads
 from mlx_ep.loading import memory_limit
 from mlx_ep.metrics import format_bytes
@@ -105,7 +105,7 @@ def pin_ranks(comm: Comm) -> str:
     """
     can = hasattr(os, "sched_setaffinity")
     cores = sorted(os.sched_getaffinity(0)) if can else []
-    ranks = gather_objects(comm, [socket.gethostname(), cores])
+    ranks = gather_objects(comm, [host_id(), cores])
     problem = ""
     for host in {host for host, _ in ranks}:
         sets = [set(own) for other, own in ranks if other == host]
@@ -118,7 +118,7 @@ def pin_ranks(comm: Comm) -> str:
             )
     if problem:
         raise ValueError(problem)
-    host = socket.gethostname()
+    host = host_id()
     sharing = [rank for rank, (other, _) in enumerate(ranks) if other == host]
     sets = [set(ranks[rank][1]) for rank in sharing]
     is_pinned = sum(map(len, sets)) == len(set.union(*sets))
@@ -143,7 +143,7 @@ def check_memory(comm: Comm, num_bytes: int, limit_gb: float | None) -> None:
     Raises:
         ValueError: on every rank: the ranks of a host need more than it has.
     """
-    host = socket.gethostname()
+    host = host_id()
     ranks = gather_objects(comm, [host, num_bytes, memory_limit(limit_gb)])
     problems = []
     for rank, (host, _, limit) in enumerate(ranks):

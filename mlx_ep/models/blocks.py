@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ep.experts import switch_runner
@@ -22,7 +21,7 @@ from mlx_ep.models.partial_sum import PartialSum, find_partial_sum
 from mlx_ep.models.routing_probe import Probe, find_probe
 from mlx_ep.models.sites import MoESite
 from mlx_ep.moe import ExpertGroup
-from mlx_ep.types import Routing
+from mlx_ep.types import Routing, to_host
 
 _VERIFY_TOKENS = 64
 
@@ -254,7 +253,7 @@ def _agree(states: Sequence[BlockState]) -> None:
             _lower(state, lowest.tier, lowest.partial_sum, lowest.why_not_routed)
     ways = mx.array([[_number(state) for state in states]], mx.int32)
     # sync: once, when the model is made expert-parallel.
-    ranks = np.array(states[0].group.comm.all_gather(ways))
+    ranks = to_host(states[0].group.comm.all_gather(ways))
     for state, differ in zip(states, (ranks != ranks[0]).any(axis=0)):
         if differ:  # chips may round differently, close to the tolerance
             _lower(state, "per-slot", None, "the ranks' checks of it disagree")

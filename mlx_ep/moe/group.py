@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import mlx.core as mx
-import numpy as np
 from jaxtyping import Float, Float32, Shaped
 
 from mlx_ep.comm import Comm
@@ -26,7 +25,7 @@ from mlx_ep.experts import Runner, run_experts, run_slots
 from mlx_ep.metrics import Counters, StageTimings
 from mlx_ep.placement import Placement
 from mlx_ep.rows import limit_to_capacity
-from mlx_ep.types import Routing, Rows, TokenCounts
+from mlx_ep.types import Routing, Rows, TokenCounts, to_host
 
 
 @dataclass
@@ -256,7 +255,7 @@ class ExpertGroup:
         if self.capacity is None:
             return routing
         # sync: which pairs are dropped is counted here and has to be reported.
-        ids, dropped = limit_to_capacity(np.array(routing.expert_ids), self.capacity)
+        ids, dropped = limit_to_capacity(to_host(routing.expert_ids), self.capacity)
         if dropped and not self.step.dropped_pairs:
             warnings.warn(
                 f"rank {self.comm.rank} drops {dropped} of {ids.size} (token, expert) "

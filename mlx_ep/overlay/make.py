@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
 from pathlib import Path
 
 from mlx_ep import cli
-from mlx_ep.comm import Comm, agreed, gather_objects
+from mlx_ep.comm import Comm, agreed, gather_objects, host_id
 from mlx_ep.config import EPConfig
 from mlx_ep.loading import OVERLAY_FILE, find_model, read_config
 from mlx_ep.loading.local import count_experts, model_class
@@ -132,7 +131,7 @@ def _make_on_hosts(args: argparse.Namespace, comm: Comm) -> str:
     Raises:
         ValueError: on every rank: a host cannot, or its path is another.
     """
-    hosts = gather_objects(comm, socket.gethostname())
+    hosts = gather_objects(comm, host_id())
 
     def make() -> str:
         if hosts.index(hosts[comm.rank]) != comm.rank:  # not the first of its host

@@ -12,7 +12,7 @@ from jaxtyping import Float, Float32, Int32
 from mlx_ep.kernels import metal
 from mlx_ep.placement import Placement
 from mlx_ep.rows.movement import RowPlan
-from mlx_ep.types import TokenCounts
+from mlx_ep.types import TokenCounts, to_host
 
 
 class DeviceRows(NamedTuple):
@@ -65,7 +65,7 @@ class MetalMovement:
         )
         visits = (plan.token_rows >= 0).reshape(num_ranks, largest, num_ranks)
         # sync: how many rows go where decides the shapes of what is exchanged.
-        counts = np.array(visits.astype(mx.int32).sum(axis=1))  # [home, rank]
+        counts = to_host(visits.astype(mx.int32).sum(axis=1))  # [home, rank]
         # Rows are numbered by rank, then home, then token: where each run starts.
         starts = np.cumsum(counts.T).reshape(counts.T.shape).T - counts
         others = [peer for peer in range(num_ranks) if peer != rank]

@@ -12,7 +12,7 @@ from mlx_ep.placement import Placement
 from mlx_ep.rows.movement import RowPlan
 from mlx_ep.rows.pack import Packing, pack, tokens_in_ranks
 from mlx_ep.rows.sums import add_to, weighted_sum
-from mlx_ep.types import TokenCounts
+from mlx_ep.types import TokenCounts, to_host
 
 
 class OpsMovement:
@@ -28,7 +28,7 @@ class OpsMovement:
         """See `Movement.plan_rows`."""
         num_ranks = len(tokens.per_rank)
         # sync: how many rows go where decides the shapes of what is exchanged.
-        needed = np.array(tokens_in_ranks(expert_ids, placement))
+        needed = to_host(tokens_in_ranks(expert_ids, placement))
         by_home = needed.reshape(num_ranks, tokens.largest, num_ranks)
         leaving = by_home[rank, : tokens.per_rank[rank]].copy()
         leaving[:, rank] = False

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_ep.comm import Comm, Transport, gather_objects
+from mlx_ep.comm import Comm, Transport, gather_objects, host_id
 from mlx_ep.exchange import Strategy
 from mlx_ep.experts import expert_weights, limit_blas_threads, options, switch_runner
 from mlx_ep.placement import Placement
@@ -176,7 +175,7 @@ def share_cores(comm: Comm) -> int:
 
     Every rank must call it.
     """
-    host = socket.gethostname()
+    host = host_id()
     sharing = gather_objects(comm, host).count(host)
     if sharing > 1:
         limit_blas_threads(max(1, (os.cpu_count() or 1) // sharing))

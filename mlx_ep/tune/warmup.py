@@ -24,7 +24,7 @@ from mlx_ep.experts import (
 )
 from mlx_ep.metrics import Counters
 from mlx_ep.rows import Option
-from mlx_ep.types import Rows
+from mlx_ep.types import Rows, to_host
 
 Call = Callable[[], np.ndarray]
 
@@ -152,7 +152,7 @@ def _call(runner: ExpertRunner, rows: Rows) -> Call:
 
     def run() -> np.ndarray:
         # sync: this is what is timed.
-        return np.array(runner.partial_sum(rows, Counters()))
+        return to_host(runner.partial_sum(rows, Counters()))
 
     return run
 
@@ -194,15 +194,15 @@ def reference(
     """
     with mx.stream(mx.cpu):
         # sync: at warm-up.
-        x, gates = np.array(rows.x.astype(mx.float32)), np.array(rows.gates)
+        x, gates = to_host(rows.x.astype(mx.float32)), to_host(rows.gates)
         # sync: at warm-up.
-        slots = np.array(rows.slot_ids)
+        slots = to_host(rows.slot_ids)
         total = np.zeros(x.shape, np.float32)
         for slot in range(num_slots):
             parts = [weights.up] + ([weights.gate] if weights.gate else [])
             hidden = [mx.array(_apply(m, slot, x)) for m in parts]
             # sync: at warm-up.
-            between = np.array(weights.activation(*hidden).astype(mx.float32))
+            between = to_host(weights.activation(*hidden).astype(mx.float32))
             gate = np.where(slots == slot, gates, 0).sum(axis=1, keepdims=True)
             total += gate * _apply(weights.down, slot, between)
     return total
@@ -227,8 +227,8 @@ def _apply(matrices: Matrices, slot: int, rows: np.ndarray) -> np.ndarray:
             dtype=mx.float32,
         )
     # sync: at warm-up.
-    outputs = rows @ np.array(weight.astype(mx.float32)).T
+    outputs = rows @ to_host(weight.astype(mx.float32)).T
     if matrices.bias is not None:
         # sync: at warm-up.
-        outputs += np.array(matrices.bias[slot].astype(mx.float32))
+        outputs += to_host(matrices.bias[slot].astype(mx.float32))
     return outputs

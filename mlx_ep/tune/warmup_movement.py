@@ -17,7 +17,7 @@ import numpy as np
 from mlx_ep.placement import Placement
 from mlx_ep.rows import Job, Movement, Option, movement_of
 from mlx_ep.tune.warmup import Result, fastest, relative_error
-from mlx_ep.types import TokenCounts
+from mlx_ep.types import TokenCounts, to_host
 
 TOKENS = (1, 64, 512)
 MAX_BYTES = 256 << 20  # of the rows of a case: with wide rows there are fewer tokens
@@ -114,7 +114,7 @@ def _difference(got: mx.array, expected: np.ndarray) -> float:
     if got.shape != expected.shape:
         return float("inf")
     # sync: at warm-up.
-    error = relative_error(np.array(got.astype(mx.float32)), expected)
+    error = relative_error(to_host(got.astype(mx.float32)), expected)
     return float("inf") if np.isnan(error) else error
 
 
@@ -149,8 +149,8 @@ def _rows(shape: MovementShape, most: int) -> tuple[Run, Expected]:
 
     by_rank = np.argwhere(leaving.T)  # (rank, token), rank-major
     # sync: at warm-up.
-    host_x, sums = np.array(x.astype(mx.float32)), np.array(own)
-    np.add.at(sums, by_rank[:, 1], np.array(back.astype(mx.float32)))
+    host_x, sums = to_host(x.astype(mx.float32)), to_host(own)
+    np.add.at(sums, by_rank[:, 1], to_host(back.astype(mx.float32)))
     counts = np.concatenate([leaving.sum(axis=0), arriving.sum(axis=1)])
     lines = np.flatnonzero(arriving.reshape(-1))
     return run, [counts, lines, host_x[by_rank[:, 1]], sums]
@@ -165,11 +165,11 @@ def _ranks(shape: MovementShape, num_tokens: int) -> tuple[Run, Expected]:
     # sync: what is timed must not include making its arguments.
     mx.eval(partial, back)
     # sync: at warm-up.
-    by_rank = np.array(back.astype(mx.float32)).reshape(chunks, num_tokens, -1)
+    by_rank = to_host(back.astype(mx.float32)).reshape(chunks, num_tokens, -1)
     if num_ranks != 2:
         by_rank = np.delete(by_rank, rank, axis=0)  # it did not travel
     # sync: at warm-up.
-    own = np.array(partial).reshape(num_ranks, num_tokens, -1)[rank]
+    own = to_host(partial).reshape(num_ranks, num_tokens, -1)[rank]
 
     def run(movement: Movement) -> list[mx.array]:
         return [movement.add_ranks(partial, back, rank, num_ranks)]
@@ -193,7 +193,7 @@ def _pairs(shape: MovementShape, num_tokens: int) -> tuple[Run, Expected]:
         return [movement.sum_pairs(outputs, pair_ids, pair_gates)]
 
     # sync: at warm-up.
-    values = np.array(outputs.astype(mx.float32))
+    values = to_host(outputs.astype(mx.float32))
     sums = np.zeros((num_tokens, shape.width), np.float32)
     for choice in range(shape.top_k):
         sums += gates[:, choice, None] * values[ids[:, choice]]

@@ -6,11 +6,13 @@ fails on a rank raises there, with its name in the traceback.
 
 from __future__ import annotations
 
+import sys
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.ranks import run_ranks
+from tests.ranks import run_commands, run_ranks
 
 pytestmark = pytest.mark.requires("ranks")
 
@@ -307,3 +309,26 @@ def test_relay(num_ranks):
 
 def test_schedules_that_do_not_fit_are_refused():
     run_ranks(1, refuse_schedules)
+
+
+LEFT_ALONE = """
+import os, time
+import mlx.core as mx
+from mlx_ep.comm import GroupComm
+from mlx_ep.types import to_host
+comm = GroupComm(mx.distributed.init(strict=True, backend="ring"))
+comm.barrier()
+if comm.rank == 1:
+    os._exit(0)
+time.sleep(0.5)
+try:
+    print("got", to_host(comm.all_gather(mx.ones(4))))
+except RuntimeError as error:
+    print("raised", error)
+os._exit(0)
+"""
+
+
+def test_a_peer_that_left_is_an_error_and_not_a_value():
+    outcomes = run_commands(2, [sys.executable, "-c", LEFT_ALONE])
+    assert outcomes[0].stdout.startswith("raised"), outcomes[0]

@@ -122,6 +122,8 @@ def test_a_ring_needs_both_variables(ring):
 def test_a_bad_jaccl_is_refused(jaccl):
     with pytest.raises(ValueError, match="jaccl connects at most 8 ranks, got 9"):
         check_environment(jaccl(9))
+    # The limit is that of the mesh.
+    assert check_environment(jaccl(9, MLX_JACCL_RING="1")).num_ranks == 9
     with pytest.raises(ValueError, match="MLX_JACCL_COORDINATOR must be the address"):
         check_environment(jaccl(2, MLX_JACCL_COORDINATOR=""))
     environ = jaccl(2)

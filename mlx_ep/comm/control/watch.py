@@ -66,7 +66,9 @@ class Watch:
         self._dump_signal = config["dump_signal"]
         self._limits = Limits(**config["limits"])
         self._instance = f"process {self._pid} on {socket.gethostname()}"
-        self._process = psutil.Process(self._pid)
+        self._process: psutil.Process | None = None
+        with suppress(psutil.NoSuchProcess):  # it can have died before this line
+            self._process = psutil.Process(self._pid)
         self._is_guarded = True  # until the group exists, then by `guard`
         self._is_rank_gone = self._is_left = self._is_joined = False
         self._is_stopped = False
@@ -79,7 +81,7 @@ class Watch:
         self._unsent: list[Message] = []
         self._inbox: deque[Message] = deque()
         self._code: int | None = None  # of the end
-        self._kill_at = self._quit_at = math.inf
+        self._kill_at = self._quit_at = self._usage_until = math.inf
         self._starting_for = 0.0
         self._hub_wire: Wire | None = None
         self._hub: Hub | None = None
@@ -279,12 +281,11 @@ class Watch:
             self._hub_wire.send(message)
         elif message["kind"] != "beat":
             self._unsent.append(message)
-            if self._seeker is None or message["kind"] == "leave":
-                return
-            # Not yet connected: the others hear of it within LATECOMERS, or never.
             if message["kind"] == "failed":
+                # The others hear of it within LATECOMERS, or never.
                 self._end(message["text"], message["code"])
-            self._quit_at = time.monotonic() + LATECOMERS
+            elif message["kind"] == "usage":
+                self._usage_until = time.monotonic() + LATECOMERS
 
     def _hear_hub(self, message: Message) -> None:
         kind = message["kind"]
@@ -344,6 +345,9 @@ class Watch:
         if self._grace is not None and now >= self._grace[1]:
             message, self._grace = self._grace[0], None
             self._tell_hub(message)
+        if now >= self._usage_until and self._hub_wire is None and self._code is None:
+            text = f"wrong usage on rank {self._rank}; rank 0 could not be told"
+            self._end(text, 2)
         if now >= self._stacks_at:
             self._stacks_at = math.inf
             self._tell_hub({"kind": "stacks", "text": self._read_stacks()})
@@ -357,6 +361,8 @@ class Watch:
     def _look_at_rank(self, seconds: float) -> None:
         if os.getppid() != self._pid:  # its end of the link may live on in a child
             self._rank_is_gone()
+            return
+        if self._process is None:
             return
         with suppress(psutil.Error):
             status = self._process.status()
