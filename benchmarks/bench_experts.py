@@ -47,7 +47,7 @@ def on_rank(
 
     from mlx_ep.experts import switch_runner
     from mlx_ep.rows import Option
-    from mlx_ep.tune import ExpertsPolicy, Measured, measure
+    from mlx_ep.tune import Choice, ExpertsProblem, Layer, measure
 
     mx.random.seed(0)
     switch = SwitchGLU(WIDTH, EXPERT_WIDTH, num_experts)
@@ -60,18 +60,12 @@ def on_rank(
         by_tokens[num_tokens] = (interleaved(arms, samples, warmup=1), difference)
 
     options = Option("gather", "cpu"), Option("blas", "cpu")
-    results = measure(switch, mx.float32, TOP_K, options)
-    policy = ExpertsPolicy(
-        name="",
-        num_experts=num_experts,
-        num_ranks=1,
-        row_bytes=4 * WIDTH,
-        possible=options,
-        left_out={},
-        measured={o: Measured(r.rows, r.seconds) for o, r in results.items()},
-    )
-    predicted = {t: [policy.predicted(o, t, TOP_K) for o in options] for t in counts}
-    crossover = policy.crossover(TOP_K, options[1], options[0])
+    layer = Layer(switch, mx.float32, TOP_K)
+    problem = ExpertsProblem(layer, num_experts, num_ranks=1)
+    found = measure(problem, options)
+    choice = Choice(problem.title, options, {}, found, (), False, problem)
+    predicted = {t: [choice.predicted(o, t) for o in options] for t in counts}
+    crossover = choice.crossover(options[1], options[0])
     return {"by_tokens": by_tokens, "predicted": predicted, "crossover": crossover}
 
 

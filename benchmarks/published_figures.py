@@ -18,9 +18,10 @@ from functools import cache
 from benchmarks.harness import arguments, finish, table
 from benchmarks.published_models import GLM_5, gpt_oss_mxfp4, kimi_k2_3bit
 from mlx_ep.cost.profile import Profile, find_profile, overridden, slowest
-from mlx_ep.cost.shape import ModelShape, affine, named_layer
+from mlx_ep.cost.shape import ModelShape, named_layer
 from mlx_ep.cost.step import layer_cost, prefill_seconds, step_cost
 from mlx_ep.loading.shape import model_shape
+from mlx_ep.types import Packing
 
 # mlx issue 4438: with MLX_METAL_FAST_SYNCH=1 a crossing takes about 4 us. The package
 # never sets it, as it can hang the GPU; exo does on JACCL (exo issue 1666).
@@ -99,7 +100,7 @@ def prefill(
 
 def gathered_milliseconds(tokens: int) -> float:
     """3 gather_qmm of a chain, top 8 of 288 experts of 4096 x 2048."""
-    layer = named_layer("288,4096,2048,8", affine(4))
+    layer = named_layer("288,4096,2048,8", Packing.affine(4))
     cost = layer_cost(m3_ultra(), layer, "single", tokens=tokens)
     return 1e3 * (cost.experts + cost.fixed)
 

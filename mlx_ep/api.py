@@ -65,6 +65,7 @@ from mlx_ep.models.blocks import BlockState
 from mlx_ep.models.tensor_parallel import connect
 from mlx_ep.moe import ExpertGroup
 from mlx_ep.placement import Placement
+from mlx_ep.rows import MovesRows
 from mlx_ep.tune import Layer, ModelPolicy, Wish, tune
 
 
@@ -346,7 +347,6 @@ def _install(
     connect(model, group.counted)
     partial_shared = splitter.made.partial_shared
     blocks = install(find_moe_sites(model), group, config.reduction, partial_shared)
-    model.expert_parallel = ExpertParallel(group, blocks, attention=splitter.choice)
     verify_blocks(model, blocks)
     layers = [
         Layer(b.site.switch, b.probe.row_dtype, b.probe.top_k)
@@ -354,15 +354,24 @@ def _install(
         if b.probe
     ]
     wish = Wish(config.runner, config.backend, config.warmup)
-    model.expert_parallel.policy = tune(
+    policy = tune(
         layers,
         placement.num_experts,
         comm,
         wish,
-        strategy=group.strategy,
+        moves_rows=isinstance(group.strategy, MovesRows),
         placement=placement,
     )
-    if reasons := model.expert_parallel.per_slot_reasons:
+    if policy.mover is not None:
+        strategy = STRATEGIES.create(config, policy.mover)
+        group = replace(group, strategy=strategy)
+        for block in blocks:
+            block.group = group
+    state = ExpertParallel(
+        group, blocks, policy.with_strategy(group.strategy), attention=splitter.choice
+    )
+    model.expert_parallel = state
+    if reasons := state.per_slot_reasons:
         warnings.warn(
             f"{type(model).__module__}: K outputs per token travel instead of their "
             f"sum, K times the bytes, because {'; '.join(reasons)}.",

@@ -15,10 +15,13 @@ A *token* is a vector before packing, a *row* after it. An *expert* is logical, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from jaxtyping import Float, Float32, Int32, Shaped
 
@@ -103,3 +106,115 @@ def view_on_host(x: Shaped[mx.array, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
     # sync: what for is said where it is called.
     mx.eval(x)
     return np.asarray(x)
+
+
+_PACKED = re.compile(r"(\w+) (\d+) bit/(\d+) (\w+)")
+_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the numbers of a matrix are held.
+
+    Attributes:
+        mode: MLX's name of it, ``affine``, ``mxfp4``, ...; ``dense``: not packed.
+        bits: of one number.
+        group_size: numbers with the same scale; 0 where there are no scales.
+        dtype: of scales and offsets, where there are none of the numbers themselves.
+    """
+
+    mode: str
+    bits: int
+    group_size: int
+    dtype: str
+
+    @classmethod
+    def plain(cls, dtype: str) -> Packing:
+        """Numbers as they are."""
+        return cls("dense", 8 * _ITEMSIZE[dtype], 0, dtype)
+
+    @classmethod
+    def affine(
+        cls, bits: int, group_size: int = 64, dtype: str = "bfloat16"
+    ) -> Packing:
+        """MLX's affine packing: a scale and an offset per group.
+
+        >>> Packing.affine(4).bytes_per_weight
+        0.5625
+        """
+        return cls("affine", bits, group_size, dtype)
+
+    @classmethod
+    def of(cls, module: nn.Module, dtype: str | None = None) -> Packing:
+        """That of a linear or switch layer, quantized or not.
+
+        Args:
+            dtype: of its floating-point numbers, where those that it has do not count;
+                None: what it has.
+        """
+        scales = module.get("scales")
+        numbers = module["weight"] if scales is None else scales
+        own = dtype_name(numbers.dtype)
+        if dtype is not None and mx.issubdtype(numbers.dtype, mx.floating):
+            own = dtype
+        if scales is None:
+            return cls.plain(own)
+        return cls(module.mode, module.bits, module.group_size, own)
+
+    @classmethod
+    def parse(cls, text: object) -> Packing:
+        """What `str` gave, as it stands in files.
+
+        Raises:
+            ValueError: it is no such text.
+        """
+        if isinstance(text, str):
+            if text in _ITEMSIZE:
+                return cls.plain(text)
+            if found := _PACKED.fullmatch(text):
+                mode, bits, group_size, dtype = found.groups()
+                return cls(mode, int(bits), int(group_size), dtype)
+        raise ValueError(
+            "A packing must be like 'affine 4 bit/64 bfloat16', or one of "
+            f"{', '.join(_ITEMSIZE)}; got {text!r}."
+        )
+
+    @property
+    def is_packed(self) -> bool:
+        return self.mode != "dense"
+
+    @property
+    def scale_bytes(self) -> int:
+        """What a group has beside its numbers: a scale, in mode affine an offset."""
+        return 2 * _ITEMSIZE[self.dtype] if self.mode == "affine" else 1
+
+    @property
+    def bytes_per_weight(self) -> float:
+        scales = self.scale_bytes / self.group_size if self.group_size else 0.0
+        return self.bits / 8 + scales
+
+    def num_bytes(self, weights: int) -> int:
+        """Of so many numbers."""
+        return round(weights * self.bytes_per_weight)
+
+    @property
+    def alike(self) -> list[Packing]:
+        """This one, then those with other dtypes of the scales: the same kernels."""
+        if self.mode != "affine":
+            return [self]
+        others = [dtype for dtype in _ITEMSIZE if dtype != self.dtype]
+        return [self, *(replace(self, dtype=dtype) for dtype in others)]
+
+    def __str__(self) -> str:
+        if not self.is_packed:
+            return self.dtype
+        return f"{self.mode} {self.bits} bit/{self.group_size} {self.dtype}"
+
+
+MXFP4 = Packing("mxfp4", 4, 32, "uint8")
+MXFP8 = Packing("mxfp8", 8, 32, "uint8")
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """``bfloat16``."""
+    return str(dtype).removeprefix("mlx.core.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mlx_ep.cost.profile import Profile
 from mlx_ep.cost.records import Link
-from mlx_ep.cost.shape import LayerShape, Matrices, ModelShape
+from mlx_ep.cost.shape import LayerShape, MatrixTotal, ModelShape
+from mlx_ep.types import Packing
 
 JACCL = Link(transport="jaccl", topology="mesh", latency=30e-6, bandwidth=6e9)
 RING = Link(transport="ring", topology="ring", latency=100e-6, bandwidth=1e9)
@@ -32,15 +33,15 @@ LAYER = LayerShape(
     expert_width=50,
     top_k=2,
     expert_bytes=10_000,
-    packing="affine 4 bit/64 bfloat16",
+    packing=Packing.affine(4),
 )
 MODEL = ModelShape(
     layer=LAYER,
     num_layers=3,
     num_moe_layers=2,
-    attention=Matrices(30_000, 60_000, 20_000),
-    dense=Matrices(15_000, 30_000, 15_000),
-    head=Matrices(10_000, 20_000),
+    attention=MatrixTotal(30_000, 60_000, 20_000),
+    dense=MatrixTotal(15_000, 30_000, 15_000),
+    head=MatrixTotal(10_000, 20_000),
     kv_bytes=400,
     attention_macs=200,
 )

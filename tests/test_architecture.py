@@ -39,11 +39,11 @@ MAY_IMPORT = {
     # Models and their weights.
     "models": {"types", "comm", "experts", "moe"},
     "loading": {
-        "comm", "config", "cost", "metrics", "models", "placement", "tune",
+        "types", "comm", "config", "cost", "metrics", "models", "placement", "tune",
     },
     "api": {
         "comm", "config", "cost", "exchange", "loading", "metrics", "models", "moe",
-        "placement", "tune",
+        "placement", "rows", "tune",
     },
     "__init__": {
         "api", "comm", "config", "exchange", "moe", "placement", "rows", "types",

@@ -16,7 +16,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_ep.benchmark.block import OneLayer, Router, moe_block
 from mlx_ep.benchmark.experts import alias_of, random_switch, weight_bytes
-from mlx_ep.benchmark.shapes import LayerShape, Weights, why_no_tensor_parallelism
+from mlx_ep.benchmark.shapes import LayerShape, Numbers, why_no_tensor_parallelism
 from mlx_ep.comm import GroupComm
 from mlx_ep.config import EPConfig
 from mlx_ep.metrics import STAGES, StageTimings
@@ -172,7 +172,7 @@ def why_not(
     name: str,
     level: str,
     shape: LayerShape | None,
-    weights: Weights | None,
+    weights: Numbers | None,
     num_ranks: int,
 ) -> str:
     """Why an arm does not exist here, or ""."""
@@ -207,7 +207,7 @@ def build_arms(
     names: list[str],
     runners: list[str],
     shape: LayerShape,
-    weights: Weights,
+    weights: Numbers,
     router: Float32[np.ndarray, "E D"],
     comm: GroupComm,
 ) -> list[LayerArm]:

@@ -18,7 +18,7 @@ import numpy as np
 from mlx.nn.layers.distributed import shard_inplace
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
-from mlx_ep.benchmark.shapes import LayerShape, Weights
+from mlx_ep.benchmark.shapes import LayerShape, Numbers
 from mlx_ep.types import to_host
 
 # How mlx-lm's `shard()` splits the projections of a MoE layer.
@@ -32,7 +32,7 @@ CHUNK = 16  # experts that are drawn, and held whole, at once
 
 def random_switch(
     shape: LayerShape,
-    weights: Weights,
+    weights: Numbers,
     experts: Sequence[int],
     shard_over: Any = None,
 ) -> SwitchGLU:
@@ -53,9 +53,9 @@ def random_switch(
             rows,
             1,
             bias=False,
-            group_size=weights.group_size,
-            bits=weights.bits,
-            mode=weights.mode,
+            group_size=weights.packing.group_size,
+            bits=weights.packing.bits,
+            mode=weights.packing.mode,
         )
         parts = []
         for start in range(0, len(experts), CHUNK):
@@ -104,10 +104,10 @@ def _module(arrays: dict[str, mx.array]) -> nn.Module:
 
 
 def _packed(
-    name: str, experts: Sequence[int], rows: int, columns: int, weights: Weights
+    name: str, experts: Sequence[int], rows: int, columns: int, weights: Numbers
 ) -> dict[str, mx.array]:
     """Random matrices of variance 1 / columns."""
-    words = (rows, columns * weights.bits // 32)
+    words = (rows, columns * weights.packing.bits // 32)
     draws = [
         np.random.default_rng(crc32(f"{name}:{expert}".encode())).integers(
             1 << 32, size=words, dtype=np.uint32
@@ -115,13 +115,13 @@ def _packed(
         for expert in experts
     ]
     packed = mx.array(np.stack(draws))
-    groups = (len(experts), rows, columns // weights.group_size)
-    if weights.mode != "affine":
-        if weights.mode == "mxfp8":
+    groups = (len(experts), rows, columns // weights.packing.group_size)
+    if weights.packing.mode != "affine":
+        if weights.packing.mode == "mxfp8":
             packed = packed & 0xFEFEFEFE  # no byte is NaN
         power = round(math.log2(columns**-0.5 / _deviation(weights)))
         return {"weight": packed, "scales": mx.full(groups, 127 + power, mx.uint8)}
-    most = 2**weights.bits - 1
+    most = 2**weights.packing.bits - 1
     scale = columns**-0.5 / _deviation(weights)
     return {
         "weight": packed,
@@ -130,11 +130,11 @@ def _packed(
     }
 
 
-def _deviation(weights: Weights) -> float:
+def _deviation(weights: Numbers) -> float:
     """The standard deviation of what random bits stand for, where the scale is 1."""
-    if weights.mode == "affine":
-        return math.sqrt((4**weights.bits - 1) / 12)
-    if weights.mode == "mxfp4":
+    if weights.packing.mode == "affine":
+        return math.sqrt((4**weights.packing.bits - 1) / 12)
+    if weights.packing.mode == "mxfp4":
         values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # on host
     else:
         with mx.stream(mx.cpu):

@@ -27,7 +27,7 @@ from mlx_ep.benchmark.samples import (
     sample,
     slowest,
 )
-from mlx_ep.benchmark.shapes import LayerShape, Weights
+from mlx_ep.benchmark.shapes import LayerShape, Numbers
 from mlx_ep.benchmark.tokens import TokenSource
 from mlx_ep.comm import GroupComm, gather_objects
 from mlx_ep.measure.machine import MemoryMark, check_memory
@@ -55,7 +55,7 @@ class LayerPlan:
     """
 
     shape: LayerShape
-    weights: Weights
+    weights: Numbers
     arms: Sequence[str]
     runners: Sequence[str] = ("gather",)
     tokens: Sequence[int]

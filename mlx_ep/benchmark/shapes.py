@@ -7,15 +7,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_ep.cost.shape import (
-    MXFP4,
-    MXFP8,
-    NAMED_LAYERS,
-    LayerShape,
-    Packing,
-    affine,
-    named_layer,
-)
+from mlx_ep.cost.shape import NAMED_LAYERS, LayerShape, named_layer
+from mlx_ep.types import MXFP4, MXFP8, Packing
 
 MODES = ("affine", "mxfp4", "mxfp8")
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
@@ -24,26 +17,16 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 @dataclass(frozen=True)
-class Weights:
-    """How the experts' matrices are packed.
+class Numbers:
+    """How experts and tokens are held.
 
     Attributes:
-        mode: MLX's name of it.
-        bits: of one weight.
-        group_size: weights with the same scale.
+        packing: of the experts' matrices.
         dtype: of tokens and, in mode affine, of scales and offsets.
     """
 
-    mode: str
-    bits: int
-    group_size: int
+    packing: Packing
     dtype: str
-
-    @property
-    def packing(self) -> Packing:
-        if self.mode == "affine":
-            return affine(self.bits, self.group_size, self.dtype)
-        return {"mxfp4": MXFP4, "mxfp8": MXFP8}[self.mode]
 
     @property
     def mlx_dtype(self) -> mx.Dtype:
@@ -57,7 +40,7 @@ def default_dtype() -> str:
 
 def make_weights(
     mode: str, bits: int | None, group_size: int | None, dtype: str
-) -> Weights:
+) -> Numbers:
     """The packing that the flags say.
 
     Raises:
@@ -73,17 +56,17 @@ def make_weights(
                 raise ValueError(
                     f"--quantization {mode} has {name} {must}; got {given}."
                 )
-        return Weights(mode, fixed.bits, fixed.group_size, dtype)
+        return Numbers(fixed, dtype)
     bits, group_size = bits or 4, group_size or 64
     if bits not in AFFINE_BITS or group_size not in AFFINE_GROUPS:
         raise ValueError(
             f"--quantization affine has --bits {_either(AFFINE_BITS)} and --group-size "
             f"{_either(AFFINE_GROUPS)}; got {bits} and {group_size}."
         )
-    return Weights(mode, bits, group_size, dtype)
+    return Numbers(Packing.affine(bits, group_size, dtype), dtype)
 
 
-def make_shape(name: str, scale: int, weights: Weights) -> LayerShape:
+def make_shape(name: str, scale: int, weights: Numbers) -> LayerShape:
     """The layer that the flags say.
 
     Args:
@@ -102,21 +85,21 @@ def make_shape(name: str, scale: int, weights: Weights) -> LayerShape:
             f"and E={shape.num_experts}. Choose a smaller --scale."
         )
     for letter, width in (("D", shape.width), ("F", shape.expert_width)):
-        if width * weights.bits % 32:
+        if width * weights.packing.bits % 32:
             raise ValueError(
-                f"{letter}={width} weights of {weights.bits} bits must fill whole "
-                "words of 32 bits; choose another shape or --bits."
+                f"{letter}={width} weights of {weights.packing.bits} bits must fill "
+                "whole words of 32 bits; choose another shape or --bits."
             )
     return shape
 
 
 def why_no_tensor_parallelism(
-    shape: LayerShape, weights: Weights, num_ranks: int
+    shape: LayerShape, weights: Numbers, num_ranks: int
 ) -> str:
     """Why mlx-lm cannot split the layer over the ranks, or ""."""
     width, share = shape.expert_width, shape.expert_width / num_ranks
-    unit = weights.group_size
-    if width % num_ranks or share % unit or share * weights.bits % 32:
+    unit = weights.packing.group_size
+    if width % num_ranks or share % unit or share * weights.packing.bits % 32:
         return (
             f"tp splits F={width} over {num_ranks} ranks, {share:g} each, which must "
             f"be a multiple of the quantization group of {unit}"
@@ -150,7 +133,7 @@ __all__ = [
     "MODES",
     "NAMED_LAYERS",
     "LayerShape",
-    "Weights",
+    "Numbers",
     "default_dtype",
     "make_shape",
     "make_weights",

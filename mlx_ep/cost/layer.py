@@ -9,7 +9,6 @@ Tokens choose K of E experts uniformly, and the rank that takes longest counts
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -24,9 +23,9 @@ from mlx_ep.cost.expected import (
 )
 from mlx_ep.cost.profile import Profile, cost_key
 from mlx_ep.cost.records import Link, MatrixCost, Number
-from mlx_ep.cost.shape import LayerShape, Matrices
+from mlx_ep.cost.shape import LayerShape, MatrixTotal
 from mlx_ep.exchange import STRATEGIES, Collective, ExchangeShape, layer_traffic
-from mlx_ep.types import TokenCounts
+from mlx_ep.types import Packing, TokenCounts
 
 Arm = Literal[
     "single", "tp", "ep-replicated", "ep-tensor", "ep-gathered", "ep-all-to-all"
@@ -131,7 +130,12 @@ def layer_cost(
     # measured has it, and the kernels of `metal` do not.
     asks = found.runner == "limits" and runner == "gather" and arm in STRATEGY
     shared = layer.shared.on_rank(num_ranks) if is_tensor else layer.shared
-    router = dense_seconds(profile, layer.router, _plain(layer.itemsize), held)
+    router = dense_seconds(
+        profile,
+        layer.router,
+        Packing.plain("float32" if layer.itemsize == 4 else "bfloat16"),
+        held,
+    )
     moved = _exchange(layer, arm, tokens, counts, profile, link, config)
     communication = collectives_seconds(profile, moved.collectives, num_ranks, link)
     num_bytes = sum(collective.num_bytes for collective in moved.collectives)
@@ -238,13 +242,10 @@ def _runners(
 ) -> list[tuple[str, MatrixCost | None]]:
     """The runners that may run a layer's experts, with their cost; None: the limits."""
     measured: dict[str, MatrixCost] = {}
-    for key, cost in profile.experts.items():
-        name, _, packing = key.partition("|")
-        if packing == layer.packing or (
-            _bits(packing) == _bits(layer.packing)
-            and cost_key(name, layer.packing) not in profile.experts
-        ):
-            measured[name] = cost
+    for name in dict.fromkeys(key.partition("|")[0] for key in profile.experts):
+        keys = (cost_key(name, packing) for packing in layer.packing.alike)
+        if found := [profile.experts[key] for key in keys if key in profile.experts]:
+            measured[name] = found[0]
     if runner == "auto" and measured:
         return list(measured.items())
     if runner in measured:
@@ -253,7 +254,7 @@ def _runners(
         return [("limits", None)]
     raise ValueError(
         f"The profile {profile.name!r} has no runner {runner!r} for experts packed as "
-        f"{layer.packing!r}; it has {', '.join(profile.experts) or 'none'}. Use "
+        f"{str(layer.packing)!r}; it has {', '.join(profile.experts) or 'none'}. Use "
         "runner auto, or calibrate with that packing."
     )
 
@@ -277,33 +278,18 @@ def _limits(
 
 
 def dense_seconds(
-    profile: Profile, matrices: Matrices, packing: str, tokens: Number
+    profile: Profile, matrices: MatrixTotal, packing: Packing, tokens: Number
 ) -> float:
     """Matrices that all tokens pass: read once, or multiplied, whichever is longer."""
     if not matrices.weights or not tokens:
         return 0.0
-    cost = _of_packing(profile.dense, packing)
+    keys = (str(alike) for alike in packing.alike)
+    cost = next((profile.dense[key] for key in keys if key in profile.dense), None)
     if cost is not None:
         # on host
         return float(cost.per_weight(np.array(tokens))) * matrices.weights
     memory = matrices.num_bytes / profile.memory_bandwidth
     return max(memory, 2 * tokens * matrices.weights / profile.matmul_rate)
-
-
-def _of_packing(costs: Mapping[str, MatrixCost], packing: str) -> MatrixCost | None:
-    if packing in costs:
-        return costs[packing]
-    alike = (cost for name, cost in costs.items() if _bits(name) == _bits(packing))
-    return next(alike, None)
-
-
-def _bits(packing: str) -> str:
-    """The packing without the dtype of its scales: as many bytes, the same kernels."""
-    return packing.rpartition(" ")[0] or packing
-
-
-def _plain(itemsize: int) -> str:
-    return "float32" if itemsize == 4 else "bfloat16"
 
 
 @dataclass(frozen=True)

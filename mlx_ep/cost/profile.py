@@ -24,6 +24,7 @@ from mlx_ep.cost.records import (
     slowest_link,
     slowest_matrix,
 )
+from mlx_ep.types import Packing
 
 VERSION = 1
 KINDS = ("published", "measured")
@@ -92,7 +93,7 @@ class Profile:
         return self.sources.get(path, "not said")
 
 
-def cost_key(runner: str, packing: str) -> str:
+def cost_key(runner: str, packing: Packing) -> str:
     """The name of a runner's cost for a packing in `Profile.experts`."""
     return f"{runner}|{packing}"
 

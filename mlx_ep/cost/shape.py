@@ -7,14 +7,16 @@ are those of `mlx_ep.types`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
-Shape = TypeVar("Shape", "Matrices", "LayerShape", "ModelShape")
+from mlx_ep.types import Packing
+
+Shape = TypeVar("Shape", "MatrixTotal", "LayerShape", "ModelShape")
 
 
 @dataclass(frozen=True)
-class Matrices:
+class MatrixTotal:
     """Matrices that every token passes: how many numbers, in how many bytes.
 
     Attributes:
@@ -28,19 +30,19 @@ class Matrices:
     num_bytes: int = 0
     split_weights: int = 0
 
-    def __add__(self, other: Matrices) -> Matrices:
-        return Matrices(
+    def __add__(self, other: MatrixTotal) -> MatrixTotal:
+        return MatrixTotal(
             self.weights + other.weights,
             self.num_bytes + other.num_bytes,
             self.split_weights + other.split_weights,
         )
 
-    def on_rank(self, num_ranks: int) -> Matrices:
+    def on_rank(self, num_ranks: int) -> MatrixTotal:
         """What one rank has under tensor parallelism."""
         if not self.weights:
             return self
         kept = self.weights - self.split_weights * (1 - 1 / num_ranks)
-        return Matrices(
+        return MatrixTotal(
             round(kept),
             round(self.num_bytes * kept / self.weights),
             round(self.split_weights / num_ranks),
@@ -57,8 +59,7 @@ class LayerShape:
         expert_width: F.
         top_k: K.
         expert_bytes: of one expert, scales and offsets included.
-        packing: how its matrices are packed, as `mlx_ep.experts.Matrices.packing` says
-            (``affine 4 bit/64 bfloat16``, ``float32``).
+        packing: of its matrices.
         itemsize: bytes of one number of a token.
         num_matrices: of one expert; 3 for SwiGLU (gate, up, down).
         shared: the shared experts and their gate.
@@ -71,11 +72,11 @@ class LayerShape:
     expert_width: int
     top_k: int
     expert_bytes: int
-    packing: str
+    packing: Packing
     itemsize: int = 2
     num_matrices: int = 3
-    shared: Matrices = Matrices()
-    router: Matrices = Matrices()
+    shared: MatrixTotal = MatrixTotal()
+    router: MatrixTotal = MatrixTotal()
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -98,7 +99,7 @@ class LayerShape:
         return self.expert_bytes / self.expert_weights
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "packing": str(self.packing)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +130,10 @@ class ModelShape:
     layer: LayerShape
     num_layers: int
     num_moe_layers: int
-    attention: Matrices
-    dense: Matrices = Matrices()
-    head: Matrices = Matrices()
-    dense_packing: str = "bfloat16"
+    attention: MatrixTotal
+    dense: MatrixTotal = MatrixTotal()
+    head: MatrixTotal = MatrixTotal()
+    dense_packing: Packing = Packing.plain("bfloat16")  # noqa: RUF009, it is frozen
     kv_bytes: int = 0
     kv_is_split: bool = True
     state_bytes: int = 0
@@ -218,7 +219,11 @@ class ModelShape:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {
+            **asdict(self),
+            "layer": self.layer.to_json(),
+            "dense_packing": str(self.dense_packing),
+        }
 
 
 def layer_from_json(content: Mapping[str, Any]) -> LayerShape:
@@ -228,7 +233,7 @@ def layer_from_json(content: Mapping[str, Any]) -> LayerShape:
         ValueError: a field is unknown or missing.
     """
     nested = {name: _matrices(content, name) for name in ("shared", "router")}
-    return _record(LayerShape, {**content, **nested})
+    return _record(LayerShape, {**content, **nested, **_packing(content, "packing")})
 
 
 def model_from_json(content: Mapping[str, Any]) -> ModelShape:
@@ -241,14 +246,19 @@ def model_from_json(content: Mapping[str, Any]) -> ModelShape:
         raise ValueError("A model's shape must hold its layer's, under 'layer'.")
     nested = {name: _matrices(content, name) for name in ("attention", "dense", "head")}
     layer = layer_from_json(content["layer"])
-    return _record(ModelShape, {**content, **nested, "layer": layer})
+    packing = _packing(content, "dense_packing")
+    return _record(ModelShape, {**content, **nested, **packing, "layer": layer})
 
 
-def _matrices(content: Mapping[str, Any], name: str) -> Matrices:
+def _packing(content: Mapping[str, Any], name: str) -> dict[str, Packing]:
+    return {name: Packing.parse(content[name])} if name in content else {}
+
+
+def _matrices(content: Mapping[str, Any], name: str) -> MatrixTotal:
     found = content.get(name, {})
     if not isinstance(found, Mapping):
         raise ValueError(f"{name} must hold weights and num_bytes; got {found!r}.")
-    return _record(Matrices, found)
+    return _record(MatrixTotal, found)
 
 
 def _record(kind: type[Shape], content: Mapping[str, Any]) -> Shape:
@@ -263,58 +273,13 @@ def _record(kind: type[Shape], content: Mapping[str, Any]) -> Shape:
         raise ValueError(f"A {kind.__name__} lacks values: {error}.") from error
 
 
-def _times(matrices: Matrices, count: int) -> Matrices:
-    return Matrices(
+def _times(matrices: MatrixTotal, count: int) -> MatrixTotal:
+    return MatrixTotal(
         count * matrices.weights,
         count * matrices.num_bytes,
         count * matrices.split_weights,
     )
 
-
-@dataclass(frozen=True)
-class Packing:
-    """How numbers are packed.
-
-    Attributes:
-        bits: of one number.
-        group_size: numbers with the same scale; 0: no scales.
-        scale_bytes: of what a group has beside its numbers (scale and offset).
-        name: as `mlx_ep.experts.Matrices.packing`.
-    """
-
-    bits: int
-    group_size: int = 0
-    scale_bytes: int = 0
-    name: str = field(default="", compare=False)
-
-    @property
-    def bytes_per_weight(self) -> float:
-        scales = self.scale_bytes / self.group_size if self.group_size else 0.0
-        return self.bits / 8 + scales
-
-    def num_bytes(self, weights: int) -> int:
-        return round(weights * self.bytes_per_weight)
-
-
-def affine(bits: int, group_size: int = 64, dtype: str = "bfloat16") -> Packing:
-    """MLX's affine packing: a scale and an offset per group, in `dtype`.
-
-    >>> affine(4).bytes_per_weight
-    0.5625
-    """
-    itemsize = 4 if dtype == "float32" else 2
-    return Packing(
-        bits, group_size, 2 * itemsize, f"affine {bits} bit/{group_size} {dtype}"
-    )
-
-
-def plain(dtype: str) -> Packing:
-    """Numbers as they are."""
-    return Packing(8 * (4 if dtype == "float32" else 2), name=dtype)
-
-
-MXFP4 = Packing(4, 32, 1, "mxfp4 4 bit/32 uint8")
-MXFP8 = Packing(8, 32, 1, "mxfp8 8 bit/32 uint8")
 
 # (E, D, F, K) of one MoE layer, from the models' config.json files.
 NAMED_LAYERS = {
@@ -346,7 +311,7 @@ def named_layer(
     Raises:
         ValueError: there is no such name, or the scaled widths do not fit.
     """
-    packing = packing or affine(4)
+    packing = packing or Packing.affine(4)
     numbers = NAMED_LAYERS.get(name)
     if numbers is None:
         parts = name.split(",")
@@ -372,7 +337,7 @@ def named_layer(
         expert_width=expert_width,
         top_k=top_k,
         expert_bytes=packing.num_bytes(3 * width * expert_width),
-        packing=packing.name,
+        packing=packing,
         itemsize=itemsize,
-        router=Matrices(num_experts * width, num_experts * width * itemsize),
+        router=MatrixTotal(num_experts * width, num_experts * width * itemsize),
     )

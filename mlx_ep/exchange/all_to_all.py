@@ -51,10 +51,12 @@ class AllToAll(ByChoice):
 
     is_sharded = True
 
-    def __init__(self, config: EPConfig | None = None) -> None:
+    def __init__(
+        self, config: EPConfig | None = None, mover: Mover | None = None
+    ) -> None:
         config = config or EPConfig()
         self.mode = config.mode
-        self.mover = Mover()
+        self.mover = mover or Mover()
         self.low_latency = LowLatency(config, mover=self.mover)
         self.normal = Normal(config, self.mover)
         self.needs_tokens = self.mode != "low_latency"

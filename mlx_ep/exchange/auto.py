@@ -50,10 +50,12 @@ class Auto(ByChoice):
     is_sharded = True
     needs_tokens = True
 
-    def __init__(self, config: EPConfig | None = None) -> None:
+    def __init__(
+        self, config: EPConfig | None = None, mover: Mover | None = None
+    ) -> None:
         config = config or EPConfig()
         self.round_tokens: int | None = config.round_tokens
-        self.mover = Mover()
+        self.mover = mover or Mover()
         self.gathered = Gathered(config)
         self.low_latency = LowLatency(config, mover=self.mover)
         # Agreed counts fix its shapes, and rounds bound them: no capacity is needed.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from mlx_ep.config import ALIASES, EPConfig
 from mlx_ep.exchange.base import Strategy
+from mlx_ep.rows import Mover
 
 # A strategy is made from the configuration; without one it takes the defaults.
 Factory = Callable[..., Strategy]
@@ -30,8 +31,11 @@ class StrategyTable(Mapping[str, Factory]):
             )
         self._factories[name] = factory
 
-    def create(self, config: EPConfig) -> Strategy:
+    def create(self, config: EPConfig, mover: Mover | None = None) -> Strategy:
         """The strategy that a configuration names, with its settings.
+
+        Args:
+            mover: moves its rows; default: MLX's ops, always.
 
         Raises:
             ValueError: there is no such strategy.
@@ -41,7 +45,8 @@ class StrategyTable(Mapping[str, Factory]):
                 f"strategy must be one of {', '.join(self._factories)}, or an alias ("
                 f"{', '.join(ALIASES)}); got {config.strategy!r}."
             )
-        return self._factories[config.strategy](config)
+        factory = self._factories[config.strategy]
+        return factory(config) if mover is None else factory(config, mover)
 
     def __getitem__(self, name: str) -> Factory:
         return self._factories[name]

@@ -12,7 +12,7 @@ from mlx_ep.experts.base import (
     expert_weights,
 )
 from mlx_ep.experts.run import Runner, group_by_slot, run_experts, run_slots
-from mlx_ep.experts.switch import SwitchRunner, switch_runner
+from mlx_ep.experts.switch import SwitchRunner, install_runner, switch_runner
 from mlx_ep.experts.table import RUNNERS, options
 from mlx_ep.experts.threads import blas_threads, limit_blas_threads
 
@@ -26,6 +26,7 @@ __all__ = [
     "run_experts",
     "run_slots",
     "SwitchRunner",
+    "install_runner",
     "switch_runner",
     "RUNNERS",
     "options",

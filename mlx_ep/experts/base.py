@@ -16,7 +16,7 @@ from mlx_lm.models.switch_layers import (
 )
 
 from mlx_ep.metrics import Counters
-from mlx_ep.types import Rows
+from mlx_ep.types import Packing, Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +29,15 @@ class Matrices:
         offsets: what MLX's affine mode calls biases.
         bias: the bias of the layer, ``[L, rows]``.
         global_scale: of nvfp4, one per slot.
-        mode: MLX's name of the packing, or ``"dense"``.
-        bits: of a packed weight.
-        group_size: columns with the same scale.
+        packing: of the weight.
     """
 
     weight: Shaped[mx.array, "L rows words"]
+    packing: Packing
     scales: Shaped[mx.array, "L rows G"] | None = None
     offsets: Shaped[mx.array, "L rows G"] | None = None
     bias: Float[mx.array, "L rows"] | None = None
     global_scale: Shaped[mx.array, ...] | None = None
-    mode: str = "dense"
-    bits: int = 0
-    group_size: int = 0
 
     @property
     def num_slots(self) -> int:
@@ -55,20 +51,7 @@ class Matrices:
     def columns(self) -> int:
         if self.scales is None:
             return self.weight.shape[2]
-        return self.scales.shape[2] * self.group_size
-
-    @property
-    def is_packed(self) -> bool:
-        return self.scales is not None
-
-    @property
-    def packing(self) -> str:
-        """For a person and for keys: ``affine 4 bit/64 bfloat16``."""
-        if self.scales is None:
-            return _name(self.weight.dtype)
-        return f"{self.mode} {self.bits} bit/{self.group_size} " + _name(
-            self.scales.dtype
-        )
+        return self.scales.shape[2] * self.packing.group_size
 
 
 @dataclass(frozen=True)
@@ -122,18 +105,16 @@ def _runs_as(switch: nn.Module, form: type[nn.Module]) -> bool:
 def _matrices(linear: nn.Module) -> Matrices | None:
     bias = linear.get("bias")
     if type(linear) is SwitchLinear:
-        return Matrices(weight=linear.weight, bias=bias)
+        return Matrices(weight=linear.weight, packing=Packing.of(linear), bias=bias)
     if type(linear) is not QuantizedSwitchLinear:
         return None
     return Matrices(
         weight=linear.weight,
+        packing=Packing.of(linear),
         scales=linear.scales,
         offsets=linear.get("biases"),
         bias=bias,
         global_scale=linear.get("global_scale"),
-        mode=linear.mode,
-        bits=linear.bits,
-        group_size=linear.group_size,
     )
 
 
@@ -155,7 +136,3 @@ class ExpertRunner(Protocol):
     ) -> Float[mx.array, "N D"]:
         """The unweighted output of each (row, slot) pair, slots ascending."""
         ...
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")

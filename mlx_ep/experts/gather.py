@@ -20,9 +20,9 @@ class GatherRunner:
         mover: sums the outputs of the pairs.
     """
 
-    def __init__(self, switch: nn.Module) -> None:
+    def __init__(self, switch: nn.Module, mover: Mover | None = None) -> None:
         self.switch = switch
-        self.mover = Mover()
+        self.mover = mover or Mover()
 
     @staticmethod
     def why_not(switch: nn.Module, backend: Backend) -> str:
@@ -33,7 +33,7 @@ class GatherRunner:
         for matrices in weights.matrices:
             if matrices.global_scale is not None:
                 return "MLX's gather_qmm on a CPU takes no global scale"
-            if not matrices.is_packed and matrices.weight.dtype != mx.float32:
+            if not matrices.packing.is_packed and matrices.weight.dtype != mx.float32:
                 return (
                     f"MLX's gather_mm is float32 only on a CPU, not {matrices.packing}"
                 )

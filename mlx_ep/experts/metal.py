@@ -73,17 +73,17 @@ class MetalRunner:
 
 
 def _projection(matrices: Matrices) -> Projection:
-    if not matrices.is_packed:
+    if not matrices.packing.is_packed:
         return Projection(weight=matrices.weight, bias=matrices.bias)
-    if matrices.mode not in ("affine", "mxfp4"):
-        raise ValueError(f"it has no {matrices.mode} weights")
+    if matrices.packing.mode not in ("affine", "mxfp4"):
+        raise ValueError(f"it has no {matrices.packing.mode} weights")
     return Projection(
         weight=matrices.weight,
         scales=matrices.scales,
         offsets=matrices.offsets,
         bias=matrices.bias,
-        bits=matrices.bits,
-        group_size=matrices.group_size,
+        bits=matrices.packing.bits,
+        group_size=matrices.packing.group_size,
     )
 
 

@@ -9,27 +9,32 @@ import mlx.nn as nn
 from jaxtyping import Float, Float32, Int32
 
 from mlx_ep.experts.base import ExpertRunner
-from mlx_ep.experts.table import RUNNERS
+from mlx_ep.experts.table import RUNNERS, make_runner
 from mlx_ep.metrics import Counters
-from mlx_ep.rows import Backend, Mover, MovesRows, Option, uses_metal
+from mlx_ep.rows import Backend, Mover, Option, uses_metal
 from mlx_ep.types import Rows
 
-# Rows and choices per row (M, K) -> what runs them.
-Choice = Callable[[int, int], Option]
+# The rows of a call (M) -> what runs them.
+RunnerChoice = Callable[[int], Option]
 
 
 class SwitchRunner:
     """Runs rows through a switch of mlx-lm; a `RowsRunner`.
 
     Attributes:
-        choose: what runs a call. `gather` where it can, until a policy sets it.
+        choose: what runs a call; default: `gather` where it can, else `blas`.
         mover: sums the outputs of pairs, for runners that leave it to others.
     """
 
-    def __init__(self, switch: nn.Module) -> None:
+    def __init__(
+        self,
+        switch: nn.Module,
+        choose: RunnerChoice | None = None,
+        mover: Mover | None = None,
+    ) -> None:
         self.switch = switch
-        self.choose: Choice = self._first_possible
-        self.mover = Mover()
+        self.choose = choose
+        self.mover = mover or Mover()
         self._names = [n for n, child in switch.children().items() if "weight" in child]
         self._runners: dict[str, ExpertRunner] = {}
         self._default: Option | None = None
@@ -42,11 +47,14 @@ class SwitchRunner:
 
         As one process computes it: by the switch itself, where that is possible.
         """
-        return self.runner(self._first_possible(0, 0).runner).slot_outputs(rows, slots)
+        return self.runner(self._first_possible().runner).slot_outputs(rows, slots)
 
     def partial_sum(self, rows: Rows, counters: Counters) -> Float32[mx.array, "M D"]:
         """See `ExpertRunner`, by the runner that is chosen."""
-        option = self.choose(*rows.slot_ids.shape)
+        if self.choose is None:
+            option = self._first_possible()
+        else:
+            option = self.choose(rows.x.shape[0])
         runner = self.runner(option.runner)
         if option.stream is None:
             return runner.partial_sum(rows, counters)
@@ -57,9 +65,7 @@ class SwitchRunner:
         """A runner of this switch, built once for its present weights."""
         self._forget_old_weights()
         if name not in self._runners:
-            runner = self._runners[name] = RUNNERS[name](self.switch)
-            if isinstance(runner, MovesRows):
-                runner.mover = self.mover
+            self._runners[name] = make_runner(name, self.switch, self.mover)
         return self._runners[name]
 
     def _forget_old_weights(self) -> None:
@@ -70,7 +76,7 @@ class SwitchRunner:
         ):
             self._runners, self._default, self._weights = {}, None, weights
 
-    def _first_possible(self, num_rows: int, per_row: int) -> Option:
+    def _first_possible(self) -> Option:
         self._forget_old_weights()
         if self._default is None:
             self._default = self._find_default()
@@ -87,7 +93,15 @@ class SwitchRunner:
 def switch_runner(switch: nn.Module) -> SwitchRunner:
     """The runner of a switch, the same one at every call."""
     found = getattr(switch, "expert_runner", None)
-    if found is None:
-        # A plain object, so that nn.Module does not take it for a parameter or child.
-        found = switch.expert_runner = SwitchRunner(switch)
-    return found
+    return install_runner(switch) if found is None else found
+
+
+def install_runner(
+    switch: nn.Module,
+    choose: RunnerChoice | None = None,
+    mover: Mover | None = None,
+) -> SwitchRunner:
+    """Give a switch a runner that chooses so, in the place of any earlier one."""
+    # A plain object, so that nn.Module does not take it for a parameter or child.
+    switch.expert_runner = runner = SwitchRunner(switch, choose, mover)
+    return runner

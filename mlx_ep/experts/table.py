@@ -11,7 +11,7 @@ from mlx_ep.experts.base import ExpertRunner
 from mlx_ep.experts.blas import BlasRunner
 from mlx_ep.experts.gather import GatherRunner
 from mlx_ep.experts.metal import MetalRunner
-from mlx_ep.rows import Backend, Option, uses_metal
+from mlx_ep.rows import Backend, Mover, Option, uses_metal
 
 
 @runtime_checkable
@@ -37,6 +37,12 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "blas": ("cpu",),
     "metal": ("metal",),
 }
+
+
+def make_runner(name: str, switch: nn.Module, mover: Mover) -> ExpertRunner:
+    """The runner of a name for a switch; `gather` leaves sums of pairs to a mover."""
+    kind = RUNNERS[name]
+    return kind(switch, mover) if kind is GatherRunner else kind(switch)
 
 
 def options(switch: nn.Module) -> Mapping[Option, str]:

@@ -69,11 +69,14 @@ class Unpacker(Protocol):
 
 def unpacker(matrices: Matrices) -> Unpacker:
     """The fastest that there is for a packing."""
-    if not matrices.is_packed:
+    if not matrices.packing.is_packed:
         return DenseUnpacker(matrices)
-    if matrices.mode == "affine":
+    if matrices.packing.mode == "affine":
         return PlaneUnpacker(matrices)
-    if matrices.mode in ("mxfp4", "mxfp8", "nvfp4") and matrices.global_scale is None:
+    if (
+        matrices.packing.mode in ("mxfp4", "mxfp8", "nvfp4")
+        and matrices.global_scale is None
+    ):
         return TableUnpacker(matrices)
     return MlxUnpacker(matrices)
 
@@ -116,7 +119,7 @@ class PlaneUnpacker:
 
     def __init__(self, matrices: Matrices) -> None:
         assert matrices.scales is not None and matrices.offsets is not None
-        self.bits = matrices.bits
+        self.bits = matrices.packing.bits
         self.num_planes = 8 // gcd(8, self.bits)
         packed = host_view(matrices.weight).view(np.uint8)
         period = self.num_planes * self.bits // 8
@@ -169,8 +172,8 @@ class TableUnpacker(_InOrder):
 
     def __init__(self, matrices: Matrices) -> None:
         assert matrices.scales is not None
-        self.table = _value_table(matrices.bits)
-        self.scale_table = _scale_table(matrices.mode)
+        self.table = _value_table(matrices.packing.bits)
+        self.scale_table = _scale_table(matrices.packing.mode)
         self.words = host_view(matrices.weight).view(np.uint16)
         self.scale_view = host_view(matrices.scales)
 
@@ -204,9 +207,9 @@ class MlxUnpacker(_InOrder):
                 m.weight[slot, rows],
                 scales,
                 offsets,
-                group_size=m.group_size,
-                bits=m.bits,
-                mode=m.mode,
+                group_size=m.packing.group_size,
+                bits=m.packing.bits,
+                mode=m.packing.mode,
                 global_scale=None if m.global_scale is None else m.global_scale[slot],
                 dtype=mx.float32,
             )

@@ -15,11 +15,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
-from mlx_ep.cost.shape import LayerShape, Matrices, ModelShape
+from mlx_ep.cost.shape import LayerShape, MatrixTotal, ModelShape
 from mlx_ep.loading.dummy import build_dummy
 from mlx_ep.loading.local import count_experts
 from mlx_ep.models import MoESite, find_moe_sites
 from mlx_ep.placement import Placement
+from mlx_ep.types import Packing
 
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ATTENTION = re.compile(r"attn|attention|mixer|mamba|conv|ssm")
@@ -73,15 +74,15 @@ def model_shape(
         else:
             split = _by_part(model, sites, itemsize)
 
-    def part(key: str) -> Matrices:
-        found = full.get(key, Matrices())
+    def part(key: str) -> MatrixTotal:
+        found = full.get(key, MatrixTotal())
         less = found.weights - split.get(key, found).weights
         splits = round(less / (1 - 1 / _TRIED_RANKS))
-        return Matrices(found.weights, found.num_bytes, splits)
+        return MatrixTotal(found.weights, found.num_bytes, splits)
 
-    def each(key: str) -> Matrices:
+    def each(key: str) -> MatrixTotal:
         found, count = part(key), len(sites)
-        return Matrices(
+        return MatrixTotal(
             found.weights // count,
             found.num_bytes // count,
             found.split_weights // count,
@@ -95,7 +96,7 @@ def model_shape(
         expert_width=expert_width,
         top_k=_top_k(text),
         expert_bytes=experts.num_bytes // (len(sites) * num_experts),
-        packing=_packing(switch, dtype),
+        packing=Packing.of(switch, dtype),
         itemsize=itemsize,
         num_matrices=len(sites[0].projections),
         shared=each("shared"),
@@ -110,7 +111,11 @@ def model_shape(
         attention=part("attention"),
         dense=part("dense"),
         head=part("head") if "head" in full else part("embedding"),
-        dense_packing=_packing(dense_modules[-1], dtype) if dense_modules else dtype,
+        dense_packing=(
+            Packing.of(dense_modules[-1], dtype)
+            if dense_modules
+            else Packing.plain(dtype)
+        ),
         kv_bytes=caches.growing + caches.windowed,
         kv_is_split="kv_lora_rank" not in text,
         state_bytes=caches.fixed,
@@ -131,14 +136,14 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _by_part(
     model: nn.Module, sites: list[MoESite], itemsize: int
-) -> dict[str, Matrices]:
+) -> dict[str, MatrixTotal]:
     """Weights and bytes of experts, routers, shared experts, attention and the rest."""
     blocks = {site.path: site for site in sites}
-    found: dict[str, Matrices] = {}
+    found: dict[str, MatrixTotal] = {}
     for path, module in _matrices(model):
         key = _part_of(path, module, blocks)
-        own = Matrices(_numbers(module), _bytes(module, itemsize))
-        found[key] = found.get(key, Matrices()) + own
+        own = MatrixTotal(_numbers(module), _bytes(module, itemsize))
+        found[key] = found.get(key, MatrixTotal()) + own
     return found
 
 
@@ -180,14 +185,6 @@ def _bytes(module: nn.Module, itemsize: int) -> int:
         for array in module.values()
         if isinstance(array, mx.array)
     )
-
-
-def _packing(module: nn.Module, dtype: str) -> str:
-    """As `mlx_ep.experts.Matrices.packing` calls it."""
-    if "scales" not in module:
-        return dtype
-    scales = dtype if module.mode == "affine" else "uint8"
-    return f"{module.mode} {module.bits} bit/{module.group_size} {scales}"
 
 
 def _top_k(text: dict[str, Any]) -> int:

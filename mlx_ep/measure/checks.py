@@ -18,9 +18,8 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_ep.comm import Comm
-from mlx_ep.experts import options
 from mlx_ep.kernels import Projection, metal, ops
-from mlx_ep.tune import TOLERANCE, measure
+from mlx_ep.tune import TOLERANCE, ExpertsProblem, Layer, measure
 from mlx_ep.types import to_host
 
 REPEATS = 5
@@ -208,9 +207,10 @@ def check_experts(sizes: Sizes = Sizes()) -> Iterator[Check]:
             nn.quantize(switch, 64, bits)
         # sync: the weights are made before anything is timed.
         mx.eval(switch.parameters())
-        possible = [option for option, why in options(switch).items() if not why]
+        problem = ExpertsProblem(Layer(switch, dtype, sizes.top_k), sizes.slots, 1)
+        possible = [option for option, why in problem.options().items() if not why]
         packing = f"{bits} bit" if bits else "dense"
-        for option, found in measure(switch, dtype, sizes.top_k, possible).items():
+        for option, found in measure(problem, possible).items():
             yield Check(
                 what=f"experts by {option}, {packing}, {_name(dtype)} rows",
                 # A failure has no error, and a wrong one is not 0.

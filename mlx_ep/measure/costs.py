@@ -20,6 +20,7 @@ import mlx.nn as nn
 from mlx_ep.comm import Comm, broadcast_object
 from mlx_ep.cost.records import CollectiveTable, MatrixCost
 from mlx_ep.rows import uses_metal
+from mlx_ep.types import MXFP4, Packing
 
 Call = Callable[[], Any]
 
@@ -105,30 +106,17 @@ class Timer:
         return broadcast_object(self.comm, value)
 
 
-@dataclass(frozen=True)
-class ExpertPacking:
-    """How experts are packed while they are timed.
-
-    Attributes:
-        bits: 0: not at all.
-        mode: MLX's name.
-    """
-
-    bits: int
-    group_size: int = 64
-    mode: str = "affine"
-
-
+# While they are timed; scales and plain numbers have the dtype that models have.
 PACKINGS = {
-    "affine4": ExpertPacking(4),
-    "affine8": ExpertPacking(8),
-    "mxfp4": ExpertPacking(4, 32, "mxfp4"),
-    "plain": ExpertPacking(0),
+    "affine4": Packing.affine(4),
+    "affine8": Packing.affine(8),
+    "mxfp4": MXFP4,
+    "plain": Packing.plain("bfloat16"),
 }
 
 
 def dense_cost(
-    timer: Timer, width: int, packing: ExpertPacking, dtype: mx.Dtype
+    timer: Timer, width: int, packing: Packing, dtype: mx.Dtype
 ) -> tuple[str, MatrixCost]:
     """Square matrices that all rows pass one after another, by their packing."""
     linears = [_linear(width, packing, dtype) for _ in range(sizes().matrices)]
@@ -143,20 +131,16 @@ def dense_cost(
     ]
     found = timer.series(calls)
     wait, weights = timer.median(_wait), len(linears) * width**2
-    name = str(dtype).removeprefix("mlx.core.")
-    if packing.bits:
-        scales = str(linears[0].scales.dtype).removeprefix("mlx.core.")
-        name = f"{packing.mode} {packing.bits} bit/{packing.group_size} {scales}"
-    return name, MatrixCost(
+    return str(Packing.of(linears[0])), MatrixCost(
         rows=tuple(rows for rows, _ in found),
         seconds=tuple(_above(seconds, wait) / weights for _, seconds in found),
     )
 
 
-def _linear(width: int, packing: ExpertPacking, dtype: mx.Dtype) -> nn.Module:
+def _linear(width: int, packing: Packing, dtype: mx.Dtype) -> nn.Module:
     linear: nn.Module = nn.Linear(width, width, bias=False)
     linear.set_dtype(dtype)
-    if packing.bits:
+    if packing.is_packed:
         linear = linear.to_quantized(packing.group_size, packing.bits, packing.mode)
     # sync: what is timed must not include making its arguments.
     mx.eval(linear.parameters())

@@ -12,10 +12,10 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_ep.cost.profile import cost_key
 from mlx_ep.cost.records import MatrixCost
 from mlx_ep.experts import RUNNERS, expert_weights, options
-from mlx_ep.measure.costs import ROWS, Call, ExpertPacking, Timer, sizes
+from mlx_ep.measure.costs import ROWS, Call, Timer, sizes
 from mlx_ep.metrics import Counters
 from mlx_ep.rows import Option
-from mlx_ep.types import Rows
+from mlx_ep.types import Packing, Rows
 
 NARROWER = 4  # the second expert width, which tells apart what does not grow with it
 MANY_ROWS = 16  # and the second number of rows
@@ -23,12 +23,12 @@ TINY = 64  # width of experts that cost nothing: what is left is the call
 
 
 def random_switch(
-    width: int, expert_width: int, packing: ExpertPacking, dtype: mx.Dtype
+    width: int, expert_width: int, packing: Packing, dtype: mx.Dtype
 ) -> nn.Module:
     """mlx-lm's switch with experts of random numbers."""
     switch = SwitchGLU(width, expert_width, sizes().slots)
     switch.set_dtype(dtype)
-    if packing.bits:
+    if packing.is_packed:
         nn.quantize(switch, packing.group_size, packing.bits, mode=packing.mode)
     # sync: what is timed must not include making its arguments.
     mx.eval(switch.parameters())
@@ -36,7 +36,7 @@ def random_switch(
 
 
 def expert_costs(
-    timer: Timer, width: int, expert_width: int, packing: ExpertPacking, dtype: mx.Dtype
+    timer: Timer, width: int, expert_width: int, packing: Packing, dtype: mx.Dtype
 ) -> dict[str, MatrixCost]:
     """Every runner that can run such experts here, by `cost_key`.
 

@@ -26,29 +26,20 @@ MovementChoice = Callable[[Job, int], Option]
 class Mover:
     """Moves rows in the way that is chosen for each call."""
 
-    def __init__(self) -> None:
-        self._choose: MovementChoice | None = None
+    def __init__(self, choose: MovementChoice | None = None) -> None:
+        """With a policy's choice; without one MLX's ops move, where MLX computes."""
+        self.choose = choose
         self._movements: dict[Option, Movement] = {}
         self._chosen: dict[tuple[Job, int], Movement] = {}
 
-    @property
-    def choose(self) -> MovementChoice | None:
-        """None until a policy sets it: then MLX's ops, where MLX computes."""
-        return self._choose
-
-    @choose.setter
-    def choose(self, choose: MovementChoice | None) -> None:
-        self._choose = choose
-        self._chosen.clear()
-
     def __call__(self, job: Job, num_tokens: int) -> Movement:
         """The movement for a call of so many tokens; all ranks give the same number."""
-        if self._choose is None:
+        if self.choose is None:
             return OPS
         # Every layer of every step comes by here.
         found = self._chosen.get((job, num_tokens))
         if found is None:
-            option = self._choose(job, num_tokens)
+            option = self.choose(job, num_tokens)
             if option not in self._movements:
                 self._movements[option] = movement_of(option)
             found = self._chosen[job, num_tokens] = self._movements[option]
@@ -57,9 +48,10 @@ class Mover:
 
 @runtime_checkable
 class MovesRows(Protocol):
-    """What has a mover: most strategies, and the runner `gather`."""
+    """What has a mover: most strategies."""
 
-    mover: Mover
+    @property
+    def mover(self) -> Mover: ...
 
 
 def movement_of(option: Option) -> Movement:

@@ -1,44 +1,50 @@
 """What runs the experts of a model and moves its rows: checked, timed and chosen.
 
-Measured at warm-up, the same on every rank.
+One machinery: a `Problem` has options and a float32 reference (`experts`, `movement`);
+each rank measures them (`check`), all ranks agree on a `Choice` (`agree`, `choose`),
+and `explain` says why.
 """
 
-from mlx_ep.tune.agree import BACKEND_VARIABLE
+from mlx_ep.tune.agree import BACKEND_VARIABLE, agree, facts
+from mlx_ep.tune.check import Finding, measure
 from mlx_ep.tune.choose import (
-    ExpertsPolicy,
-    Measured,
+    Choice,
     default_backend,
     default_movement,
     default_option,
     default_strategy,
 )
+from mlx_ep.tune.experts import TOLERANCE, ExpertsProblem, Layer, reference
 from mlx_ep.tune.explain import explain
-from mlx_ep.tune.layer import Layer, Wish
-from mlx_ep.tune.move import MovementPolicy
-from mlx_ep.tune.tune import ModelPolicy, share_cores, tune
-from mlx_ep.tune.warmup import TOLERANCE, Result, measure, reference, relative_error
-from mlx_ep.tune.warmup_movement import MovementShape, measure_movement
+from mlx_ep.tune.movement import MovementProblem, MovementShape
+from mlx_ep.tune.problem import Problem
+from mlx_ep.tune.timing import in_turn, seconds_of
+from mlx_ep.tune.tune import ModelPolicy, MovementPolicy, Wish, share_cores, tune
 
 __all__ = [
     "BACKEND_VARIABLE",
-    "ExpertsPolicy",
-    "Measured",
+    "agree",
+    "facts",
+    "Finding",
+    "measure",
+    "Choice",
     "default_backend",
     "default_movement",
     "default_option",
     "default_strategy",
-    "explain",
+    "TOLERANCE",
+    "ExpertsProblem",
     "Layer",
-    "Wish",
-    "MovementPolicy",
+    "reference",
+    "explain",
+    "MovementProblem",
+    "MovementShape",
+    "Problem",
+    "in_turn",
+    "seconds_of",
     "ModelPolicy",
+    "MovementPolicy",
+    "Wish",
     "share_cores",
     "tune",
-    "TOLERANCE",
-    "Result",
-    "measure",
-    "reference",
-    "relative_error",
-    "MovementShape",
-    "measure_movement",
 ]

@@ -12,6 +12,8 @@ from mlx_ep.comm import Transport
 from mlx_ep.config import EPConfig
 from mlx_ep.exchange.auto import Auto
 from mlx_ep.rows import Backend, Option
+from mlx_ep.tune.check import Finding
+from mlx_ep.tune.problem import Problem
 from mlx_ep.types import TokenCounts
 
 # Uncalibrated defaults of the specification, not measured here: on a Mac, the CPU runs
@@ -22,6 +24,10 @@ METAL_BYTES = 2 << 20
 # From how many tokens on `blas` is the faster one on a CPU.
 # measured: benchmarks/results/experts_x86-2core_2026-11-21.md
 BLAS_TOKENS = 1
+# MLX's own ways, which mlx-lm uses: another one has to be predicted to take less than
+# this share of their time, or noise at warm-up would make a step slower than mlx-lm's.
+MLX_OWN = ("gather", "ops")
+CLEARLY_FASTER = 0.95
 
 
 def default_backend(num_tokens: int, row_bytes: int) -> Backend:
@@ -76,87 +82,60 @@ def default_strategy(
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What an option takes for one slot, by the rows that visit it.
+class Choice:
+    """Which option does a problem; the same on every rank.
 
     Attributes:
-        rows: rows per slot, ascending.
-        seconds: for one slot with so many rows, its share of a call.
-    """
-
-    rows: tuple[int, ...]
-    seconds: tuple[float, ...]
-
-    def per_slot(self, rows: float | int) -> float:
-        """Between measurements and beyond them, on the straight line of the nearest."""
-        if len(self.rows) == 1:
-            return self.seconds[0] * max(1.0, rows / self.rows[0])
-        last = len(self.rows) - 1
-        upper = next((i for i in range(1, last) if self.rows[i] >= rows), last)
-        (x0, x1), (y0, y1) = (
-            v[upper - 1 : upper + 1] for v in (self.rows, self.seconds)
-        )
-        # Noise must not make more rows cheaper.
-        slope = max(0.0, (y1 - y0) / (x1 - x0))
-        return max(y0 + slope * (rows - x0), self.seconds[0])
-
-
-@dataclass(frozen=True)
-class ExpertsPolicy:
-    """Which option runs the experts of one shape; the same on every rank.
-
-    Attributes:
-        name: the shape, for a person.
-        num_experts: E, of all ranks.
-        num_ranks: P.
-        row_bytes: of one row.
-        possible: the options that every rank has, and that are right.
+        title: the problem, for a person.
+        possible: the options that every rank has, that are right on all of them and
+            that the configuration allows.
         left_out: the others, with the reason.
-        measured: times of rank 0; none: nothing was measured.
-        forced: chosen by the configuration or MLX_EP_BACKEND.
+        measured: of the first rank that has any; empty unless of all possible.
+        wrong: those that are left out because a check failed.
+        forced: the configuration or MLX_EP_BACKEND has limited what is possible.
+        problem: whose sizes and whose rule hold.
     """
 
-    name: str
-    num_experts: int
-    num_ranks: int
-    row_bytes: int
+    title: str
     possible: tuple[Option, ...]
     left_out: Mapping[Option, str]
-    measured: Mapping[Option, Measured] = field(default_factory=dict)
-    forced: bool = False
-    _chosen: dict[tuple[int, int], Option] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    measured: Mapping[Option, Finding]
+    wrong: tuple[Option, ...]
+    forced: bool
+    problem: Problem = field(repr=False, compare=False)
+    _chosen: dict[int, Option] = field(default_factory=dict, repr=False, compare=False)
 
-    def choose(self, num_rows: int, top_k: int) -> Option:
-        """What runs a call of M rows with K choices each."""
-        key = (num_rows, top_k)
-        if key not in self._chosen:
-            self._chosen[key] = self._choose(num_rows, top_k)
-        return self._chosen[key]
+    def choose(self, num_tokens: int) -> Option:
+        """What does a call of so many tokens (or received rows)."""
+        if num_tokens not in self._chosen:
+            self._chosen[num_tokens] = self._choose(num_tokens)
+        return self._chosen[num_tokens]
 
-    def _choose(self, num_rows: int, top_k: int) -> Option:
+    def _choose(self, num_tokens: int) -> Option:
         if not self.measured:
-            return default_option(num_rows, self.row_bytes, self.possible)
+            return self.problem.default(num_tokens, self.possible)
+
+        def seconds(option: Option) -> float:
+            return self.predicted(option, num_tokens)
+
         # `min` takes the first of equals, and `possible` has one order on all ranks.
-        candidates = [o for o in self.possible if o in self.measured]
-        return min(candidates, key=lambda o: self.predicted(o, num_rows, top_k))
+        best = min(self.possible, key=seconds)
+        own = [option for option in self.possible if option.runner in MLX_OWN]
+        if not own:
+            return best
+        plain = min(own, key=seconds)
+        return best if seconds(best) < CLEARLY_FASTER * seconds(plain) else plain
 
-    def predicted(self, option: Option, num_rows: int, top_k: int) -> float:
-        """Seconds of a call on a rank with E/P experts, all equally often chosen."""
-        slots = self.num_experts / self.num_ranks
-        share = min(1.0, top_k / self.num_experts)
-        visited = slots * (1 - (1 - share) ** num_rows)
-        if not visited:
-            return 0.0
-        rows = num_rows * top_k / self.num_ranks / visited
-        return visited * self.measured[option].per_slot(rows)
+    def predicted(self, option: Option, num_tokens: int) -> float:
+        """Seconds of a call."""
+        count, size = self.problem.parts(num_tokens)
+        return count * self.measured[option].of_size(size) if count else 0.0
 
-    def crossover(self, top_k: int, option: Option, other: Option) -> int | None:
+    def crossover(self, option: Option, other: Option) -> int | None:
         """The fewest rows (a power of two up to 4096) from which `option` is faster."""
         faster_from = None
         for rows in (1 << i for i in reversed(range(13))):
-            if self.predicted(option, rows, top_k) > self.predicted(other, rows, top_k):
+            if self.predicted(option, rows) > self.predicted(other, rows):
                 break
             faster_from = rows
         return faster_from

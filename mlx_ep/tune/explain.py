@@ -1,78 +1,41 @@
-"""A policy in words: every option, what it was measured at and is predicted to take."""
+"""A choice in words: every option, what it was measured at and is predicted to take."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 from mlx_ep.comm import Transport
 from mlx_ep.exchange import Auto, ExchangeShape, Strategy, layer_traffic
 from mlx_ep.metrics import format_bytes
-from mlx_ep.rows import Job, Option
-from mlx_ep.tune.choose import ExpertsPolicy, Measured
-from mlx_ep.tune.move import JobPolicy, MovementPolicy
+from mlx_ep.tune.choose import Choice
+from mlx_ep.tune.movement import MovementShape
+from mlx_ep.tune.problem import counted
 from mlx_ep.types import TokenCounts
 
-_JOBS: dict[Job, str] = {
-    "rows": "an all-to-all's rows: plan, pack, sum",
-    "ranks": "sums of all ranks",
-    "pairs": "sums of this rank's pairs (runner gather)",
-}
 
-
-def explain(policy: ExpertsPolicy, top_k: int, num_tokens: Sequence[int]) -> str:
+def explain(choice: Choice, num_tokens: Sequence[int]) -> str:
     """Every option with its measured and predicted times, and what is chosen.
 
-    Measured are calls of one slot with some rows; predicted is a rank's share of a call
-    with T tokens, milliseconds both. A star marks what is chosen.
+    Measured are parts of a call (slots with some rows, whole movements); predicted are
+    calls, of experts a rank's share of one with T tokens, in milliseconds. A star marks
+    what is chosen.
 
     Args:
-        top_k: K.
         num_tokens: the T of the columns.
     """
-
-    def time_of(option: Option, tokens: int) -> float:
-        return policy.predicted(option, tokens, top_k)
-
-    why = _why(policy.forced, bool(policy.measured))
-    if policy.measured and not policy.forced:
-        why += f", for 1 of {policy.num_ranks} ranks"
     return "\n".join(
         [
-            f"Experts {policy.name}; {why}.",
-            *_measured_lines(policy.measured, policy.possible, "per slot", "row"),
-            *_table(
-                policy.possible,
-                num_tokens,
-                time_of if policy.measured else None,
-                lambda tokens: policy.choose(tokens, top_k),
-            ),
-            *_left_out_lines(policy.left_out),
+            f"{choice.title}; {_why(choice)}.",
+            *_measured_lines(choice),
+            *_table(choice, num_tokens),
+            *(f"  left out: {o}, because {why}" for o, why in choice.left_out.items()),
         ]
     )
 
 
-def explain_movement(policy: MovementPolicy, num_tokens: Sequence[int]) -> str:
-    """As `explain`, for what packs and sums rows: one table a job, T of one call."""
-    lines = []
-    for job, choice in policy.jobs.items():
-        why = _why(policy.forced, bool(choice.measured))
-        lines += [
-            f"Movement of {policy.name}; {_JOBS[job]}; {why}.",
-            *_measured_lines(choice.measured, choice.possible, "per call", "token"),
-            *_table(
-                choice.possible,
-                num_tokens,
-                choice.predicted if choice.measured else None,
-                _chooser(choice, policy.row_bytes),
-            ),
-            *_left_out_lines(choice.left_out),
-        ]
-    return "\n".join(lines)
-
-
 def explain_exchange(
     strategy: Strategy,
-    rows: MovementPolicy,
+    rows: MovementShape,
     num_ranks: int,
     transport: Transport,
     num_tokens: Sequence[int],
@@ -94,7 +57,7 @@ def explain_exchange(
             tokens=counts,
             width=rows.width,
             top_k=rows.top_k,
-            itemsize=rows.itemsize,
+            itemsize=rows.dtype.size,
             transport=transport,
         )
         moved = ", ".join(
@@ -106,53 +69,38 @@ def explain_exchange(
     return "\n".join(lines)
 
 
-def _chooser(choice: JobPolicy, row_bytes: int) -> Callable[[int], Option]:
-    return lambda tokens: choice.choose(tokens, row_bytes)
-
-
-def _measured_lines(
-    measured: Mapping[Option, Measured],
-    possible: Sequence[Option],
-    of_what: str,
-    unit: str,
-) -> list[str]:
-    if not measured:
-        return [f"  {', '.join(map(str, possible))}: not measured"]
+def _measured_lines(choice: Choice) -> list[str]:
+    if not choice.measured:
+        return [f"  {', '.join(map(str, choice.possible))}: not measured"]
+    unit, part = choice.problem.unit, choice.problem.part
     lines = []
-    for option, times in measured.items():
-        found = zip(times.rows, times.seconds, strict=True)
+    for option, finding in choice.measured.items():
+        found = zip(finding.sizes, finding.seconds, strict=True)
         values = ", ".join(
-            f"{s * 1e3:.3g} ms with {n} {unit}{'s' * (n > 1)}" for n, s in found
+            f"{s * 1e3:.3g} ms with {counted(n, unit)}" for n, s in found
         )
-        lines.append(f"  {option}: measured {of_what} {values}")
+        lines.append(f"  {option}: measured per {part} {values}")
     return lines
 
 
-def _table(
-    possible: Sequence[Option],
-    num_tokens: Sequence[int],
-    time_of: Callable[[Option, int], float] | None,
-    choose: Callable[[int], Option],
-) -> list[str]:
+def _table(choice: Choice, num_tokens: Sequence[int]) -> list[str]:
     """A line an option, a column a T; a star marks what is chosen."""
-    width = max(len(str(option)) for option in possible)
+    width = max(len(str(option)) for option in choice.possible)
     lines = [f"  {'T':<{width}}" + "".join(f"{t:>11}" for t in num_tokens)]
-    for option in possible:
+    for option in choice.possible:
         cells = ""
         for tokens in num_tokens:
-            text = "-" if time_of is None else f"{time_of(option, tokens) * 1e3:.3g} ms"
-            cells += f"{text:>10}" + ("*" if choose(tokens) == option else " ")
+            text = "-"
+            if choice.measured:
+                text = f"{choice.predicted(option, tokens) * 1e3:.3g} ms"
+            cells += f"{text:>10}" + ("*" if choice.choose(tokens) == option else " ")
         lines.append(f"  {option!s:<{width}}{cells}")
     return lines
 
 
-def _left_out_lines(left_out: Mapping[Option, str]) -> list[str]:
-    return [f"  left out: {option}, because {why}" for option, why in left_out.items()]
-
-
-def _why(forced: bool, measured: bool) -> str:
-    if forced:
+def _why(choice: Choice) -> str:
+    if choice.forced:
         return "forced by the configuration"
-    if measured:
-        return "by rank 0's measurements"
+    if choice.measured:
+        return "by rank 0's measurements, for one rank"
     return "by the default rule, nothing was measured"

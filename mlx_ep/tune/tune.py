@@ -1,64 +1,94 @@
-"""Sets what runs the experts of a model, alike on all ranks."""
+"""What runs the experts of a model and moves its rows, alike on all ranks."""
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from mlx_ep.comm import Comm, Transport, gather_objects, host_id
 from mlx_ep.exchange import Strategy
-from mlx_ep.experts import expert_weights, limit_blas_threads, options, switch_runner
+from mlx_ep.experts import install_runner, limit_blas_threads
 from mlx_ep.placement import Placement
-from mlx_ep.rows import Backend, MovesRows, Option
-from mlx_ep.tune.agree import Agreed, agree, backend_variable, forced_backend
-from mlx_ep.tune.cache import cache_key, read_cache, write_cache
-from mlx_ep.tune.choose import ExpertsPolicy
-from mlx_ep.tune.explain import explain, explain_exchange, explain_movement
-from mlx_ep.tune.layer import Layer, Wish
-from mlx_ep.tune.move import (
-    MovementPolicy,
-    MovementShape,
-    agree_movement,
-    movement_facts,
+from mlx_ep.rows import Job, Mover, Option
+from mlx_ep.tune.agree import (
+    agree,
+    backend_variable,
+    facts,
+    forced_backend,
+    warn_of_wrong,
 )
-from mlx_ep.tune.warmup import WARMUP_VERSION, measure
+from mlx_ep.tune.choose import Choice
+from mlx_ep.tune.experts import ExpertsProblem, Layer
+from mlx_ep.tune.explain import explain, explain_exchange
+from mlx_ep.tune.movement import MovementProblem, MovementShape
+from mlx_ep.tune.problem import Problem
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asks for.
+
+    Attributes:
+        runner: a name in `RUNNERS` that has to be taken, or ``"auto"``.
+        backend: ``"cpu"`` or ``"metal"``, or ``"auto"``; MLX_EP_BACKEND goes first.
+        warmup: whether options are checked and timed; else the default rule holds.
+    """
+
+    runner: str = "auto"
+    backend: str = "auto"
+    warmup: bool = True
+
+
+@dataclass(frozen=True)
+class MovementPolicy:
+    """What moves rows of one shape: a choice for each job."""
+
+    shape: MovementShape
+    jobs: Mapping[Job, Choice]
+
+    def choose(self, job: Job, num_tokens: int) -> Option:
+        """A `MovementChoice`."""
+        return self.jobs[job].choose(num_tokens)
 
 
 @dataclass(frozen=True)
 class ModelPolicy:
-    """What runs the experts of a model, by the shape of the layers.
+    """What runs the experts of a model and moves its rows.
 
     Attributes:
-        shapes: of experts.
-        top_k: K of each of them.
-        movement: what packs and sums rows, by their shape; the first one's is the
-            exchange's.
-        strategy: what exchanges rows; None: the caller has not said.
+        experts: what runs them, for each shape of the layers.
+        movement: what packs and sums rows, for each shape of rows; the first one is
+            the exchange's.
+        mover: of the exchange, for `STRATEGIES.create`; None where none is sent.
         num_ranks: P.
         transport: what carries the rows.
+        strategy: what exchanges rows, where somebody has said so: see `explain`.
     """
 
-    shapes: tuple[ExpertsPolicy, ...]
-    top_k: tuple[int, ...]
+    experts: tuple[Choice, ...]
     movement: tuple[MovementPolicy, ...] = ()
-    strategy: Strategy | None = None
+    mover: Mover | None = None
     num_ranks: int = 1
     transport: Transport = "none"
+    strategy: Strategy | None = field(default=None, repr=False)
+
+    def with_strategy(self, strategy: Strategy) -> ModelPolicy:
+        """The same, with a strategy that `explain` tells about too."""
+        return replace(self, strategy=strategy)
 
     def explain(self, num_tokens: Iterable[int] = (1, 16, 64, 256, 1024)) -> str:
         """Every option with its times; see `mlx_ep.tune.explain`."""
         counts = list(num_tokens)
-        pairs = list(zip(self.shapes, self.top_k, strict=True))
-        parts = [explain(shape, top_k, counts) for shape, top_k in pairs]
-        parts += [explain_movement(policy, counts) for policy in self.movement]
+        choices = [*self.experts, *(c for m in self.movement for c in m.jobs.values())]
+        parts = [explain(choice, counts) for choice in choices]
         if self.strategy is not None and self.movement:
-            rows = self.movement[0]
             parts.append(
                 explain_exchange(
-                    self.strategy, rows, self.num_ranks, self.transport, counts
+                    self.strategy,
+                    self.movement[0].shape,
+                    self.num_ranks,
+                    self.transport,
+                    counts,
                 )
             )
         return "\n\n".join(part for part in parts if part)
@@ -68,93 +98,79 @@ def tune(
     layers: Sequence[Layer],
     num_experts: int,
     comm: Comm,
-    wish: Wish = Wish(),  # noqa: B008, it is frozen
+    wish: Wish = Wish(),
     *,
-    strategy: Strategy | None = None,
+    moves_rows: bool = False,
     placement: Placement | None = None,
 ) -> ModelPolicy:
-    """Decide for every layer what runs its experts and moves its rows.
+    """Decide what runs the experts of every layer and moves its rows.
 
     Every rank must call it. Each rank checks and times the options on its own weights,
     unless the cache knows them. An option that is impossible or wrong on any rank is
     used by none; the times are those of rank 0. Two exchanges, of a few hundred bytes
-    per shape, always. Ranks on one host share its cores: see `limit_blas_threads`.
+    per shape, always. The layers' switches get their runners; the mover of the exchange
+    is for the strategy that is made next. Ranks on one host share its cores: see
+    `share_cores`.
 
     Args:
         layers: of the model, in one order on all ranks.
         num_experts: E.
         comm: the ranks.
         wish: what the user asks for.
-        strategy: what exchanges rows; its mover is set, where it has one.
+        moves_rows: whether rows are exchanged, by something that takes a mover.
         placement: of the experts; default: contiguous.
 
     Raises:
         ValueError: on every rank: what the configuration forces is impossible.
     """
-    groups: dict[str, list[Layer]] = {}
-    for layer in layers:
-        groups.setdefault(str(layer.shape), []).append(layer)
-    firsts = [group[0] for group in groups.values()]
     placement = placement or Placement.contiguous(num_experts, comm.size)
-    exchanges = isinstance(strategy, MovesRows) and comm.size > 1
-    moved = _movement_shapes(firsts, placement, comm.rank, exchanges)
+    exchanges = moves_rows and comm.size > 1
+    firsts: dict[str, Layer] = {}
+    for layer in layers:
+        firsts.setdefault(str(layer.shape), layer)
+    experts = {
+        key: ExpertsProblem(layer, num_experts, comm.size, wish.runner)
+        for key, layer in firsts.items()
+    }
+    shapes = _movement_shapes(firsts.values(), placement, comm.rank, exchanges)
+    jobs = {(key, job): shapes[key] for key in shapes for job in shapes[key].jobs}
+    movement = {(key, job): MovementProblem(s, job) for (key, job), s in jobs.items()}
+    problems: list[Problem] = [*experts.values(), *movement.values()]
     sharing = share_cores(comm)
     mine = {
         "backend": backend_variable(),
-        "shapes": [_facts(layer, wish, sharing) for layer in firsts],
-        "movement": [
-            movement_facts(shape, wish.warmup, sharing) for shape in moved.values()
-        ],
+        "facts": [facts(problem, wish.warmup, sharing) for problem in problems],
     }
     ranks = gather_objects(comm, mine)
     backend = forced_backend([rank["backend"] for rank in ranks], wish.backend)
-    policies = []
-    for index, group in enumerate(groups.values()):
-        facts = [rank["shapes"][index] for rank in ranks]
-        agreed = _agree(group[0], facts, backend, wish)
-        forced = backend is not None or wish.runner != "auto"
-        policy = _experts_policy(group[0], agreed, len(ranks), num_experts, forced)
-        policies.append(policy)
-        for layer in group:
-            switch_runner(layer.switch).choose = policy.choose
-        if comm.rank == 0:
-            _warn_of_wrong(f"Experts of {policy.name}", agreed)
-    movement = _set_movement(layers, moved, ranks, backend, comm)
-    if exchanges and movement and isinstance(strategy, MovesRows):
-        strategy.mover.choose = movement[0].choose
+    choices = [
+        agree(problem, [rank["facts"][index] for rank in ranks], backend)
+        for index, problem in enumerate(problems)
+    ]
+    if comm.rank == 0:
+        for choice in choices:
+            warn_of_wrong(choice)
+    by_shape = dict(zip(experts, choices[: len(experts)], strict=True))
+    by_job = dict(zip(movement, choices[len(experts) :], strict=True))
+    policies = {
+        key: MovementPolicy(shape, {job: by_job[key, job] for job in shape.jobs})
+        for key, shape in shapes.items()
+    }
+    movers = {key: Mover(policy.choose) for key, policy in policies.items()}
+    for layer in layers:
+        choice = by_shape[str(layer.shape)]
+        install_runner(layer.switch, choice.choose, movers.get(layer.moved_as))
     return ModelPolicy(
-        tuple(policies),
-        tuple(first.top_k for first in firsts),
-        movement,
-        strategy,
-        comm.size,
-        comm.transport,
+        experts=tuple(by_shape.values()),
+        movement=tuple(policies.values()),
+        mover=next(iter(movers.values()), None) if exchanges else None,
+        num_ranks=comm.size,
+        transport=comm.transport,
     )
 
 
-def _set_movement(
-    layers: Sequence[Layer],
-    moved: Mapping[str, MovementShape],
-    ranks: Sequence[Mapping[str, Any]],
-    backend: Backend | None,
-    comm: Comm,
-) -> tuple[MovementPolicy, ...]:
-    """What moves the rows of each shape, set for its layers' pairs."""
-    policies = {}
-    for index, (key, shape) in enumerate(moved.items()):
-        facts = [rank["movement"][index] for rank in ranks]
-        policies[key], by_job = agree_movement(shape, facts, backend)
-        if comm.rank == 0:
-            for job, agreed in by_job.items():
-                _warn_of_wrong(f"Movement of {shape.name}, {job}", agreed)
-    for layer in layers:
-        if found := policies.get(layer.moved_as):
-            switch_runner(layer.switch).mover.choose = found.choose
-    return tuple(policies.values())
-
-
 def _movement_shapes(
-    firsts: Sequence[Layer], placement: Placement, rank: int, exchanges: bool
+    firsts: Iterable[Layer], placement: Placement, rank: int, exchanges: bool
 ) -> dict[str, MovementShape]:
     return {
         key: MovementShape(
@@ -171,100 +187,12 @@ def _movement_shapes(
 
 
 def share_cores(comm: Comm) -> int:
-    """How many ranks this host has; each gets its share of the cores for NumPy.
+    """How many ranks this host has; NumPy's BLAS gets one thread in each.
 
-    Every rank must call it.
+    Every rank must call it. See `limit_blas_threads` for what more threads cost where
+    something else wants the cores too.
     """
     host = host_id()
     sharing = gather_objects(comm, host).count(host)
-    if sharing > 1:
-        limit_blas_threads(max(1, (os.cpu_count() or 1) // sharing))
+    limit_blas_threads(1)
     return sharing
-
-
-def _facts(layer: Layer, wish: Wish, sharing: int) -> dict[str, Any]:
-    """What this rank knows of a shape, for all ranks; anything JSON can hold."""
-    weights = expert_weights(layer.switch)
-    if weights is not None and not weights.num_slots:
-        return {"holds": 0, "impossible": {}, "results": {}}
-    found = options(layer.switch)
-    possible = [option for option, why in found.items() if not why]
-    results: Mapping[str, Any] = {}
-    if wish.warmup and weights is not None:
-        shape = {**layer.shape, "slots": min(weights.num_slots, layer.top_k)}
-        shape["checks"] = WARMUP_VERSION
-        shape |= {"options": [str(o) for o in possible], "ranks_on_host": sharing}
-        key = cache_key(shape)
-        results = read_cache(key) or {}
-        if not results:
-            measured = measure(layer.switch, layer.dtype, layer.top_k, possible)
-            results = {str(o): result.to_json() for o, result in measured.items()}
-            write_cache(key, results)
-    impossible = {str(option): why for option, why in found.items() if why}
-    return {"holds": 1, "impossible": impossible, "results": results}
-
-
-def _agree(
-    layer: Layer,
-    facts: Sequence[Mapping[str, Any]],
-    backend: Backend | None,
-    wish: Wish,
-) -> Agreed:
-    """What the ranks can run the experts of a shape with.
-
-    Raises:
-        ValueError: nothing.
-    """
-
-    def excluded(option: Option) -> str:
-        if backend not in (None, option.backend):
-            return f"backend {backend} is forced"
-        if wish.runner not in ("auto", option.runner):
-            return f"runner {wish.runner} is forced"
-        return ""
-
-    # Who asks for MLX's own gets it, with MLX's own precision.
-    checks_count = wish.runner != "gather"
-    found = agree(options(layer.switch), facts, excluded, checks_count=checks_count)
-    if not found.possible:
-        raise ValueError(_impossible(layer, found.left_out, backend, wish))
-    return found
-
-
-def _experts_policy(
-    layer: Layer, agreed: Agreed, num_ranks: int, num_experts: int, forced: bool
-) -> ExpertsPolicy:
-    return ExpertsPolicy(
-        name=layer.title,
-        num_experts=num_experts,
-        num_ranks=num_ranks,
-        row_bytes=layer.dtype.size * int(layer.shape.get("width", 0)),
-        possible=agreed.possible,
-        left_out=agreed.left_out,
-        measured=agreed.measured,
-        forced=forced,
-    )
-
-
-def _impossible(
-    layer: Layer,
-    left_out: Mapping[Option, str],
-    backend: Backend | None,
-    wish: Wish,
-) -> str:
-    reasons = "; ".join(f"{option}: {why}" for option, why in left_out.items())
-    return (
-        f"Nothing can run the experts of {layer.title} with runner="
-        f"{wish.runner!r} and backend={backend or 'auto'!r} ({reasons}). Use "
-        "runner='auto' and backend='auto'."
-    )
-
-
-def _warn_of_wrong(what: str, agreed: Agreed) -> None:
-    for option in agreed.wrong:
-        # MLX's own are known to sum 16-bit rows in 16 bits on a CPU: no surprise.
-        if option in agreed.left_out and option.runner != "gather":
-            warnings.warn(
-                f"{what}: {option} is left out, because {agreed.left_out[option]}.",
-                stacklevel=3,
-            )

@@ -183,10 +183,9 @@ def test_options_without_metal() -> None:
 
 
 def test_a_mover_takes_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    mover = Mover()
-    assert mover("rows", 5) is OPS
+    assert Mover()("rows", 5) is OPS
     kernel, host = Option("metal", "metal"), Option("ops", "cpu")
-    mover.choose = lambda job, tokens: kernel if tokens > 64 else host
+    mover = Mover(lambda job, tokens: kernel if tokens > 64 else host)
     assert isinstance(mover("rows", 65), MetalMovement)
     assert mover("ranks", 65) is mover("rows", 100)  # made once
     assert isinstance(mover("rows", 64), OpsMovement)

@@ -7,6 +7,7 @@ GPU would get.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -54,12 +55,19 @@ def strategies():
     }
 
 
-def group_of(comm, config, num_experts=E):
+def group_of(comm, config, num_experts=E, option=None):
+    """Its rows are moved by an option; None: by MLX's ops."""
     from mlx_ep import Placement
+    from mlx_ep.exchange import STRATEGIES
     from mlx_ep.moe import ExpertGroup
+    from mlx_ep.rows import Mover
 
     held = (tuple(range(r, num_experts, comm.size)) for r in range(comm.size))
-    return ExpertGroup.from_config(comm, Placement(tuple(held)), config)
+    group = ExpertGroup.from_config(comm, Placement(tuple(held)), config)
+    if option is None:
+        return group
+    mover = Mover(lambda job, tokens: option)
+    return replace(group, strategy=STRATEGIES.create(config, mover))
 
 
 def weights_of(num_experts=E):
@@ -120,7 +128,7 @@ def check_movements(group):
                 x, routing = inputs_of(case, comm.rank, dtype)
                 sums = []
                 for option in (Option("ops", "cpu"), Option("metal", "metal")):
-                    layer.strategy.mover.choose = lambda job, tokens, o=option: o
+                    layer = group_of(comm, config, option=option)
                     sums.append(np.array(layer.weighted_sum(x, routing, runner)))
                 what = f"{name}, {case.name}, {dtype}"
                 np.testing.assert_array_equal(*sums, err_msg=what)
@@ -152,8 +160,8 @@ def test_the_kernels_move_the_rows_of_a_layer(num_ranks, transport):
 def check_all_kernels(group):
     """Experts, pair sums and movement by kernels; a rank may hold no expert."""
     from mlx_ep.comm import GroupComm
-    from mlx_ep.experts import switch_runner
-    from mlx_ep.rows import Option
+    from mlx_ep.experts import install_runner
+    from mlx_ep.rows import Mover, Option
 
     execute_on_cpu()
     comm = GroupComm(group)
@@ -165,13 +173,12 @@ def check_all_kernels(group):
         cases = routing_cases(comm.size, num_experts, top_k)
         cases = {case.name: case for case in cases}
         for strategy in ("normal", "low_latency")[: 2 if num_experts == few else 1]:
-            layer = group_of(comm, strategies()[strategy], num_experts)
-            layer.strategy.mover.choose = lambda job, tokens: kernel
-            runner = switch_runner(switch_of(layer.placement, comm.rank, weights))
-            runner.mover.choose = lambda job, tokens: kernel
+            layer = group_of(comm, strategies()[strategy], num_experts, kernel)
+            switch = switch_of(layer.placement, comm.rank, weights)
             options = (kernel, Option("gather", "metal"))
             for option in options[: 2 if strategy == "normal" else 1]:
-                runner.choose = lambda rows, per_row, o=option: o
+                mover = Mover(lambda job, tokens: kernel)
+                runner = install_runner(switch, lambda rows, o=option: o, mover)
                 layer.counters.reset()
                 for name in ("uneven T", "tokens on rank 0 only"):
                     case = cases[name]
@@ -207,8 +214,9 @@ def logits_by_kernels(group):
     """A model with everything by kernels, beside the same one by MLX's ops."""
     import mlx_ep
     from mlx_ep.config import EPConfig
-    from mlx_ep.experts import switch_runner
-    from mlx_ep.rows import Option
+    from mlx_ep.exchange import STRATEGIES
+    from mlx_ep.experts import install_runner
+    from mlx_ep.rows import Mover, Option
     from tests import tiny
 
     tokens, kernel = mx.array([[5, 9, 200, 31, 7]]), Option("metal", "metal")
@@ -219,9 +227,11 @@ def logits_by_kernels(group):
         pairs = state.counters.pairs_computed
         state.counters.reset()
         execute_on_cpu()
-        state.group.strategy.mover.choose = lambda job, tokens: kernel
+        mover = Mover(lambda job, tokens: kernel)
+        group = replace(state.group, strategy=STRATEGIES.create(config, mover))
         for block in state.blocks:
-            switch_runner(block.site.switch).choose = lambda rows, per_row: kernel
+            block.group = group
+            install_runner(block.site.switch, lambda rows: kernel, mover)
         got = np.array(model(tokens))
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
         assert state.counters.pairs_computed == pairs > 0
@@ -269,9 +279,11 @@ def run_with_wrong_kernels(group, folder):
 
 
 def _with_wrong(comm, what):
+    from mlx_ep.exchange import STRATEGIES
     from mlx_ep.experts import switch_runner
     from mlx_ep.kernels import loader
-    from mlx_ep.tune import Layer, Wish, tune, warmup, warmup_movement
+    from mlx_ep.tune import Layer, Wish, check, experts, tune
+    from mlx_ep.tune import movement as movements
 
     original, weights = loader.source, weights_of()
 
@@ -284,12 +296,13 @@ def _with_wrong(comm, what):
         return text
 
     # Enough to see what is wrong; how fast it would be on a GPU does not show here.
-    warmup_movement.TOKENS, warmup.ROWS_PER_SLOT = (5,), (1, 4)
-    warmup.TIMED_SECONDS = 0.0
+    movements.TOKENS, experts.ROWS_PER_SLOT = (5,), (1, 4)
+    check.TIMED_SECONDS = 0.0
     loader.source = mutated
     loader.forget_kernels()
     try:
-        layer = group_of(comm, strategies()["normal in rounds"])
+        config = strategies()["normal in rounds"]
+        layer = group_of(comm, config)
         switch = switch_of(layer.placement, comm.rank, weights)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -298,10 +311,13 @@ def _with_wrong(comm, what):
                 E,
                 comm,
                 Wish(backend="metal"),
-                strategy=layer.strategy,
+                moves_rows=True,
                 placement=layer.placement,
             )
-        shape, (movement,) = policy.shapes[0], policy.movement
+        if policy.mover is not None:
+            strategy = STRATEGIES.create(config, policy.mover)
+            layer = replace(layer, strategy=strategy)
+        (shape,), (movement,) = policy.experts, policy.movement
         left_out = {
             job: {str(o): why for o, why in found.left_out.items()}
             for job, found in {"experts": shape, **movement.jobs}.items()

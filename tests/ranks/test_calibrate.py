@@ -11,9 +11,10 @@ import pytest
 
 from mlx_ep.calibrate import chosen_packings, chosen_widths
 from mlx_ep.cost.profile import Profile, read_profile
-from mlx_ep.cost.shape import affine, named_layer
+from mlx_ep.cost.shape import named_layer
 from mlx_ep.cost.step import ARMS, layer_cost
 from mlx_ep.measure.costs import PACKINGS
+from mlx_ep.types import Packing
 from tests.ranks import run_commands
 
 pytestmark = pytest.mark.requires("ranks")
@@ -42,7 +43,7 @@ def test_two_ranks_write_one_profile(tmp_path: Path) -> None:
     for table in link.tables.values():
         assert table.ranks == 2
         assert all(0 < s < math.inf for s in table.seconds)
-    layer = named_layer("16,512,256,4", affine(4, 64, "float32"), itemsize=4)
+    layer = named_layer("16,512,256,4", Packing.affine(4, 64, "float32"), itemsize=4)
     for arm in ARMS:
         cost = layer_cost(profile, layer, arm, tokens=8, num_ranks=2)
         assert 0 < cost.seconds < math.inf

@@ -31,14 +31,14 @@ def _layer(num_slots: int, seed: int):
 
 def _measured(seconds: dict[str, float], wrong: str = ""):
     """Stands for the warm-up: an option takes so long, however many rows there are."""
-    from mlx_ep.tune import Result
+    from mlx_ep.tune import Finding
 
-    def measure(switch, dtype, top_k, candidates):
+    def measure(problem, options):
         return {
-            option: Result(left_out="it differs by 0.5")
+            option: Finding(left_out="it differs by 0.5")
             if option.runner == wrong
-            else Result((1, 4), (seconds[option.runner],) * 2)
-            for option in candidates
+            else Finding((1, 4), (seconds[option.runner],) * 2)
+            for option in options
         }
 
     return measure
@@ -68,7 +68,7 @@ def _choices(group, case, folder):
 
     rank, comm = group.rank(), GroupComm(group)
     os.environ["XDG_CACHE_HOME"] = f"{folder}/{case}/{rank}"  # hosts of their own
-    module = importlib.import_module("mlx_ep.tune.tune")
+    module = importlib.import_module("mlx_ep.tune.agree")
     if case != "real measurements":
         fast, slow = ("gather", "blas") if rank == 0 else ("blas", "gather")
         wrong = "gather" if rank == 1 and case == "wrong on rank 1" else ""
@@ -81,9 +81,9 @@ def _choices(group, case, folder):
         warnings.simplefilter("ignore")
         policy = tune(layers, E, comm)
     choose = switch_runner(layers[1].switch).choose
-    chosen = [str(choose(t, K)) for t in (0, 1, 7, 64, 1000)]
-    shape = policy.shapes[0]
-    predicted = [shape.predicted(o, 16, K) for o in shape.possible]
+    chosen = [str(choose(t)) for t in (0, 1, 7, 64, 1000)]
+    shape = policy.experts[0]
+    predicted = [shape.predicted(o, 16) for o in shape.possible]
     return chosen, {str(o): why for o, why in shape.left_out.items()}, predicted
 
 

@@ -125,9 +125,9 @@ def test_weights_have_the_size_and_spread_that_they_should(mode, bits):
             linear.weight,
             linear.scales,
             linear.get("biases"),
-            group_size=weights.group_size,
-            bits=weights.bits,
-            mode=weights.mode,
+            group_size=weights.packing.group_size,
+            bits=weights.packing.bits,
+            mode=weights.packing.mode,
             dtype=mx.float32,
         )
         assert matrix.shape[-1] == columns

@@ -18,8 +18,9 @@ from mlx_ep.cost.expected import (
 from mlx_ep.cost.layer import SORTED_ROWS, TILE_ROWS, dense_seconds
 from mlx_ep.cost.profile import cost_key, overridden
 from mlx_ep.cost.records import CollectiveTable, MatrixCost
-from mlx_ep.cost.shape import Matrices, affine
+from mlx_ep.cost.shape import MatrixTotal
 from mlx_ep.cost.step import ARMS, layer_cost, step_cost
+from mlx_ep.types import Packing
 from tests.round_numbers import JACCL, LAYER, MODEL, PROFILE, RING
 
 
@@ -145,7 +146,7 @@ def test_sharded_arms_move_what_the_strategies_say() -> None:
     assert gathered.collectives == 2
     swapped = layer_cost(PROFILE, LAYER, "ep-all-to-all", tokens=64, num_ranks=2)
     assert swapped.collective_bytes == 32 * (200 + 2 * 8) + 32 * 200
-    shared = replace(LAYER, shared=Matrices(10_000, 20_000))
+    shared = replace(LAYER, shared=MatrixTotal(10_000, 20_000))
     whole, part = (
         layer_cost(PROFILE, shared, arm, tokens=64, num_ranks=2).shared
         for arm in ("ep-replicated", "ep-gathered")
@@ -197,9 +198,9 @@ def test_measured_runners_are_taken_and_the_fastest_by_itself() -> None:
     with pytest.raises(ValueError, match="no runner 'metal'"):
         layer_cost(profile, LAYER, "single", tokens=1, runner="metal")
     # Another dtype of the scales is the same packing, other bits are not.
-    float32 = replace(LAYER, packing="affine 4 bit/64 float32")
+    float32 = replace(LAYER, packing=Packing.affine(4, dtype="float32"))
     assert layer_cost(profile, float32, "single", tokens=1).runner == "blas"
-    eight = replace(LAYER, packing=affine(8).name)
+    eight = replace(LAYER, packing=Packing.affine(8))
     assert layer_cost(profile, eight, "single", tokens=1).runner == "limits"
 
 
@@ -290,11 +291,11 @@ def test_refuses(arguments, message) -> None:
 
 
 def test_dense_matrices_are_read_or_multiplied() -> None:
-    matrices = Matrices(1000, 2000)
-    assert dense_seconds(PROFILE, matrices, "bfloat16", 1) == pytest.approx(2e-6)
-    many = dense_seconds(PROFILE, matrices, "bfloat16", 10_000)
+    matrices, plain = MatrixTotal(1000, 2000), Packing.plain("bfloat16")
+    assert dense_seconds(PROFILE, matrices, plain, 1) == pytest.approx(2e-6)
+    many = dense_seconds(PROFILE, matrices, plain, 10_000)
     assert many == pytest.approx(2 * 10_000 * 1000 / 1e12)
-    assert dense_seconds(PROFILE, Matrices(), "bfloat16", 5) == 0.0
+    assert dense_seconds(PROFILE, MatrixTotal(), plain, 5) == 0.0
     cost = MatrixCost(rows=(1.0, 3.0), seconds=(1e-9, 2e-9))
     measured = replace(PROFILE, dense={"bfloat16": cost})
-    assert dense_seconds(measured, matrices, "bfloat16", 2) == pytest.approx(1.5e-6)
+    assert dense_seconds(measured, matrices, plain, 2) == pytest.approx(1.5e-6)

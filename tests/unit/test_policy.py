@@ -21,23 +21,25 @@ from mlx_ep.experts.table import BACKENDS
 from mlx_ep.metrics import Counters
 from mlx_ep.rows import Option
 from mlx_ep.tune import (
-    ExpertsPolicy,
-    Measured,
+    Choice,
+    ExpertsProblem,
+    Finding,
     ModelPolicy,
     Wish,
+    cache,
     default_backend,
     default_option,
     default_strategy,
     measure,
     tune,
 )
-from mlx_ep.tune.cache import cache_folder, cache_key, read_cache, write_cache
+from mlx_ep.tune.cache import cache_folder, cache_key, read_findings, write_findings
 from mlx_ep.types import Rows, TokenCounts
-from tests.switches import KERNELS, D, E, F, K, fail, make_layer, make_switch
+from tests.switches import KERNELS, D, E, F, fail, make_layer, make_switch
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
-tune_module = importlib.import_module("mlx_ep.tune.tune")
+agree_module = importlib.import_module("mlx_ep.tune.agree")
 GATHER, BLAS = Option("gather", "cpu"), Option("blas", "cpu")
 GPU = Option("gather", "metal")
 
@@ -99,35 +101,39 @@ def test_default_strategy_is_that_of_auto() -> None:
 
 
 def test_times_between_and_beyond_measurements() -> None:
-    times = Measured((1, 4, 16), (1.0, 4.0, 10.0))
-    values = [times.per_slot(rows) for rows in (1, 2.5, 4, 10, 16, 18)]
+    times = Finding((1, 4, 16), (1.0, 4.0, 10.0))
+    values = [times.of_size(rows) for rows in (1, 2.5, 4, 10, 16, 18)]
     assert values == pytest.approx([1.0, 2.5, 4.0, 7.0, 10.0, 11.0])
-    assert times.per_slot(0.5) == 1.0
-    assert Measured((2,), (3.0,)).per_slot(4) == 6.0
+    assert times.of_size(0.5) == 1.0
+    assert Finding((2,), (3.0,)).of_size(4) == 6.0
+
+
+def choice_of(gather: Finding, blas: Finding) -> Choice:
+    """2 experts that every row visits, on 2 ranks."""
+    problem = ExpertsProblem(make_layer(make_switch()), num_experts=2, num_ranks=2)
+    measured = {GATHER: gather, BLAS: blas}
+    return Choice("", (GATHER, BLAS), {}, measured, (), False, problem)
 
 
 def test_the_fastest_is_chosen_by_hand() -> None:
     """All 2 experts are visited by every row: m = T on each of 2 ranks' one slot."""
-    policy = ExpertsPolicy(
-        name="",
-        num_experts=2,
-        num_ranks=2,
-        row_bytes=4,
-        possible=(GATHER, BLAS),
-        left_out={},
-        measured={
-            GATHER: Measured((1, 4), (1.0, 4.0)),
-            BLAS: Measured((1, 4), (3.0, 3.6)),
-        },
-    )
-    assert policy.predicted(GATHER, 4, 2) == pytest.approx(4.0)
-    assert policy.predicted(BLAS, 4, 2) == pytest.approx(3.6)
-    assert [policy.choose(rows, 2) for rows in (1, 3, 4, 64)] == [
+    choice = choice_of(Finding((1, 4), (1.0, 4.0)), Finding((1, 4), (3.0, 3.6)))
+    assert choice.predicted(GATHER, 4) == pytest.approx(4.0)
+    assert choice.predicted(BLAS, 4) == pytest.approx(3.6)
+    assert [choice.choose(rows) for rows in (1, 3, 4, 64)] == [
         GATHER, GATHER, BLAS, BLAS,
     ]  # fmt: skip
-    assert policy.crossover(2, BLAS, GATHER) == 4
-    assert policy.crossover(2, GATHER, BLAS) is None
-    assert policy.choose(0, 2) == GATHER  # a rank without rows
+    assert choice.crossover(BLAS, GATHER) == 4
+    assert choice.crossover(GATHER, BLAS) is None
+    assert choice.choose(0) == GATHER  # a rank without rows
+
+
+def test_mlx_s_own_way_is_left_for_clearly_faster_ones_only() -> None:
+    """Within the noise of a warm-up nothing replaces what mlx-lm itself does."""
+    own = Finding((1, 4), (1.0, 4.0))
+    for share, expected in ((0.94, BLAS), (0.96, GATHER), (1.0, GATHER)):
+        other = Finding((1, 4), (share, 4 * share))
+        assert choice_of(own, other).choose(4) == expected
 
 
 # ---------------------------------------------------------------- the warm-up
@@ -139,9 +145,9 @@ def test_right_options_are_measured(bits: int | None, dtype: mx.Dtype) -> None:
     switch = make_switch(dtype)
     if bits:
         quantize(switch, bits)
-    results = measure(switch, dtype, K, [BLAS])
+    results = measure(ExpertsProblem(make_layer(switch, dtype), E, 1), [BLAS])
     assert results[BLAS].left_out == ""
-    assert results[BLAS].rows[:2] == (1, 4)
+    assert results[BLAS].sizes[:2] == (1, 4)
     assert results[BLAS].error < 1e-5
     assert sorted(results[BLAS].seconds) == list(results[BLAS].seconds)
 
@@ -179,16 +185,16 @@ def test_a_wrong_kernel_is_left_out_for_good(
     with pytest.warns(UserWarning, match=f"wrong on cpu is left out, .*{reason}"):
         policy = run_tune(switch)
     wrong = Option("wrong", "cpu")
-    shape = policy.shapes[0]
+    shape = policy.experts[0]
     assert wrong not in shape.possible and wrong in shape.left_out
     np.testing.assert_allclose(outputs(switch), outputs(right), atol=1e-6)
     assert "left out: wrong on cpu, because" in policy.explain()
 
     # The next start does not try it again.
-    monkeypatch.setattr(tune_module, "measure", fail)
+    monkeypatch.setattr(agree_module, "measure", fail)
     again = make_switch()
     with pytest.warns(UserWarning, match="wrong on cpu is left out"):
-        assert run_tune(again).shapes[0].left_out == shape.left_out
+        assert run_tune(again).experts[0].left_out == shape.left_out
     # Nor can it be forced.
     with pytest.raises(ValueError, match="Nothing can run the experts"):
         run_tune(again, wish=Wish(runner="wrong"))
@@ -198,17 +204,17 @@ def test_layers_of_one_shape_share_a_policy() -> None:
     first, second, other = make_switch(), make_switch(), make_switch()
     quantize(other, 8)
     policy = run_tune(first, second, other)
-    assert len(policy.shapes) == 2
+    assert len(policy.experts) == 2
     choices = [switch_runner(s).choose for s in (first, second, other)]
     assert choices[0] == choices[1] != choices[2]
     assert policy.explain().count("Experts ") == 2
 
 
 def test_without_warmup_the_rule_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune_module, "measure", fail)
+    monkeypatch.setattr(agree_module, "measure", fail)
     policy = run_tune(make_switch(), wish=Wish(warmup=False))
-    assert policy.shapes[0].measured == {}
-    assert policy.shapes[0].choose(1, K) == BLAS
+    assert policy.experts[0].measured == {}
+    assert policy.experts[0].choose(1) == BLAS
     assert "not measured" in policy.explain()
     assert not cache_folder().exists()
 
@@ -219,15 +225,15 @@ def test_unknown_switches_are_gathered() -> None:
             return 2 * super().__call__(x, indices)
 
     policy = run_tune(Doubled(D, F, E))
-    assert policy.shapes[0].possible == (GATHER,)
+    assert policy.experts[0].possible == (GATHER,)
 
 
 def test_16_bit_models_are_not_gathered_on_a_cpu() -> None:
     switch = make_switch(mx.bfloat16)
     comm = GroupComm(mx.distributed.init())
     policy = tune([make_layer(switch, mx.bfloat16)], E, comm)
-    assert policy.shapes[0].possible == (BLAS,)
-    assert "float32 only" in policy.shapes[0].left_out[GATHER]
+    assert policy.experts[0].possible == (BLAS,)
+    assert "float32 only" in policy.experts[0].left_out[GATHER]
 
 
 # ---------------------------------------------------------------- forcing
@@ -235,13 +241,13 @@ def test_16_bit_models_are_not_gathered_on_a_cpu() -> None:
 
 def test_a_runner_can_be_forced() -> None:
     policy = run_tune(make_switch(), wish=Wish(runner="gather"))
-    assert policy.shapes[0].possible == (GATHER,)
+    assert policy.experts[0].possible == (GATHER,)
     assert "runner gather is forced" in policy.explain()
 
 
 def test_a_backend_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(
-        run_tune(make_switch(), wish=Wish(backend="cpu")).shapes[0].possible
+        run_tune(make_switch(), wish=Wish(backend="cpu")).experts[0].possible
     ) == {
         GATHER,
         BLAS,
@@ -274,13 +280,65 @@ def test_explain_shows_every_option() -> None:
 
 def test_cache(tmp_path: Path) -> None:
     key, other = cache_key({"width": 1}), cache_key({"width": 2})
-    assert read_cache(key) is None
-    write_cache(key, {"a": 1})
-    assert read_cache(key) == {"a": 1} and read_cache(other) is None
+    assert read_findings(key) is None
+    found = {"blas on cpu": Finding((1, 4), (0.5, 0.75), 1e-6)}
+    write_findings(key, found)
+    assert read_findings(key) == found and read_findings(other) is None
+
+
+FINE = Finding((1,), (0.5,)).to_json()
+MALFORMED = {
+    "half a file": '{"key": ',
+    "no record": "[]",
+    "no results": '{"key": KEY}',
+    "another key": '{"key": {}, "results": {}}',
+    "deeply nested": "[" * 100_000,
+    "results of another form": '{"key": KEY, "results": [1]}',
+    "a finding of another form": '{"key": KEY, "results": {"blas on cpu": 3}}',
+    "fields missing": '{"key": KEY, "results": {"blas on cpu": {"sizes": [1]}}}',
+} | {
+    f"{name} {value}": '{"key": KEY, "results": {"blas on cpu": FOUND}}'.replace(
+        "FOUND", json.dumps({**FINE, name: value})
+    )
+    for name, value in (
+        ("sizes", "1"), ("sizes", [2, 1]), ("sizes", ["a"]), ("sizes", None),
+        ("seconds", [-1.0]), ("seconds", [float("nan")]), ("seconds", []),
+        ("error", "x"), ("left_out", 1),
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_a_malformed_cache_file_is_measured_again(what: str, tmp_path: Path) -> None:
+    switch = make_switch()
+    first = run_tune(switch)
     (file,) = (tmp_path / "mlx_ep" / "experts").iterdir()
-    for text in ("{", "[]", json.dumps({"key": other, "results": {}})):
+    key = json.loads(file.read_text())["key"]
+    file.write_text(MALFORMED[what].replace("KEY", json.dumps(key)))
+    with pytest.warns(UserWarning, match="is not what a warm-up has written") as said:
+        again = run_tune(switch)
+    assert len(said) == 1 and "\n" not in str(said[0].message)
+    assert again.experts[0].possible == first.experts[0].possible
+    assert again.experts[0].measured
+    assert read_findings(key)  # written anew
+
+
+def test_the_cache_s_key_is_of_the_code_that_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of a runner's Python source is measured again."""
+    for room in cache.TIMED_ROOMS:
+        (tmp_path / room).mkdir()
+    file = tmp_path / "experts" / "blas.py"
+    file.write_text("x = 1")
+    monkeypatch.setattr(cache.mlx_ep, "__file__", str(tmp_path / "__init__.py"))
+    keys = []
+    for text in ("x = 1", "x = 2", "x = 1"):
         file.write_text(text)
-        assert read_cache(key) is None
+        cache._code_digest.cache_clear()
+        keys.append(cache_key({}))
+    cache._code_digest.cache_clear()
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_a_folder_that_cannot_be_written(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import mlx.core as mx
@@ -13,19 +14,21 @@ from mlx_ep.experts import switch_runner
 from mlx_ep.placement import Placement
 from mlx_ep.rows import Job, OpsMovement, Option, RowPlan, mover
 from mlx_ep.tune import (
+    Finding,
+    MovementProblem,
     MovementShape,
-    Result,
+    agree,
     default_movement,
-    measure_movement,
-    move,
+    explain,
+    facts,
+    measure,
     tune,
 )
-from mlx_ep.tune.explain import explain_movement
-from mlx_ep.tune.move import agree_movement, movement_facts
 from tests.switches import KERNELS, D, E, K, fail, make_layer, make_switch
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
+agree_module = importlib.import_module("mlx_ep.tune.agree")
 OPS_CPU, OPS_METAL = Option("ops", "cpu"), Option("ops", "metal")
 
 
@@ -42,14 +45,17 @@ def movement_shape(num_ranks: int = 2, rank: int = 0) -> MovementShape:
     return MovementShape(D, mx.bfloat16, K, placement, rank, exchanges=num_ranks > 1)
 
 
-def facts_of(**results: Result) -> dict[str, object]:
-    """One rank with Metal, that found the same for each job."""
-    found = {"impossible": {}, "results": {k: r.to_json() for k, r in results.items()}}
-    return dict.fromkeys(("rows", "ranks", "pairs"), found)
+def problem_of(job: Job, num_ranks: int = 2, rank: int = 0) -> MovementProblem:
+    return MovementProblem(movement_shape(num_ranks, rank), job)
 
 
-def timed(few: float, many: float) -> Result:
-    return Result((1, 64), (few, many))
+def facts_of(**results: Finding) -> dict[str, object]:
+    """One rank with Metal, and what it found."""
+    return {"impossible": {}, "results": {k: r.to_json() for k, r in results.items()}}
+
+
+def timed(few: float, many: float) -> Finding:
+    return Finding((1, 64), (few, many))
 
 
 def test_ranks_agree_on_a_movement() -> None:
@@ -59,22 +65,21 @@ def test_ranks_agree_on_a_movement() -> None:
         "ops on metal": timed(2.0, 3.0),
         "metal on metal": timed(0.1, 0.2),
     }
-    wrong = first | {"metal on metal": Result(left_out="it differs by 0.5")}
+    wrong = first | {"metal on metal": Finding(left_out="it differs by 0.5")}
     slow = first | {"ops on cpu": timed(99.0, 99.0)}
     ranks = [facts_of(**first), facts_of(**slow), facts_of(**wrong)]
-    policy, agreed = agree_movement(movement_shape(3), ranks, None)
-    rows = policy.jobs["rows"]
+    rows = agree(problem_of("rows", 3), ranks)
     assert rows.possible == (OPS_CPU, OPS_METAL)
     assert rows.left_out[KERNELS] == "rank 2: it differs by 0.5"
-    assert agreed["rows"].wrong == (KERNELS,)
-    chosen = [policy.choose("rows", tokens) for tokens in (0, 1, 20, 64, 9999)]
+    assert rows.wrong == (KERNELS,)
+    chosen = [rows.choose(tokens) for tokens in (0, 1, 20, 64, 9999)]
     assert chosen == [OPS_CPU, OPS_CPU, OPS_METAL, OPS_METAL, OPS_METAL]
-    everyone = agree_movement(movement_shape(), [facts_of(**first)] * 2, None)[0]
-    assert everyone.choose("ranks", 1) == KERNELS
-    on_cpu = agree_movement(movement_shape(), [facts_of(**first)] * 2, "cpu")[0]
-    assert on_cpu.jobs["pairs"].possible == (OPS_CPU,) and on_cpu.forced
-    assert on_cpu.jobs["pairs"].left_out[KERNELS] == "backend cpu is forced"
-    text = explain_movement(everyone, [1])
+    everyone = agree(problem_of("ranks"), [facts_of(**first)] * 2)
+    assert everyone.choose(1) == KERNELS
+    on_cpu = agree(problem_of("pairs"), [facts_of(**first)] * 2, "cpu")
+    assert on_cpu.possible == (OPS_CPU,) and on_cpu.forced
+    assert on_cpu.left_out[KERNELS] == "backend cpu is forced"
+    text = explain(everyone, [1])
     assert "metal on metal: measured per call 100 ms with 1 token" in text
     assert (
         "Movement of 32 bfloat16, top 2, 2 ranks; sums of all ranks; by rank 0" in text
@@ -83,19 +88,17 @@ def test_ranks_agree_on_a_movement() -> None:
 
 def test_a_backend_that_moves_nothing_is_refused() -> None:
     none = {"impossible": {"ops on metal": "no", "metal on metal": "no"}, "results": {}}
-    ranks = [dict.fromkeys(("rows", "ranks", "pairs"), none)]
     with pytest.raises(ValueError, match="Nothing can move the rows of 32 bfloat16"):
-        agree_movement(movement_shape(), ranks, "metal")
+        agree(problem_of("rows"), [none], "metal")
 
 
 @pytest.mark.parametrize("job", ["rows", "ranks", "pairs"])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_a_right_movement_is_measured(job: Job, num_ranks: int) -> None:
     for rank in range(num_ranks):
-        shape = movement_shape(num_ranks, rank)
-        (result,) = measure_movement(shape, job, [OPS_CPU]).values()
+        (result,) = measure(problem_of(job, num_ranks, rank), [OPS_CPU]).values()
         assert result.left_out == "" and result.error < 1e-6
-        assert result.rows == (1, 64, 512)
+        assert result.sizes == (1, 64, 512)
         assert sorted(result.seconds) == list(result.seconds)
 
 
@@ -104,11 +107,12 @@ def test_a_shared_width_is_moved_by_ops(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(mover, "uses_metal", lambda: True)
     placement = Placement.from_groups([E], [[8, 8]])
     shape = MovementShape(D, mx.float32, K, placement, 1, exchanges=True)
-    policy = agree_movement(shape, [movement_facts(shape, False, 1)], None)[0]
-    for job in policy.jobs.values():
-        assert job.possible == (OPS_CPU, OPS_METAL)
-        assert "an expert lives on several ranks" in job.left_out[KERNELS]
-    (result,) = measure_movement(shape, "rows", [OPS_CPU]).values()
+    for job in shape.jobs:
+        problem = MovementProblem(shape, job)
+        choice = agree(problem, [facts(problem, False, 1)])
+        assert choice.possible == (OPS_CPU, OPS_METAL)
+        assert "an expert lives on several ranks" in choice.left_out[KERNELS]
+    (result,) = measure(MovementProblem(shape, "rows"), [OPS_CPU]).values()
     assert result.left_out == ""
 
 
@@ -131,36 +135,37 @@ def test_a_wrong_movement_is_left_out_for_good(
 ) -> None:
     monkeypatch.setitem(mover.MOVEMENTS, "metal", WrongMovement)
     monkeypatch.setattr(mover, "uses_metal", lambda: True)
-    shape = movement_shape()
-    facts = [movement_facts(shape, True, 1)]
-    policy = agree_movement(shape, facts, None)[0]
-    assert "differs from the reference by" in policy.jobs[job].left_out[KERNELS]
-    assert policy.jobs[job].possible == (OPS_CPU, OPS_METAL)
+    problem = problem_of(job)
+    found = facts(problem, True, 1)
+    choice = agree(problem, [found])
+    assert "differs from the reference by" in choice.left_out[KERNELS]
+    assert choice.possible == (OPS_CPU, OPS_METAL)
 
     # The next start does not try it again.
-    monkeypatch.setattr(move, "measure_movement", fail)
-    again = movement_facts(shape, True, 1)
-    assert again == json.loads(json.dumps(facts[0]))
-    assert agree_movement(shape, [again], None)[0] == policy
+    monkeypatch.setattr(agree_module, "measure", fail)
+    again = facts(problem, True, 1)
+    assert json.dumps(again) == json.dumps(found)
+    assert agree(problem, [again]) == choice
     # Without a warm-up the rule holds, and it takes no kernel.
-    unmeasured = agree_movement(shape, [movement_facts(shape, False, 1)], None)[0]
-    assert unmeasured.jobs[job].measured == {}
-    assert unmeasured.choose(job, 1) == OPS_CPU
+    unmeasured = agree(problem, [facts(problem, False, 1)])
+    assert unmeasured.measured == {}
+    assert unmeasured.choose(1) == OPS_CPU
 
 
 def test_tune_sets_what_moves_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank exchanges nothing: only the sums of pairs have a choice."""
     monkeypatch.setattr(mover, "uses_metal", lambda: True)
     monkeypatch.setitem(mover.MOVEMENTS, "metal", WrongMovement)
-    switch, strategy = make_switch(), Auto()
+    switch = make_switch()
     comm = GroupComm(mx.distributed.init())
-    with pytest.warns(UserWarning, match="Movement of 32 float32, top 2, pairs: metal"):
-        policy = tune([make_layer(switch)], E, comm, strategy=strategy)
+    said = r"Movement of 32 float32, top 2; sums of this rank's pairs.*: metal on metal"
+    with pytest.warns(UserWarning, match=said):
+        policy = tune([make_layer(switch)], E, comm, moves_rows=True)
     (movement,) = policy.movement
     assert list(movement.jobs) == ["pairs"]
     assert switch_runner(switch).mover.choose == movement.choose
-    assert strategy.mover.choose is None
-    text = policy.explain([1, 256])
-    assert "left out: metal on metal, because with 1 tokens it differs" in text
+    assert policy.mover is None
+    text = policy.with_strategy(Auto()).explain([1, 256])
+    assert "left out: metal on metal, because with 1 token per call it differs" in text
     assert "T=256: low_latency with all tokens, because nearly every" in text
     assert "(gathered " in text and ", normal " in text

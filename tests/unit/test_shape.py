@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 
 from mlx_ep.cost.shape import (
-    MXFP4,
-    Matrices,
-    affine,
+    MatrixTotal,
     layer_from_json,
     model_from_json,
     named_layer,
 )
 from mlx_ep.loading.shape import model_shape
+from mlx_ep.types import MXFP4, Packing
 from tests import tiny
 from tests.round_numbers import MODEL
 
@@ -22,7 +21,10 @@ def test_named_layers_and_packings() -> None:
     assert (layer.num_experts, layer.width, layer.expert_width) == (384, 1792, 512)
     assert layer.bytes_per_weight == 0.5625
     assert named_layer("8,64,128,2", MXFP4).expert_bytes == 3 * 64 * 128 * 17 // 32
-    assert named_layer("8,64,128,2", affine(4, 64, "float32")).bytes_per_weight == 0.625
+    assert (
+        named_layer("8,64,128,2", Packing.affine(4, 64, "float32")).bytes_per_weight
+        == 0.625
+    )
     for name, message in (("kimi", "must be one of"), ("8,64,128", "four numbers")):
         with pytest.raises(ValueError, match=message):
             named_layer(name)
@@ -81,7 +83,7 @@ def test_model_shape_of_known_numbers() -> None:
     # shard() splits the four projections and the dense layer's three.
     assert shape.attention.split_weights == shape.attention.weights
     assert shape.dense.split_weights == shape.dense.weights == 3 * 64 * 96
-    assert shape.layer.router == Matrices(640, 1280)
+    assert shape.layer.router == MatrixTotal(640, 1280)
     assert shape.has_shard and shape.kv_is_split
     assert not model_shape(tiny.QWEN2_MOE).has_shard
     windowed = model_shape(tiny.GPT_OSS)
@@ -93,10 +95,12 @@ def test_model_shape_of_known_numbers() -> None:
 def test_model_shape_of_a_quantized_model() -> None:
     config = {**tiny.QWEN3_MOE, "quantization": {"group_size": 32, "bits": 4}}
     shape = model_shape(config)
-    assert shape.layer.packing == "affine 4 bit/32 bfloat16"
-    assert shape.layer.expert_bytes == affine(4, 32).num_bytes(3 * 64 * 32)
+    assert shape.layer.packing == Packing.affine(4, 32)
+    assert shape.layer.expert_bytes == Packing.affine(4, 32).num_bytes(3 * 64 * 32)
     assert shape.dense_packing == shape.layer.packing
-    assert shape.attention.num_bytes == affine(4, 32).num_bytes(shape.attention.weights)
+    assert shape.attention.num_bytes == Packing.affine(4, 32).num_bytes(
+        shape.attention.weights
+    )
 
 
 def test_held_bytes_by_arm() -> None:

@@ -1,4 +1,4 @@
-"""Every way to plan, pack and sum rows, checked against NumPy and timed.
+"""Planning, packing and summing rows, as a `Problem` for each job.
 
 With the width, dtype, K and placement of a layer and a few numbers of tokens, as one
 rank does it between others; nothing is sent.
@@ -6,23 +6,28 @@ rank does it between others; nothing is sent.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from functools import cached_property
+from typing import Any, get_args
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_ep.placement import Placement
-from mlx_ep.rows import Job, Movement, Option, movement_of
-from mlx_ep.tune.warmup import Result, fastest, relative_error
-from mlx_ep.types import TokenCounts, to_host
+from mlx_ep.rows import MOVEMENTS, Job, Movement, Option, movement_options
+from mlx_ep.tune.choose import default_movement
+from mlx_ep.tune.problem import Solver
+from mlx_ep.types import TokenCounts, dtype_name, to_host
 
 TOKENS = (1, 64, 512)
 MAX_BYTES = 256 << 20  # of the rows of a case: with wide rows there are fewer tokens
-# Of the largest number: float32 sums of few terms. Copies and plans are exact.
-SUM_TOLERANCE = 1e-5
+
+JOB_TITLES: dict[Job, str] = {
+    "rows": "an all-to-all's rows: plan, pack, sum",
+    "ranks": "sums of all ranks",
+    "pairs": "sums of this rank's pairs (runner gather)",
+}
 
 Run = Callable[[Movement], list[mx.array]]
 Expected = list[np.ndarray]
@@ -54,68 +59,84 @@ class MovementShape:
         return get_args(Job) if self.exchanges else ("pairs",)
 
     @property
+    def row_bytes(self) -> int:
+        return self.width * self.dtype.size
+
+    @property
     def name(self) -> str:
         """For a person."""
-        dtype = str(self.dtype).removeprefix("mlx.core.")
         ranks = f", {self.placement.num_ranks} ranks" if self.exchanges else ""
-        return f"{self.width} {dtype}, top {self.top_k}{ranks}"
+        return f"{self.width} {dtype_name(self.dtype)}, top {self.top_k}{ranks}"
 
 
-def measure_movement(
-    shape: MovementShape, job: Job, candidates: Iterable[Option]
-) -> dict[Option, Result]:
-    """Check and time the options for a job.
+@dataclass(frozen=True)
+class MovementProblem:
+    """A `Problem`: one job of moving rows. A call is one part, of its tokens.
 
-    Args:
-        shape: of the layer.
-        job: what is measured.
-        candidates: those that are possible in this process.
+    Attributes:
+        shape: of the rows.
+        job: what is done with them.
     """
-    most = max(shape.placement.num_ranks, shape.top_k) * 4 * shape.width
-    counts = [count for count in TOKENS if count * most <= MAX_BYTES] or TOKENS[:1]
-    cases = [(count, *_JOBS[job](shape, count)) for count in counts]
-    return {option: _measure(option, cases) for option in candidates}
 
+    shape: MovementShape
+    job: Job
+    unit: str = "token"
+    part: str = "call"
+    runner: str = "auto"
+    # Of the largest number: float32 sums of few terms. Copies and plans are exact.
+    tolerance: float = 1e-5
+    case_parts: int = 1
+    is_held: bool = True
 
-def _measure(option: Option, cases: list[tuple[int, Run, Expected]]) -> Result:
-    seconds, error = [], 0.0
-    movement = movement_of(option)
-    for num_tokens, run, expected in cases:
+    @property
+    def title(self) -> str:
+        return f"Movement of {self.shape.name}; {JOB_TITLES[self.job]}"
 
-        def call(run: Run = run) -> list[mx.array]:
-            results = run(movement)
-            # sync: this is what is timed.
-            mx.eval(results)
-            return results
+    @property
+    def task(self) -> str:
+        return f"move the rows of {self.shape.name}"
 
-        try:
-            start = time.perf_counter()
-            results = call()
-            first = time.perf_counter() - start
-        except (RuntimeError, ValueError) as failure:  # MLX's, say of a compiler
-            return Result(left_out=f"it failed: {failure}")
-        difference = max(_difference(*both) for both in zip(results, expected))
-        error = max(error, difference)
-        if not difference <= SUM_TOLERANCE:  # not `>`, which is false for NaN
-            return Result(
-                error=difference,
-                left_out=f"with {num_tokens} tokens it differs from the reference by "
-                f"{difference:.2g} of the largest number; {SUM_TOLERANCE:.2g} is "
-                "allowed",
-            )
-        seconds.append(fastest(call, first))
-    # More tokens are no less work: a smaller time says that others were busy.
-    ascending = tuple(min(seconds[i:]) for i in range(len(seconds)))
-    return Result(tuple(count for count, *_ in cases), ascending, error)
+    @property
+    def key(self) -> Mapping[str, Any]:
+        return {
+            "movement": self.shape.name,
+            "job": self.job,
+            "experts": self.shape.placement.num_experts,
+            "placement": self.shape.placement.digest,
+            "rank": self.shape.rank,
+        }
 
+    def options(self) -> Mapping[Option, str]:
+        """See `Problem`."""
+        return movement_options(self.shape.width, self.shape.placement)
 
-def _difference(got: mx.array, expected: np.ndarray) -> float:
-    """As `relative_error`; infinite for another shape, and NaN counts as infinite."""
-    if got.shape != expected.shape:
-        return float("inf")
-    # sync: at warm-up.
-    error = relative_error(to_host(got.astype(mx.float32)), expected)
-    return float("inf") if np.isnan(error) else error
+    def is_worth_checking(self, possible: Sequence[Option]) -> bool:
+        """Not where there is no choice, as without Metal."""
+        return len(possible) > 1
+
+    def reference(self) -> Mapping[int, list[np.ndarray]]:
+        """By tokens."""
+        return {size: expected for size, (_, expected) in self._cases.items()}
+
+    def solver(self, option: Option) -> Solver:
+        """See `Problem`."""
+        movement = MOVEMENTS[option.runner]()
+        return lambda size: self._cases[size][0](movement)
+
+    def parts(self, num_tokens: int) -> tuple[float, float]:
+        """See `Problem`."""
+        return 1.0, float(num_tokens)
+
+    def default(self, num_tokens: int, possible: Sequence[Option]) -> Option:
+        """See `default_movement`."""
+        return default_movement(num_tokens, self.shape.row_bytes, possible)
+
+    @cached_property
+    def _cases(self) -> dict[int, tuple[Run, Expected]]:
+        shape = self.shape
+        most = max(shape.placement.num_ranks, shape.top_k) * 4 * shape.width
+        sizes = [size for size in TOKENS if size * most <= MAX_BYTES] or TOKENS[:1]
+        return {size: _CASES[self.job](shape, size) for size in sizes}
 
 
 def _rows(shape: MovementShape, most: int) -> tuple[Run, Expected]:
@@ -200,7 +221,7 @@ def _pairs(shape: MovementShape, num_tokens: int) -> tuple[Run, Expected]:
     return run, [sums]
 
 
-_JOBS: dict[Job, Callable[[MovementShape, int], tuple[Run, Expected]]] = {
+_CASES: dict[Job, Callable[[MovementShape, int], tuple[Run, Expected]]] = {
     "rows": _rows,
     "ranks": _ranks,
     "pairs": _pairs,
