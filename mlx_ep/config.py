@@ -8,7 +8,7 @@ from math import inf
 from typing import Any, Literal, get_args
 
 # The strategies of this package; `STRATEGIES.register` adds others.
-Strategy = Literal["replicated", "gathered", "all_to_all", "auto"]
+StrategyName = Literal["replicated", "gathered", "all_to_all", "auto"]
 Mode = Literal["auto", "low_latency", "normal"]
 Sums = Literal["model", "float32"]
 Reduction = Literal["partial_sum", "per_slot"]

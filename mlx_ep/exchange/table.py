@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 
 from mlx_ep.config import ALIASES, EPConfig
 from mlx_ep.exchange.base import Strategy
+from mlx_ep.rows import Mover
 
-# A strategy is made from the configuration; without one it takes the defaults.
-Factory = Callable[..., Strategy]
+# Makes a strategy of the configuration and of what moves its rows.
+Factory = Callable[[EPConfig, Mover], Strategy]
 
 
 class StrategyTable(Mapping[str, Factory]):
-    """Strategy name -> what makes it from an `EPConfig`."""
+    """Strategy name -> what makes it."""
 
     def __init__(self) -> None:
         self._factories: dict[str, Factory] = {}
@@ -30,8 +31,11 @@ class StrategyTable(Mapping[str, Factory]):
             )
         self._factories[name] = factory
 
-    def create(self, config: EPConfig) -> Strategy:
+    def create(self, config: EPConfig, mover: Mover | None = None) -> Strategy:
         """The strategy that a configuration names, with its settings.
+
+        Args:
+            mover: chooses what packs and sums rows; default: MLX's ops, always.
 
         Raises:
             ValueError: there is no such strategy.
@@ -41,7 +45,7 @@ class StrategyTable(Mapping[str, Factory]):
                 f"strategy must be one of {', '.join(self._factories)}, or an alias ("
                 f"{', '.join(ALIASES)}); got {config.strategy!r}."
             )
-        return self._factories[config.strategy](config)
+        return self._factories[config.strategy](config, mover or Mover())
 
     def __getitem__(self, name: str) -> Factory:
         return self._factories[name]
