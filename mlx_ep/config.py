@@ -19,7 +19,7 @@ from typing import (
 )
 
 # The strategies of this package; `STRATEGIES.register` adds others.
-Strategy = Literal["replicated", "gathered", "all_to_all", "auto"]
+StrategyName = Literal["replicated", "gathered", "all_to_all", "auto"]
 Mode = Literal["auto", "low_latency", "normal"]
 Sums = Literal["model", "float32"]
 Reduction = Literal["partial_sum", "per_slot"]

@@ -126,7 +126,7 @@ class StageTimings:
         if self.enabled:
             self._last = time.perf_counter()
 
-    def begin(self, x: Any) -> None:
+    def begin(self, x: mx.array) -> None:
         """A layer has its tokens; what they are computed from is not the layer's."""
         if not self.enabled:
             return
@@ -136,19 +136,34 @@ class StageTimings:
             mx.eval(x)
             self._last = time.perf_counter()
 
-    def lap(self, stage: str, value: Value) -> Value:
-        """Evaluate what a stage made, add its time, and return it."""
-        if self.enabled:
-            # sync: stages are being timed.
-            mx.eval(_arrays(value))
-            self._add(stage)
-        return value
+    def run(
+        self,
+        stage: str,
+        function: Callable[..., Value],
+        *args: object,
+        barrier: Callable[[], None] | None = None,
+    ) -> Value:
+        """``function(*args)``, as a stage of a layer that has begun.
 
-    def wait(self, barrier: Callable[[], None]) -> None:
-        """Wait for the other ranks, as they are about to exchange something."""
-        if self.enabled:
+        Timed, its arguments are evaluated at the cost of the stage, and what it
+        returns is.
+
+        Args:
+            barrier: waits for the other ranks; given where they exchange something.
+        """
+        if not self.enabled:
+            return function(*args)
+        # sync: stages are being timed.
+        mx.eval(_arrays(args))
+        self._add(stage)
+        if barrier is not None:
             barrier()
             self._add("wait")
+        result = function(*args)
+        # sync: stages are being timed.
+        mx.eval(_arrays(result))
+        self._add(stage)
+        return result
 
     def end(self) -> None:
         """The layer is done; the next one begins where it begins."""
@@ -166,10 +181,12 @@ def _no_seconds() -> dict[str, float]:
 
 
 def _arrays(value: Any) -> list[mx.array]:
-    """The arrays inside tuples and records, such as the plan of a strategy."""
+    """The arrays inside tuples and records, such as the exchange of a strategy."""
     if isinstance(value, mx.array):
         return [value]
     if isinstance(value, (tuple, list)):
+        if value and isinstance(value[0], int):  # not one by one: a stage is timed
+            return []
         return [array for item in value for array in _arrays(item)]
     if is_dataclass(value):
         return [a for f in fields(value) for a in _arrays(getattr(value, f.name))]

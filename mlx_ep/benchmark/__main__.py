@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_ep import cli
 from mlx_ep.benchmark import legacy, plot, report
-from mlx_ep.benchmark.arms import STRATEGIES, why_not
+from mlx_ep.benchmark.arms import ARM_STRATEGIES, why_not
 from mlx_ep.benchmark.e2e import ModelPlan, measure_model
 from mlx_ep.benchmark.flags import chosen_arms, chosen_runners, make_parser
 from mlx_ep.benchmark.layer import LayerPlan, check_layer, measure_layer
@@ -75,7 +75,7 @@ def layer_heading(plan: LayerPlan, args: argparse.Namespace) -> str:
         else f" **Scaled:** D and F are 1/{args.scale} of {args.shape}'s."
     )
     routing = "uniform" if not plan.skew else f"popularity 1/rank^{plan.skew:g}"
-    has_ep = any(arm in STRATEGIES for arm in plan.arms)
+    has_ep = any(arm in ARM_STRATEGIES for arm in plan.arms)
     runner = f" Runner of the ep arms: {', '.join(plan.runners)}." if has_ep else ""
     return (
         f"One MoE layer, {shape.name}: E={shape.num_experts}, D={shape.width}, "

@@ -28,13 +28,13 @@ from mlx_ep.tune import Layer, Wish, tune
 from mlx_ep.types import TokenCounts
 
 # The strategy of each arm with expert parallelism; the rest is mlx-lm alone.
-STRATEGIES = {
+ARM_STRATEGIES = {
     "ep-replicated": "replicated",
     "ep-tensor": "replicated",
     "ep-gathered": "gathered",
     "ep-all-to-all": "all_to_all",
 }
-ARMS = ("single", "tp", *STRATEGIES)
+ARMS = ("single", "tp", *ARM_STRATEGIES)
 # Arms in which each rank has tokens of its own.
 SHARDED = ("ep-gathered", "ep-all-to-all")
 
@@ -129,16 +129,20 @@ class LayerArm:
     def _plain_stages(self, x: Float[mx.array, "T D"]) -> dict[str, float]:
         """The stages of mlx-lm's block: route, experts and, with tp, wait and sum."""
         assert self.block is not None and self.router is not None
-        timings = StageTimings(enabled=True)
+        timings, block = StageTimings(enabled=True), self.block
         timings.start()
-        ids, gates = timings.lap("route", self.router(x))
-        outputs = self.block.switch_mlp(x, ids)
-        total = (outputs * gates[..., None]).sum(axis=-2).astype(x.dtype)
-        timings.lap("experts", total)
+        ids, gates = timings.run("route", self.router, x)
+
+        def experts() -> mx.array:
+            outputs = block.switch_mlp(x, ids)
+            return (outputs * gates[..., None]).sum(axis=-2).astype(x.dtype)
+
+        def combine(total: mx.array) -> mx.array:
+            return mx.distributed.all_sum(total, group=self.comm.group)
+
+        total = timings.run("experts", experts)
         if self.name == "tp":
-            timings.wait(self.comm.barrier)
-            total = mx.distributed.all_sum(total, group=self.comm.group)
-            timings.lap("combine", total)
+            timings.run("combine", combine, total, barrier=self.comm.barrier)
         return dict(timings.seconds)
 
 
@@ -197,7 +201,7 @@ def rank_weight_bytes(
         held += shape.num_experts * shape.expert_bytes
     if "tp" in names:
         held += shape.num_experts * shape.expert_bytes // num_ranks
-    if any(name in STRATEGIES for name in names):
+    if any(name in ARM_STRATEGIES for name in names):
         placement = Placement.contiguous(shape.num_experts, num_ranks)
         held += placement.num_slots(rank) * shape.expert_bytes
     return held
@@ -238,7 +242,7 @@ def build_arms(
         arms.append(_plain_arm("tp", block_of(switch), shape, comm))
         assert arms[-1].block is not None
         arms[-1].block.sharding_group = comm.group
-    expert_arms = [name for name in names if name in STRATEGIES]
+    expert_arms = [name for name in names if name in ARM_STRATEGIES]
     if not expert_arms:
         return arms
     own = random_switch(shape, weights, placement.rank_experts[comm.rank])
@@ -248,7 +252,7 @@ def build_arms(
         wish = Wish(runner, "auto", warmup=runner == "auto")
         tune([layer], shape.num_experts, comm, wish)
         for name in expert_arms:
-            config = EPConfig(strategy=STRATEGIES[name])
+            config = EPConfig(strategy=ARM_STRATEGIES[name])
             group = ExpertGroup.from_config(comm, placement, config)
             block = block_of(switch)
             model = OneLayer(block, shape.width, dtype)

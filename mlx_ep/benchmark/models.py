@@ -16,10 +16,10 @@ import mlx.nn as nn
 from mlx_lm.utils import load_model
 
 from mlx_ep.api import PreparedModel, parallelize, prepare
-from mlx_ep.benchmark.arms import SHARDED, STRATEGIES
+from mlx_ep.benchmark.arms import ARM_STRATEGIES, SHARDED
 from mlx_ep.comm import GroupComm, agreed
 from mlx_ep.config import EPConfig, Runner
-from mlx_ep.exchange import STRATEGIES as STRATEGY_TABLE
+from mlx_ep.exchange import STRATEGIES
 from mlx_ep.loading import (
     Weights,
     checkpoint_weights,
@@ -180,7 +180,7 @@ class Prepared:
         if "tp" in self.arms:
             model = self._sharded(whole, comm)
             made.append(ModelArm("tp", "gather", model, held_bytes(model), comm))
-        shared = [a for a in self.arms if a in STRATEGIES and a != "ep-tensor"]
+        shared = [a for a in self.arms if a in ARM_STRATEGIES and a != "ep-tensor"]
         for arms, prepared in ((shared, self.expert), (["ep-tensor"], self.tensor)):
             if prepared is None:
                 continue
@@ -190,8 +190,8 @@ class Prepared:
                 model, _ = prepared.load()
             group = model.expert_parallel.group
             for arm in arms:
-                config = EPConfig(strategy=STRATEGIES[arm])
-                own_group = replace(group, strategy=STRATEGY_TABLE.create(config))
+                config = EPConfig(strategy=ARM_STRATEGIES[arm])
+                own_group = replace(group, strategy=STRATEGIES.create(config))
                 made.append(
                     ModelArm(arm, runner, model, held_bytes(model), comm, own_group)
                 )
@@ -231,7 +231,7 @@ def prepare_arms(source: ModelSource, arms: Sequence[str], comm: GroupComm) -> P
     held = share if "tp" in arms else 0
     if "single" in arms and comm.rank == 0:
         held += whole
-    if any(arm in STRATEGIES and arm != "ep-tensor" for arm in arms):
+    if any(arm in ARM_STRATEGIES and arm != "ep-tensor" for arm in arms):
         expert = source.prepare("ep-replicated", comm)
         held += expert.weights.rank_bytes
     if "ep-tensor" in arms:

@@ -9,16 +9,17 @@ from mlx_ep.exchange.all_to_all import AllToAll
 from mlx_ep.exchange.auto import Auto
 from mlx_ep.exchange.base import (
     Collective,
+    Exchange,
+    ExchangeRequest,
     ExchangeShape,
+    ExchangeTraffic,
     Strategy,
-    Traffic,
     agree_tokens,
     check_tokens,
     layer_traffic,
 )
 from mlx_ep.exchange.counted import CountedComm
 from mlx_ep.exchange.functions import (
-    ExchangeHandle,
     moe_combine_exchange,
     moe_dispatch_exchange,
 )
@@ -27,15 +28,16 @@ from mlx_ep.exchange.replicated import Replicated
 from mlx_ep.exchange.table import StrategyTable
 
 STRATEGIES = StrategyTable()
-STRATEGIES.register("replicated", Replicated)
-STRATEGIES.register("gathered", Gathered)
+STRATEGIES.register("replicated", lambda config, mover: Replicated())
+STRATEGIES.register("gathered", lambda config, mover: Gathered(config.round_tokens))
 STRATEGIES.register("all_to_all", AllToAll)
 STRATEGIES.register("auto", Auto)
 
 __all__ = [
     "moe_dispatch_exchange",
     "moe_combine_exchange",
-    "ExchangeHandle",
+    "Exchange",
+    "ExchangeRequest",
     "agree_tokens",
     "check_tokens",
     "STRATEGIES",
@@ -47,7 +49,7 @@ __all__ = [
     "Auto",
     "Collective",
     "ExchangeShape",
-    "Traffic",
+    "ExchangeTraffic",
     "layer_traffic",
     "CountedComm",
 ]

@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import mlx.core as mx
-from jaxtyping import Float, Float32
-
-from mlx_ep.comm import Comm
 from mlx_ep.config import EPConfig
-from mlx_ep.exchange.base import ExchangeShape, Strategy, Traffic
+from mlx_ep.exchange.base import (
+    Exchange,
+    ExchangeRequest,
+    ExchangeShape,
+    ExchangeTraffic,
+    Strategy,
+)
 from mlx_ep.exchange.low_latency import LowLatency
 from mlx_ep.exchange.normal import Normal
-from mlx_ep.placement import Placement
 from mlx_ep.rows import Mover
-from mlx_ep.types import Routing, Rows, TokenCounts
+from mlx_ep.types import TokenCounts
 
 
-class ChosenPlan(NamedTuple):
-    """A plan, and the strategy that made it."""
-
-    strategy: Strategy
-    plan: Any
-
-
-class ByChoice:
-    """The steps behind a `ChosenPlan`: those of the strategy that was chosen."""
-
-    def dispatch(self, x: Float[mx.array, "T D"], plan: ChosenPlan, comm: Comm) -> Rows:
-        """See `Strategy.dispatch`."""
-        return plan.strategy.dispatch(x, plan.plan, comm)
-
-    def combine(
-        self,
-        partial: Float32[mx.array, "M D"],
-        plan: ChosenPlan,
-        comm: Comm,
-        dtype: mx.Dtype,
-    ) -> Float32[mx.array, "T D"]:
-        """See `Strategy.combine`."""
-        return plan.strategy.combine(partial, plan.plan, comm, dtype)
-
-
-class AllToAll(ByChoice):
+class AllToAll:
     """Strategy `all_to_all`, in one of two modes or in the one that fits.
 
     Mode `auto` takes `low_latency` where no rank has more than `low_latency_tokens`
@@ -54,11 +28,10 @@ class AllToAll(ByChoice):
     def __init__(
         self, config: EPConfig | None = None, mover: Mover | None = None
     ) -> None:
-        config = config or EPConfig()
-        self.mode = config.mode
-        self.mover = mover or Mover()
-        self.low_latency = LowLatency(config, mover=self.mover)
-        self.normal = Normal(config, self.mover)
+        config, mover = config or EPConfig(), mover or Mover()
+        self.mode, self.mover = config.mode, mover
+        self.low_latency = LowLatency(config.low_latency_tokens, mover)
+        self.normal = Normal(config.round_tokens, mover)
         self.needs_tokens = self.mode != "low_latency"
         is_fixed = self.mode == "low_latency"
         self.round_tokens = None if is_fixed else config.round_tokens
@@ -71,17 +44,10 @@ class AllToAll(ByChoice):
         is_small = tokens.largest <= self.low_latency.capacity
         return self.low_latency if self.mode == "auto" and is_small else self.normal
 
-    def plan(
-        self,
-        routing: Routing,
-        placement: Placement,
-        comm: Comm,
-        tokens: TokenCounts | None,
-    ) -> ChosenPlan:
-        """See `Strategy.plan`."""
-        strategy = self.choose(tokens)
-        return ChosenPlan(strategy, strategy.plan(routing, placement, comm, tokens))
+    def exchange(self, request: ExchangeRequest) -> Exchange:
+        """See `Strategy.exchange`: that of the mode."""
+        return self.choose(request.tokens).exchange(request)
 
-    def traffic(self, shape: ExchangeShape) -> Traffic:
+    def traffic(self, shape: ExchangeShape) -> ExchangeTraffic:
         """See `Strategy.traffic`."""
         return self.choose(shape.tokens).traffic(shape)

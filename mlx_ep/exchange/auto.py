@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
-from mlx_ep.comm import CAPABILITIES, Comm
+from mlx_ep.comm import CAPABILITIES
 from mlx_ep.config import EPConfig
-from mlx_ep.exchange.all_to_all import ByChoice, ChosenPlan
-from mlx_ep.exchange.base import ExchangeShape, Strategy, Traffic, expected_share
+from mlx_ep.exchange.base import (
+    Exchange,
+    ExchangeRequest,
+    ExchangeShape,
+    ExchangeTraffic,
+    Strategy,
+    expected_share,
+)
 from mlx_ep.exchange.gathered import Gathered
 from mlx_ep.exchange.low_latency import LowLatency
 from mlx_ep.exchange.normal import Normal
-from mlx_ep.placement import Placement
 from mlx_ep.rows import Mover
-from mlx_ep.types import Routing, TokenCounts
+from mlx_ep.types import TokenCounts
 
 _TITLES = {
     "gathered": "gathered",
@@ -31,7 +35,7 @@ _FIXED = "{transport} moves buffers of fixed shapes only"
 _SPARSE = f"a token needs less than half of the ranks {_SHARE}"
 
 
-class Auto(ByChoice):
+class Auto:
     """Strategy `auto`, for ranks with tokens of their own.
 
     - 2 ranks: an all-to-all is one collective that moves nothing unwanted.
@@ -53,14 +57,14 @@ class Auto(ByChoice):
     def __init__(
         self, config: EPConfig | None = None, mover: Mover | None = None
     ) -> None:
-        config = config or EPConfig()
+        config, mover = config or EPConfig(), mover or Mover()
         self.round_tokens: int | None = config.round_tokens
-        self.mover = mover or Mover()
-        self.gathered = Gathered(config)
-        self.low_latency = LowLatency(config, mover=self.mover)
+        self.mover = mover
+        self.gathered = Gathered(config.round_tokens)
+        self.low_latency = LowLatency(config.low_latency_tokens, mover)
         # Agreed counts fix its shapes, and rounds bound them: no capacity is needed.
-        self.dense = LowLatency(config, capacity=sys.maxsize, mover=self.mover)
-        self.normal = Normal(config, self.mover)
+        self.dense = LowLatency(sys.maxsize, mover)
+        self.normal = Normal(config.round_tokens, mover)
 
     def choose(self, tokens: TokenCounts, top_k: int, transport: str) -> Strategy:
         """The strategy for these numbers."""
@@ -102,20 +106,14 @@ class Auto(ByChoice):
             return "gathered", _FIXED
         return ("gathered", _SMALL) if is_small else ("normal", _SPARSE)
 
-    def plan(
-        self,
-        routing: Routing,
-        placement: Placement,
-        comm: Comm,
-        tokens: TokenCounts | None,
-    ) -> ChosenPlan:
-        """See `Strategy.plan`."""
-        assert tokens is not None
-        strategy = self.choose(tokens, routing.gates.shape[1], comm.transport)
-        plan: Any = strategy.plan(routing, placement, comm, tokens)
-        return ChosenPlan(strategy, plan)
+    def exchange(self, request: ExchangeRequest) -> Exchange:
+        """See `Strategy.exchange`: that of the strategy that is chosen."""
+        assert request.tokens is not None
+        top_k = request.routing.gates.shape[1]
+        chosen = self.choose(request.tokens, top_k, request.comm.transport)
+        return chosen.exchange(request)
 
-    def traffic(self, shape: ExchangeShape) -> Traffic:
+    def traffic(self, shape: ExchangeShape) -> ExchangeTraffic:
         """See `Strategy.traffic`."""
         chosen = self.choose(shape.tokens, shape.top_k, shape.transport)
         return chosen.traffic(shape)

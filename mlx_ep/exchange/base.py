@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import mlx.core as mx
 from jaxtyping import Float
@@ -60,7 +60,7 @@ class Collective(NamedTuple):
     num_bytes: int
 
 
-class Traffic(NamedTuple):
+class ExchangeTraffic(NamedTuple):
     """What one rank starts for one exchange.
 
     Attributes:
@@ -79,16 +79,71 @@ class Traffic(NamedTuple):
         return sum(collective.num_bytes for collective in self.collectives)
 
 
+@dataclass(frozen=True)
+class ExchangeRequest:
+    """What one exchange is asked for. A strategy reads of it what it needs.
+
+    Attributes:
+        routing: of this rank's T tokens.
+        placement: of the experts.
+        comm: the ranks.
+        sum_dtype: what sums travel back in, where a strategy adds them at home.
+        tokens: T of every rank, where the ranks have agreed on it.
+    """
+
+    routing: Routing
+    placement: Placement
+    comm: Comm
+    sum_dtype: mx.Dtype
+    tokens: TokenCounts | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.routing.gates.shape[0]
+
+    @property
+    def agreed_tokens(self) -> TokenCounts:
+        """T of every rank, for a strategy that needs it.
+
+        Raises:
+            ValueError: it is not that of this group and this routing.
+        """
+        assert self.tokens is not None, "this strategy has needs_tokens"
+        check_tokens(self.tokens, self.num_tokens, self.comm)
+        return self.tokens
+
+
+@runtime_checkable
+class Exchange(Protocol):
+    """One exchange of a strategy. Frozen; what goes where is settled.
+
+    Keep it as long as the routing: dispatching other tokens with the same routing
+    exchanges no counts again.
+    """
+
+    def dispatch(self, x: Float[mx.array, "T D"]) -> Rows:
+        """The rows that this rank has to compute."""
+        ...
+
+    def combine(self, partial: Float[mx.array, "M D"]) -> Float[mx.array, "T D"]:
+        """The finished sum of every token of this rank, in the dtype of `partial`.
+
+        Args:
+            partial: this rank's gate-weighted sum of each row, in float32, in the order
+                of the rows.
+        """
+        ...
+
+
 @runtime_checkable
 class Strategy(Protocol):
-    """plan, dispatch, then the experts, then combine; nothing is kept in between.
+    """Gives exchanges; nothing is kept between them.
 
-    What the later steps need travels in the plan, which is frozen and opaque to the
-    caller. Every rank calls the same steps in the same order, also with no tokens.
+    Every rank calls the same steps in the same order, also with no tokens.
 
     Attributes:
         is_sharded: ranks hold tokens of their own; else all hold the same ones.
-        needs_tokens: `plan` has to be given the T of every rank.
+        needs_tokens: `exchange` has to be given the T of every rank.
         round_tokens: most tokens of a rank in one exchange; None: no limit. The
             caller cuts longer inputs into rounds.
     """
@@ -97,38 +152,15 @@ class Strategy(Protocol):
     needs_tokens: bool
     round_tokens: int | None
 
-    def plan(
-        self,
-        routing: Routing,
-        placement: Placement,
-        comm: Comm,
-        tokens: TokenCounts | None,
-    ) -> Any:
-        """What goes where. Exchanges counts where the strategy needs them.
+    def exchange(self, request: ExchangeRequest) -> Exchange:
+        """Settle what goes where. Exchanges counts where the strategy needs them.
 
         Raises:
             ValueError: the tokens do not fit the strategy.
         """
         ...
 
-    def dispatch(self, x: Float[mx.array, "T D"], plan: Any, comm: Comm) -> Rows:
-        """The rows that this rank has to compute. May be repeated with one plan."""
-        ...
-
-    def combine(
-        self, partial: Float[mx.array, "M D"], plan: Any, comm: Comm, dtype: mx.Dtype
-    ) -> Float[mx.array, "T D"]:
-        """The finished sum of every token, from this rank's sums of its rows.
-
-        Args:
-            partial: per row, in float32.
-            plan: what `dispatch` was called with.
-            comm: the ranks.
-            dtype: what a strategy that adds at home sends sums back in.
-        """
-        ...
-
-    def traffic(self, shape: ExchangeShape) -> Traffic:
+    def traffic(self, shape: ExchangeShape) -> ExchangeTraffic:
         """What one exchange (one round) moves. Pure."""
         ...
 
@@ -152,7 +184,7 @@ def check_tokens(tokens: TokenCounts, num_tokens: int, comm: Comm) -> None:
         )
 
 
-def layer_traffic(strategy: Strategy, shape: ExchangeShape) -> Traffic:
+def layer_traffic(strategy: Strategy, shape: ExchangeShape) -> ExchangeTraffic:
     """What one layer moves: the traffic of all its rounds, for expected rows.
 
     Raises:
@@ -168,7 +200,7 @@ def layer_traffic(strategy: Strategy, shape: ExchangeShape) -> Traffic:
         strategy.traffic(replace(shape, tokens=shape.tokens.of_round(index, limit)))
         for index in range(shape.tokens.num_rounds(limit))
     ]
-    return Traffic(
+    return ExchangeTraffic(
         tuple(collective for part in parts for collective in part.collectives),
         sum(part.num_rows for part in parts),
         sum(part.host_syncs for part in parts),

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import mlx.core as mx
 from jaxtyping import Float, Float32
 
 from mlx_ep.comm import Comm
-from mlx_ep.exchange.base import Strategy, agree_tokens
+from mlx_ep.exchange.base import Exchange, ExchangeRequest, Strategy, agree_tokens
 from mlx_ep.placement import Placement
 from mlx_ep.types import Routing, Rows, TokenCounts
-
-
-@dataclass(frozen=True)
-class ExchangeHandle:
-    """What links a dispatch to its combine. Opaque; keep it as long as the routing.
-
-    Dispatching other tokens with the same routing through the handle exchanges no
-    counts again.
-    """
-
-    strategy: Strategy
-    plan: Any
-    comm: Comm
-    sum_dtype: mx.Dtype
 
 
 def moe_dispatch_exchange(
@@ -37,8 +20,8 @@ def moe_dispatch_exchange(
     *,
     tokens: TokenCounts | None = None,
     sum_dtype: mx.Dtype | None = None,
-    handle: ExchangeHandle | None = None,
-) -> tuple[Rows, ExchangeHandle]:
+    handle: Exchange | None = None,
+) -> tuple[Rows, Exchange]:
     """Send every token to the ranks that hold its experts.
 
     Every rank calls it, also with no tokens, and computes from the rows
@@ -60,7 +43,8 @@ def moe_dispatch_exchange(
         handle: of an earlier dispatch with the same routing.
 
     Returns:
-        The rows of this rank, and the handle that `moe_combine_exchange` takes.
+        The rows of this rank, and the handle that `moe_combine_exchange` takes: the
+        strategy's exchange.
 
     Raises:
         ValueError: more tokens than the strategy takes, or `tokens` do not fit.
@@ -68,13 +52,15 @@ def moe_dispatch_exchange(
     if handle is None:
         if tokens is None and strategy.needs_tokens:
             tokens = agree_tokens(x.shape[0], comm)
-        plan = strategy.plan(routing, placement, comm, tokens)
-        handle = ExchangeHandle(strategy, plan, comm, sum_dtype or x.dtype)
-    return handle.strategy.dispatch(x, handle.plan, handle.comm), handle
+        request = ExchangeRequest(
+            routing, placement, comm, sum_dtype or x.dtype, tokens
+        )
+        handle = strategy.exchange(request)
+    return handle.dispatch(x), handle
 
 
 def moe_combine_exchange(
-    partial: Float32[mx.array, "M D"], handle: ExchangeHandle
+    partial: Float32[mx.array, "M D"], handle: Exchange
 ) -> Float32[mx.array, "T D"]:
     """The finished sum of this rank's tokens, from the sums of every rank's rows.
 
@@ -82,4 +68,4 @@ def moe_combine_exchange(
         partial: this rank's gate-weighted sum of each row, in the order of the rows.
         handle: from the dispatch.
     """
-    return handle.strategy.combine(partial, handle.plan, handle.comm, handle.sum_dtype)
+    return handle.combine(partial)

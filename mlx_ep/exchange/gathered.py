@@ -7,17 +7,14 @@ from dataclasses import dataclass
 import mlx.core as mx
 from jaxtyping import Float
 
-from mlx_ep.comm import Comm
-from mlx_ep.config import EPConfig
 from mlx_ep.exchange.base import (
     Collective,
+    ExchangeRequest,
     ExchangeShape,
-    Traffic,
-    check_tokens,
+    ExchangeTraffic,
     depends_on,
     padded,
 )
-from mlx_ep.placement import Placement
 from mlx_ep.rows import (
     join_rows,
     pad_routing,
@@ -25,41 +22,28 @@ from mlx_ep.rows import (
     routing_words,
     split_rows,
 )
-from mlx_ep.types import Routing, Rows, TokenCounts
+from mlx_ep.types import Rows
 
 # Up to here tokens and their routing travel in one buffer, which saves a collective and
 # costs a copy; above, they travel in two.
 JOIN_BYTES = 1 << 18
 
 
-@dataclass(frozen=True)
-class GatherPlan:
-    """What a dispatch that gathers hands to its combine.
-
-    Attributes:
-        routing: of this rank's T tokens.
-        placement: of the experts.
-        padded_tokens: C, to which every rank pads its tokens.
-    """
-
-    routing: Routing
-    placement: Placement
-    padded_tokens: int
-
-    @property
-    def num_tokens(self) -> int:
-        return self.routing.gates.shape[0]
-
-
-def gather_rows(x: Float[mx.array, "T D"], plan: GatherPlan, comm: Comm) -> Rows:
+def gather_rows(
+    x: Float[mx.array, "T D"], request: ExchangeRequest, padded_tokens: int
+) -> Rows:
     """All tokens of all ranks as rows (M = P*C), padding included.
 
         rank 0: t0 t1    rank 1: t0 --   ->   (r0,t0) (r0,t1) (r1,t0) (r1,--)
 
     A row of padding has no slot. So has a token that needs no expert of this rank.
+
+    Args:
+        padded_tokens: C, to which every rank pads its tokens.
     """
-    x = padded(x, plan.padded_tokens)
-    words = routing_words(pad_routing(plan.routing, plan.padded_tokens))
+    comm = request.comm
+    x = padded(x, padded_tokens)
+    words = routing_words(pad_routing(request.routing, padded_tokens))
     if x.nbytes <= JOIN_BYTES:
         rows = comm.all_gather(join_rows(x, words))
         everyone, words = split_rows(rows, x.shape[1], x.dtype)
@@ -68,7 +52,7 @@ def gather_rows(x: Float[mx.array, "T D"], plan: GatherPlan, comm: Comm) -> Rows
         # Collectives run in the order of the graph: this one has to come second.
         everyone = comm.all_gather(mx.depends(x, words))
     routing = routing_from_words(words)
-    slot_ids = plan.placement.local_slots(routing.expert_ids, comm.rank)
+    slot_ids = request.placement.local_slots(routing.expert_ids, comm.rank)
     return depends_on(Rows(everyone, slot_ids, routing.gates), everyone)
 
 
@@ -80,49 +64,52 @@ def gather_traffic(shape: ExchangeShape, padded_tokens: int) -> list[Collective]
     return [Collective("all_gather", size) for size in sizes]
 
 
+@dataclass(frozen=True)
+class GatheredExchange:
+    """All tokens come, sums go back to where their tokens are.
+
+    Attributes:
+        request: what was asked for.
+        padded_tokens: C, to which every rank pads its tokens.
+    """
+
+    request: ExchangeRequest
+    padded_tokens: int
+
+    def dispatch(self, x: Float[mx.array, "T D"]) -> Rows:
+        """See `gather_rows`."""
+        return gather_rows(x, self.request, self.padded_tokens)
+
+    def combine(self, partial: Float[mx.array, "M D"]) -> Float[mx.array, "T D"]:
+        """See `Exchange.combine`."""
+        total = self.request.comm.reduce_scatter(partial)
+        return total[: self.request.num_tokens]
+
+
 class Gathered:
     """Strategy `gathered`: all_gather of tokens, reduce_scatter of sums.
 
     Static shapes and no host sync once the ranks agree on T. Sums are added by the
     transport, so they travel in float32: in the model's dtype every addition on the
     way would round.
+
+    Args:
+        round_tokens: see `Strategy`.
     """
 
     is_sharded = True
     needs_tokens = True
 
-    def __init__(self, config: EPConfig | None = None) -> None:
-        self.round_tokens: int | None = (config or EPConfig()).round_tokens
+    def __init__(self, round_tokens: int | None = None) -> None:
+        self.round_tokens = round_tokens
 
-    def plan(
-        self,
-        routing: Routing,
-        placement: Placement,
-        comm: Comm,
-        tokens: TokenCounts | None,
-    ) -> GatherPlan:
-        """See `Strategy.plan`."""
-        assert tokens is not None
-        check_tokens(tokens, routing.gates.shape[0], comm)
-        return GatherPlan(routing, placement, tokens.largest)
+    def exchange(self, request: ExchangeRequest) -> GatheredExchange:
+        """See `Strategy.exchange`."""
+        return GatheredExchange(request, request.agreed_tokens.largest)
 
-    def dispatch(self, x: Float[mx.array, "T D"], plan: GatherPlan, comm: Comm) -> Rows:
-        """See `gather_rows`."""
-        return gather_rows(x, plan, comm)
-
-    def combine(
-        self,
-        partial: Float[mx.array, "M D"],
-        plan: GatherPlan,
-        comm: Comm,
-        dtype: mx.Dtype = mx.float32,
-    ) -> Float[mx.array, "T D"]:
-        """See `Strategy.combine`; the result has the dtype of `partial`."""
-        return comm.reduce_scatter(partial)[: plan.num_tokens]
-
-    def traffic(self, shape: ExchangeShape) -> Traffic:
+    def traffic(self, shape: ExchangeShape) -> ExchangeTraffic:
         """See `Strategy.traffic`."""
         num_ranks, largest = shape.num_ranks, shape.tokens.largest
         sums = Collective("reduce_scatter", 4 * num_ranks * largest * shape.width)
         rows = shape.tokens.per_rank[shape.rank] * num_ranks
-        return Traffic((*gather_traffic(shape, largest), sums), rows)
+        return ExchangeTraffic((*gather_traffic(shape, largest), sums), rows)

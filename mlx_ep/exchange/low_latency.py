@@ -2,22 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 from jaxtyping import Float, Float32
 
-from mlx_ep.comm import Comm
-from mlx_ep.config import EPConfig
 from mlx_ep.exchange.base import (
     Collective,
+    ExchangeRequest,
     ExchangeShape,
-    Traffic,
-    check_tokens,
+    ExchangeTraffic,
     swap_with_peer,
 )
-from mlx_ep.exchange.gathered import GatherPlan, gather_rows, gather_traffic
-from mlx_ep.placement import Placement
-from mlx_ep.rows import Mover
-from mlx_ep.types import Routing, Rows, TokenCounts
+from mlx_ep.exchange.gathered import gather_rows, gather_traffic
+from mlx_ep.rows import Movement, Mover
+from mlx_ep.types import Rows
+
+
+@dataclass(frozen=True)
+class LowLatencyExchange:
+    """Every pair of ranks exchanges C rows.
+
+    Attributes:
+        request: what was asked for.
+        padded_tokens: C, to which every rank pads its tokens.
+        movement: what adds up sums at home.
+    """
+
+    request: ExchangeRequest
+    padded_tokens: int
+    movement: Movement
+
+    def dispatch(self, x: Float[mx.array, "T D"]) -> Rows:
+        """See `gather_rows`."""
+        return gather_rows(x, self.request, self.padded_tokens)
+
+    def combine(self, partial: Float32[mx.array, "M D"]) -> Float32[mx.array, "T D"]:
+        """See `Exchange.combine`.
+
+        (r0,t0) (r0,t1) (r1,t0) (r1,t1)  sums of this rank's slots, by home rank
+          ->  (s0,t0) (s0,t1) (s1,t0) (s1,t1)  sums of its own tokens, by slots' rank
+        """
+        comm, dtype = self.request.comm, self.request.sum_dtype
+        if comm.size == 2:
+            first = (1 - comm.rank) * self.padded_tokens
+            sent = partial[first : first + self.padded_tokens].astype(dtype)
+            back = swap_with_peer(sent, comm)
+        else:
+            back = comm.all_to_all(partial.astype(dtype))
+        total = self.movement.add_ranks(partial, back, comm.rank, comm.size)
+        return total[: self.request.num_tokens]
 
 
 class LowLatency:
@@ -33,75 +67,43 @@ class LowLatency:
     rank's slots is accumulated in float32 and rounded once, and the P rounded sums are
     added in float32, in rank order. In bfloat16 that moves half of what float32 would
     for an error of the size that rounding the result itself makes.
+
+    Args:
+        capacity: the most tokens of a rank.
+        mover: adds up sums at home.
     """
 
     is_sharded = True
     needs_tokens = False
     round_tokens: int | None = None
 
-    def __init__(
-        self,
-        config: EPConfig | None = None,
-        capacity: int | None = None,
-        mover: Mover | None = None,
-    ) -> None:
-        self.capacity = capacity or (config or EPConfig()).low_latency_tokens
-        self.mover = mover or Mover()
+    def __init__(self, capacity: int, mover: Mover) -> None:
+        self.capacity = capacity
+        self.mover = mover
 
-    def plan(
-        self,
-        routing: Routing,
-        placement: Placement,
-        comm: Comm,
-        tokens: TokenCounts | None = None,
-    ) -> GatherPlan:
-        """See `Strategy.plan`.
+    def exchange(self, request: ExchangeRequest) -> LowLatencyExchange:
+        """See `Strategy.exchange`.
 
         Raises:
-            ValueError: a rank has more tokens than `low_latency_tokens`. Where the
-                caller gave no `tokens`, only that rank can know.
+            ValueError: a rank has more tokens than the capacity. Where the caller gave
+                no `tokens`, only that rank can know.
         """
-        num_tokens = routing.gates.shape[0]
-        if tokens is not None:
-            check_tokens(tokens, num_tokens, comm)
-        most = num_tokens if tokens is None else tokens.largest
+        if request.tokens is None:
+            most, padded_tokens = request.num_tokens, self.capacity
+        else:
+            most = padded_tokens = request.agreed_tokens.largest
         if most > self.capacity:
             raise ValueError(
                 f"all_to_all in mode low_latency takes at most {self.capacity} tokens "
                 f"of a rank (low_latency_tokens={self.capacity}); got {most}. Raise "
                 "low_latency_tokens (--low-latency-tokens), or use mode normal or auto."
             )
-        return GatherPlan(routing, placement, self.capacity if tokens is None else most)
+        # The tokens that the mover is asked with are those that all ranks know.
+        movement = self.mover("ranks", padded_tokens)
+        return LowLatencyExchange(request, padded_tokens, movement)
 
-    def dispatch(self, x: Float[mx.array, "T D"], plan: GatherPlan, comm: Comm) -> Rows:
-        """See `gather_rows`."""
-        return gather_rows(x, plan, comm)
-
-    def combine(
-        self,
-        partial: Float32[mx.array, "M D"],
-        plan: GatherPlan,
-        comm: Comm,
-        dtype: mx.Dtype,
-    ) -> Float32[mx.array, "T D"]:
-        """See `Strategy.combine`.
-
-        (r0,t0) (r0,t1) (r1,t0) (r1,t1)  sums of this rank's slots, by home rank
-          ->  (s0,t0) (s0,t1) (s1,t0) (s1,t1)  sums of its own tokens, by slots' rank
-        """
-        capacity = plan.padded_tokens
-        if comm.size == 2:
-            first = (1 - comm.rank) * capacity
-            sent = partial[first : first + capacity].astype(dtype)
-            back = swap_with_peer(sent, comm)
-        else:
-            back = comm.all_to_all(partial.astype(dtype))
-        movement = self.mover("ranks", capacity)
-        total = movement.add_ranks(partial, back, comm.rank, comm.size)
-        return total[: plan.num_tokens]
-
-    def traffic(self, shape: ExchangeShape) -> Traffic:
-        """See `Strategy.traffic`; with `tokens` given to `plan`."""
+    def traffic(self, shape: ExchangeShape) -> ExchangeTraffic:
+        """See `Strategy.traffic`; for ranks that agreed on T."""
         largest, num_ranks = shape.tokens.largest, shape.num_ranks
         chunk = largest * shape.sum_bytes
         if num_ranks == 2:
@@ -110,4 +112,4 @@ class LowLatency:
             back = Collective("all_to_all", num_ranks * chunk)
         collectives = [*gather_traffic(shape, largest), back]
         rows = shape.tokens.per_rank[shape.rank] * shape.num_ranks
-        return Traffic(tuple(collectives), rows)
+        return ExchangeTraffic(tuple(collectives), rows)

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import mlx.core as mx
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int32
 
 from mlx_ep.comm import Comm
-from mlx_ep.config import EPConfig
-from mlx_ep.exchange.base import Collective, ExchangeShape, Traffic
-from mlx_ep.placement import Placement
-from mlx_ep.types import Routing, Rows, TokenCounts
+from mlx_ep.exchange.base import (
+    Collective,
+    ExchangeRequest,
+    ExchangeShape,
+    ExchangeTraffic,
+)
+from mlx_ep.types import Rows
+
+
+@dataclass(frozen=True)
+class ReplicatedExchange:
+    """Rows are the tokens themselves, in their order (M = T).
+
+    Attributes:
+        slot_ids: this rank's slots of every token.
+        gates: of every token.
+    """
+
+    slot_ids: Int32[mx.array, "T K"]
+    gates: Float32[mx.array, "T K"]
+    comm: Comm
+
+    def dispatch(self, x: Float[mx.array, "T D"]) -> Rows:
+        """See `Exchange.dispatch`."""
+        return Rows(x, self.slot_ids, self.gates)
+
+    def combine(self, partial: Float[mx.array, "T D"]) -> Float[mx.array, "T D"]:
+        """See `Exchange.combine`."""
+        return self.comm.all_reduce(partial)
 
 
 class Replicated:
-    """Strategy `replicated`: rows are the tokens themselves, in their order (M = T).
+    """Strategy `replicated`.
 
     Moves ``4 * T * D`` bytes of partial sums per layer in one all_sum.
     """
@@ -22,36 +49,14 @@ class Replicated:
     needs_tokens = False
     round_tokens: int | None = None
 
-    def __init__(self, config: EPConfig | None = None) -> None:
-        pass
+    def exchange(self, request: ExchangeRequest) -> ReplicatedExchange:
+        """See `Strategy.exchange`."""
+        ids, gates = request.routing
+        slot_ids = request.placement.local_slots(ids, request.comm.rank)
+        return ReplicatedExchange(slot_ids, gates, request.comm)
 
-    def plan(
-        self,
-        routing: Routing,
-        placement: Placement,
-        comm: Comm,
-        tokens: TokenCounts | None = None,
-    ) -> Routing:
-        """This rank's slots of every token, in the place of the expert ids."""
-        slot_ids = placement.local_slots(routing.expert_ids, comm.rank)
-        return Routing(slot_ids, routing.gates)
-
-    def dispatch(self, x: Float[mx.array, "T D"], plan: Routing, comm: Comm) -> Rows:
-        """See `Strategy.dispatch`."""
-        return Rows(x, plan.expert_ids, plan.gates)
-
-    def combine(
-        self,
-        partial: Float32[mx.array, "T D"],
-        plan: Routing,
-        comm: Comm,
-        dtype: mx.Dtype = mx.float32,
-    ) -> Float32[mx.array, "T D"]:
-        """See `Strategy.combine`."""
-        return comm.all_reduce(partial)
-
-    def traffic(self, shape: ExchangeShape) -> Traffic:
+    def traffic(self, shape: ExchangeShape) -> ExchangeTraffic:
         """See `Strategy.traffic`."""
         num_tokens = shape.tokens.per_rank[shape.rank]
         reduced = Collective("all_reduce", 4 * num_tokens * shape.width)
-        return Traffic((reduced,), num_tokens)
+        return ExchangeTraffic((reduced,), num_tokens)

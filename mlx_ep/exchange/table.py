@@ -8,12 +8,12 @@ from mlx_ep.config import ALIASES, EPConfig
 from mlx_ep.exchange.base import Strategy
 from mlx_ep.rows import Mover
 
-# A strategy is made from the configuration; without one it takes the defaults.
-Factory = Callable[..., Strategy]
+# Makes a strategy of the configuration and of what moves its rows.
+Factory = Callable[[EPConfig, Mover], Strategy]
 
 
 class StrategyTable(Mapping[str, Factory]):
-    """Strategy name -> what makes it from an `EPConfig`."""
+    """Strategy name -> what makes it."""
 
     def __init__(self) -> None:
         self._factories: dict[str, Factory] = {}
@@ -35,7 +35,7 @@ class StrategyTable(Mapping[str, Factory]):
         """The strategy that a configuration names, with its settings.
 
         Args:
-            mover: moves its rows; default: MLX's ops, always.
+            mover: chooses what packs and sums rows; default: MLX's ops, always.
 
         Raises:
             ValueError: there is no such strategy.
@@ -45,8 +45,7 @@ class StrategyTable(Mapping[str, Factory]):
                 f"strategy must be one of {', '.join(self._factories)}, or an alias ("
                 f"{', '.join(ALIASES)}); got {config.strategy!r}."
             )
-        factory = self._factories[config.strategy]
-        return factory(config) if mover is None else factory(config, mover)
+        return self._factories[config.strategy](config, mover or Mover())
 
     def __getitem__(self, name: str) -> Factory:
         return self._factories[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +16,9 @@ from mlx_ep.config import EPConfig
 from mlx_ep.exchange import (
     STRATEGIES,
     CountedComm,
+    ExchangeRequest,
     Gathered,
+    Replicated,
     Strategy,
     agree_tokens,
     check_tokens,
@@ -24,7 +26,7 @@ from mlx_ep.exchange import (
 from mlx_ep.experts import Runner, run_experts, run_slots
 from mlx_ep.metrics import Counters, StageTimings
 from mlx_ep.placement import Placement
-from mlx_ep.rows import limit_to_capacity
+from mlx_ep.rows import Mover, limit_to_capacity
 from mlx_ep.types import Routing, Rows, TokenCounts, to_host
 
 
@@ -73,12 +75,17 @@ class ExpertGroup:
         placement: Placement,
         config: EPConfig,
         share_routing: bool = False,
+        mover: Mover | None = None,
     ) -> ExpertGroup:
-        """The group that a configuration describes, with counters of its own."""
+        """The group that a configuration describes, with counters of its own.
+
+        Args:
+            mover: see `StrategyTable.create`.
+        """
         return cls(
             comm,
             placement,
-            STRATEGIES.create(config),
+            STRATEGIES.create(config, mover),
             Counters(),
             share_routing,
             capacity=config.capacity,
@@ -121,55 +128,14 @@ class ExpertGroup:
                 the shared experts; that sum is added. Only with strategy `replicated`,
                 where it joins the one collective of the layer.
         """
-        routing = self._routed(x, routing)
-        limit, tokens = self.strategy.round_tokens, self._token_counts(x.shape[0])
-        if tokens is None:
-            output = self._one_round(x, routing, runner, None, extra)
-            self.timings.end()
-            return output
-        assert extra is None, "other strategies add the tokens of different ranks"
-        outputs = []
-        for index in range(rounds := tokens.num_rounds(limit)):
-            part = slice(None) if limit is None else _slice(index, limit)
-            output = self._one_round(
-                x[part],
-                Routing(routing.expert_ids[part], routing.gates[part]),
-                runner,
-                tokens.of_round(index, limit),
-            )
-            outputs.append(output)
-            # Peers wait for this rank's part, whether or not it uses the result.
-            mx.async_eval(output)
-            if rounds > 1:
-                # sync: the buffers of a round are freed before the next one starts.
-                mx.eval(output)
-        self.timings.end()
-        return outputs[0] if rounds == 1 else mx.concatenate(outputs)
+        # Where tokens differ between ranks, a part would be added to other tokens.
+        assert extra is None or not self.strategy.is_sharded
 
-    def _one_round(
-        self,
-        x: mx.array,
-        routing: Routing,
-        runner: Runner,
-        tokens: TokenCounts | None,
-        extra: mx.array | None = None,
-    ) -> mx.array:
-        strategy, comm, lap = self.strategy, self.counted, self.timings.lap
-        plan = lap("assign", strategy.plan(routing, self.placement, comm, tokens))
-        rows = lap("dispatch", strategy.dispatch(x, plan, comm))
-        partial = run_experts(rows, runner, self.counters)
-        partial = lap("experts", partial if extra is None else partial + extra)
-        self.timings.wait(self.comm.barrier)
-        sum_dtype = self.sum_dtype or x.dtype
-        return lap("combine", strategy.combine(partial, plan, comm, sum_dtype))
+        def experts(rows: Rows) -> mx.array:
+            partial = run_experts(rows, runner, self.counters)
+            return partial if extra is None else partial + extra
 
-    def _routed(self, x: mx.array, routing: Routing) -> Routing:
-        """The routing as it is used, and its time."""
-        self.timings.begin(x)
-        routing = self.timings.lap("route", routing)
-        if self.strategy.is_sharded or self.share_routing:
-            self.timings.wait(self.comm.barrier)  # an exchange is next
-        return self.timings.lap("route", self._limited(self._agreed(routing)))
+        return self._layer(x, routing, self.strategy, self._used, experts)
 
     def slot_outputs(
         self, x: Float[mx.array, "T D"], routing: Routing, runner: Runner
@@ -180,31 +146,71 @@ class ExpertGroup:
         result is bit-identical on any number of ranks. Moves K times the bytes of
         `weighted_sum`. Where ranks hold tokens of their own, these are gathered.
         """
+        strategy = Gathered() if self.strategy.is_sharded else Replicated()
+        num_tokens, top_k = routing.gates.shape
+
+        def experts(rows: Rows) -> mx.array:
+            return run_slots(rows, runner, self.counters).flatten(1)
+
+        flat = self._layer(x, routing, strategy, self._limited, experts)
+        return flat.reshape(num_tokens, top_k, x.shape[1])
+
+    def _layer(
+        self,
+        x: Float[mx.array, "T D"],
+        routing: Routing,
+        strategy: Strategy,
+        used: Callable[[Routing], Routing],
+        experts: Callable[[Rows], mx.array],
+    ) -> mx.array:
+        """One layer: from tokens and routing to what the experts made of them.
+
+        Args:
+            used: the routing as it is used, from what the router decided.
+            experts: what this rank computes of its rows, one line each.
+        """
         self.timings.begin(x)
-        lap = self.timings.lap
-        routing = lap("route", routing)
-        if not self.strategy.is_sharded:
-            slot_ids = self.placement.local_slots(routing.expert_ids, self.comm.rank)
-            rows = Rows(x, lap("assign", slot_ids), routing.gates)
-            outputs = lap("experts", run_slots(rows, runner, self.counters))
-            self.timings.wait(self.comm.barrier)
-            total = lap("combine", self.counted.all_reduce(outputs))
-            self.timings.end()
-            return total
-        gathered = Gathered()
-        self.timings.wait(self.comm.barrier)
-        tokens = self.step.tokens or agree_tokens(x.shape[0], self.counted)
-        plan = lap(
-            "assign", gathered.plan(routing, self.placement, self.counted, tokens)
-        )
-        rows = lap("dispatch", gathered.dispatch(x, plan, self.counted))
-        outputs = lap("experts", run_slots(rows, runner, self.counters))
-        self.timings.wait(self.comm.barrier)
-        flat = outputs.flatten(1)
-        total = lap("combine", gathered.combine(flat, plan, self.counted))
+        stage, barrier = self.timings.run, self.comm.barrier
+        is_next = strategy.is_sharded or self.share_routing
+        routing = stage("route", used, routing, barrier=barrier if is_next else None)
+        outputs = []
+        rounds = self._rounds(x, routing, strategy)
+        for x_part, request in rounds:
+            exchange = stage("assign", strategy.exchange, request)
+            rows = stage("dispatch", exchange.dispatch, x_part)
+            partial = stage("experts", experts, rows)
+            output = stage("combine", exchange.combine, partial, barrier=barrier)
+            outputs.append(output)
+            if strategy.is_sharded:
+                # Peers wait for this rank's part, whether or not it uses the result.
+                mx.async_eval(output)
+            if len(rounds) > 1:
+                # sync: the buffers of a round are freed before the next one starts.
+                mx.eval(output)
         self.timings.end()
-        mx.async_eval(total)
-        return total.reshape(x.shape[0], *outputs.shape[1:])
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
+    def _rounds(
+        self, x: Float[mx.array, "T D"], routing: Routing, strategy: Strategy
+    ) -> list[tuple[mx.array, ExchangeRequest]]:
+        """The tokens of each round, and what its exchange is asked for."""
+        sum_dtype = self.sum_dtype or x.dtype
+        tokens, limit = self._token_counts(x.shape[0], strategy), strategy.round_tokens
+
+        def request(routing: Routing, tokens: TokenCounts | None) -> ExchangeRequest:
+            return ExchangeRequest(
+                routing, self.placement, self.counted, sum_dtype, tokens
+            )
+
+        num_rounds = 1 if tokens is None else tokens.num_rounds(limit)
+        if tokens is None or limit is None or num_rounds == 1:
+            return [(x, request(routing, tokens))]
+        rounds = []
+        for index in range(num_rounds):
+            part = slice(index * limit, (index + 1) * limit)
+            own = Routing(routing.expert_ids[part], routing.gates[part])
+            rounds.append((x[part], request(own, tokens.of_round(index, limit))))
+        return rounds
 
     def local_slot_outputs(
         self, x: Float[mx.array, "T D"], routing: Routing, runner: Runner
@@ -215,11 +221,12 @@ class ExpertGroup:
         through `sum_parts`.
         """
         self.timings.begin(x)
-        lap = self.timings.lap
-        ids = lap("route", self._limited(routing)).expert_ids
-        slot_ids = lap("assign", self.placement.local_slots(ids, self.comm.rank))
-        rows = Rows(x, slot_ids, routing.gates)
-        return lap("experts", run_slots(rows, runner, self.counters))
+        stage = self.timings.run
+        ids, gates = stage("route", self._limited, routing)
+        local = self.placement.local_slots
+        slot_ids = stage("assign", local, ids, self.comm.rank)
+        rows = Rows(x, slot_ids, gates)
+        return stage("experts", run_slots, rows, runner, self.counters)
 
     def sum_parts(self, part: Shaped[mx.array, ...]) -> Shaped[mx.array, ...]:
         """The sum of the ranks' parts; ends the layer that `local_slot_outputs` began.
@@ -227,19 +234,22 @@ class ExpertGroup:
         Args:
             part: of the same shape and dtype on every rank.
         """
-        self.timings.wait(self.comm.barrier)
-        total = self.timings.lap("combine", self.counted.all_reduce(part))
+        all_reduce, barrier = self.counted.all_reduce, self.comm.barrier
+        total = self.timings.run("combine", all_reduce, part, barrier=barrier)
         self.timings.end()
         return total
 
-    def _token_counts(self, num_tokens: int) -> TokenCounts | None:
-        if self.step.tokens is None and self.strategy.needs_tokens:
+    def _token_counts(self, num_tokens: int, strategy: Strategy) -> TokenCounts | None:
+        if self.step.tokens is None and strategy.needs_tokens:
             return agree_tokens(num_tokens, self.counted)
-        if self.step.tokens is None or not self.strategy.is_sharded:
+        if self.step.tokens is None or not strategy.is_sharded:
             return None
         # Here and not in each round, where some ranks would find it and some not.
         check_tokens(self.step.tokens, num_tokens, self.comm)
         return self.step.tokens
+
+    def _used(self, routing: Routing) -> Routing:
+        return self._limited(self._agreed(routing))
 
     def _agreed(self, routing: Routing) -> Routing:
         """Rank 0's routing, where ranks may have rounded to different experts."""
@@ -265,7 +275,3 @@ class ExpertGroup:
             )
         self.step.dropped_pairs += dropped
         return Routing(mx.array(ids), routing.gates)
-
-
-def _slice(index: int, length: int) -> slice:
-    return slice(index * length, (index + 1) * length)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 
+import mlx.core as mx
 import pytest
 
+from mlx_ep import metrics
 from mlx_ep.benchmark import legacy, plot, report
 from mlx_ep.benchmark.samples import Budget, Samples, geometric_mean, ratio
 from mlx_ep.metrics import STAGES, StageTimings, stage_table
+from mlx_ep.types import Routing
 
 
 def record_of(arm, runner="gather", **changes):
@@ -179,11 +182,40 @@ class TestTimings:
         timings = StageTimings()
         value = object()
         timings.start()
-        timings.begin(None)
-        assert timings.lap("route", value) is value
-        timings.wait(lambda: pytest.fail("no barrier"))
+        timings.begin(mx.zeros(1))
+        no_barrier = lambda: pytest.fail("no barrier")  # noqa: E731
+        assert timings.run("route", lambda v: v, value, barrier=no_barrier) is value
         timings.end()
         assert timings == StageTimings()
+
+    def test_a_stage_costs_its_arguments_and_its_result_but_not_the_wait(
+        self, monkeypatch
+    ):
+        clock, evaluated = [0.0], []
+        monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+
+        def evaluate(arrays):
+            evaluated.append(arrays)
+            clock[0] += 1.0
+
+        monkeypatch.setattr(metrics.mx, "eval", evaluate)
+        timings = StageTimings(enabled=True)
+        x = mx.zeros(1)
+        timings.begin(x)  # what the tokens are computed from is not the layer's
+        routing = Routing(mx.zeros((1, 1), mx.int32), mx.ones((1, 1)))
+        result = timings.run(
+            "combine",
+            lambda routing, n: routing,
+            routing,
+            3,
+            barrier=lambda: clock.__setitem__(0, clock[0] + 5),
+        )
+        assert result is routing
+        assert timings.seconds == dict.fromkeys(STAGES, 0.0) | {
+            "combine": 2.0,
+            "wait": 5.0,
+        }
+        assert [len(arrays) for arrays in evaluated] == [1, 2, 2]
 
     def test_measure_starts_from_zero_and_turns_off(self):
         timings = StageTimings()
@@ -191,8 +223,8 @@ class TestTimings:
             with timings.measure() as measured:
                 assert measured is timings and timings.enabled
                 timings.start()
-                timings.begin([])
-                timings.lap("experts", [])
+                timings.begin(mx.zeros(1))
+                timings.run("experts", mx.zeros, 3)
                 timings.end()
             assert timings.layer_calls == 1
             assert timings.seconds["experts"] > 0

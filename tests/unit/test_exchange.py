@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -11,23 +12,27 @@ import numpy as np
 import pytest
 
 from mlx_ep.comm import GroupComm
-from mlx_ep.config import ALIASES, EPConfig, Strategy
+from mlx_ep.config import ALIASES, EPConfig, StrategyName
 from mlx_ep.exchange import (
     STRATEGIES,
     AllToAll,
     Auto,
     Collective,
     CountedComm,
+    Exchange,
+    ExchangeRequest,
     ExchangeShape,
-    Traffic,
+    ExchangeTraffic,
+    Gathered,
+    Replicated,
+    Strategy,
     layer_traffic,
 )
-from mlx_ep.exchange import Strategy as StrategyProtocol
 from mlx_ep.exchange.base import depends_on, expected_share, padded
 from mlx_ep.metrics import Counters
 from mlx_ep.moe import ExpertGroup
 from mlx_ep.placement import Placement
-from mlx_ep.rows import MovesRows, pad_routing
+from mlx_ep.rows import Mover, MovesRows, pad_routing
 from mlx_ep.types import Routing, Rows, TokenCounts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,11 +45,24 @@ def shape_of(*tokens, top_k=8, width=64, itemsize=2, **options):
 
 
 def test_the_table_holds_what_the_configuration_lists():
-    assert tuple(STRATEGIES) == get_args(Strategy)
+    assert tuple(STRATEGIES) == get_args(StrategyName)
     for name in STRATEGIES:
-        strategy = STRATEGIES[name]()
-        assert isinstance(strategy, StrategyProtocol)
-        assert isinstance(STRATEGIES.create(EPConfig(strategy=name)), type(strategy))
+        mover = Mover()
+        strategy = STRATEGIES.create(EPConfig(strategy=name), mover)
+        assert isinstance(strategy, Strategy)
+        assert not isinstance(strategy, MovesRows) or strategy.mover is mover
+        comm = GroupComm(mx.distributed.init())
+        routing = Routing(mx.zeros((2, 1), mx.int32), mx.ones((2, 1)))
+        placement = Placement.contiguous(1, 1)
+        request = ExchangeRequest(
+            routing, placement, comm, mx.float32, TokenCounts((2,))
+        )
+        exchange = strategy.exchange(request)
+        assert isinstance(exchange, Exchange)
+        x = mx.random.normal((2, 3))
+        for tokens in (x, 2 * x):  # other tokens, the same routing
+            rows = exchange.dispatch(tokens)
+            assert mx.array_equal(exchange.combine(rows.x[: len(rows.x)]), tokens), name
 
 
 @pytest.mark.parametrize(
@@ -182,9 +200,9 @@ def test_memory_is_constant_while_tokens_grow(strategy):
 
 def test_traffic_by_hand():
     shape = shape_of(3, 1, rows_to=(2, 2), rows_from=(2, 1))
-    replicated = STRATEGIES["replicated"]().traffic(shape)
-    assert replicated == Traffic((Collective("all_reduce", 4 * 3 * 64),), 3)
-    gathered = STRATEGIES["gathered"]().traffic(shape)
+    replicated = Replicated().traffic(shape)
+    assert replicated == ExchangeTraffic((Collective("all_reduce", 4 * 3 * 64),), 3)
+    gathered = Gathered().traffic(shape)
     # 3 padded tokens of 128 bytes with 8 ids and 8 gates; 2 x 3 sums in float32
     assert gathered.collectives == (
         Collective("all_gather", 3 * (128 + 64)),
@@ -217,9 +235,11 @@ def example() -> dict[str, object]:
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     names = {
         "Collective": Collective,
+        "dataclass": dataclass,
+        "ExchangeRequest": ExchangeRequest,
         "Rows": Rows,
         "STRATEGIES": STRATEGIES,
-        "Traffic": Traffic,
+        "ExchangeTraffic": ExchangeTraffic,
         "depends_on": depends_on,
         "mx": mx,
         "pad_routing": pad_routing,
@@ -246,7 +266,7 @@ def test_the_documented_strategy_works(monkeypatch):
     names = example()
     strategy = STRATEGIES.create(EPConfig(strategy="broadcast"))
     assert type(strategy) is names["Broadcast"]
-    assert isinstance(strategy, StrategyProtocol)
+    assert isinstance(strategy, Strategy)
     with pytest.raises(ValueError, match="'broadcast' is taken"):
         STRATEGIES.register("broadcast", names["Broadcast"])
     comm = Solo()
@@ -267,3 +287,17 @@ def test_the_documented_strategy_works(monkeypatch):
     assert len(
         re.findall(r"^    def", (ROOT / "docs/add-a-strategy.md").read_text(), re.M)
     )
+
+
+@pytest.mark.parametrize("strategy", ["replicated", "gathered"])
+def test_a_capacity_holds_for_unweighted_outputs_too(strategy):
+    comm = GroupComm(mx.distributed.init())
+    config = EPConfig(strategy=strategy, capacity=1)
+    group = ExpertGroup.from_config(comm, Placement.contiguous(2, 1), config)
+    routing = Routing(mx.array([[0, 1], [1, 0]], mx.int32), mx.ones((2, 2)))
+    x = mx.ones((2, 3))
+    with pytest.warns(UserWarning, match="drops 2 of 4"):
+        outputs = group.slot_outputs(x, routing, lambda rows, slots: rows)
+    assert outputs.shape == (2, 2, 3)
+    assert outputs[..., 0].tolist() == [[1, 0], [1, 0]]
+    assert group.step.dropped_pairs == 2
