@@ -10,17 +10,12 @@ import pytest
 
 from mlx_ep.kernels import loader, metal, ops
 from tests.metal import host
-from tests.ranks import is_required
+from tests.tiers import require
 
 
 def require_host_metal() -> None:
     """Skips where the CPU cannot execute kernels; fails where it has to."""
-    reason = host.missing()
-    if reason is None:
-        return
-    if is_required("host_metal"):
-        pytest.fail(f"MLX_EP_REQUIRE names host_metal: {reason}", pytrace=False)
-    pytest.skip(f"host_metal: {reason}")
+    require("host_metal")
 
 
 @pytest.fixture(params=[0, 1, 7], ids=lambda seed: f"schedule{seed}")
