@@ -8,34 +8,15 @@ from types import ModuleType
 import mlx.core as mx
 import pytest
 
-from mlx_ep.kernels import loader, metal, ops
+from mlx_ep.kernels import metal, ops
+from tests.host_kernels import installed
 from tests.metal import host
-from tests.tiers import require
-
-
-def require_host_metal() -> None:
-    """Skips where the CPU cannot execute kernels; fails where it has to."""
-    require("host_metal")
 
 
 @pytest.fixture(params=[0, 1, 7], ids=lambda seed: f"schedule{seed}")
 def schedule(request: pytest.FixtureRequest) -> int:
     """Order in which threads and groups run on the CPU: up, down, shuffled."""
     return request.param
-
-
-def installed(
-    monkeypatch: pytest.MonkeyPatch, seed: int = 0
-) -> Iterator[list[host.Launch]]:
-    """Kernels execute on the CPU until resumed; every launch must be spotless."""
-    require_host_metal()
-    loader.forget_kernels()
-    launches = host.install(monkeypatch, seed=seed)
-    yield launches
-    loader.forget_kernels()
-    for launch in launches:
-        assert not launch.warnings, launch.warnings
-        assert "divergent_simd_operations" not in launch.statistics, launch.name
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from tests.metal import host
-from tests.metal.conftest import require_host_metal
 from tests.metal.host.dropin import traced
 from tests.metal.host.lint import lint
+from tests.tiers import require
 
 
 @pytest.fixture(autouse=True)
 def _tier() -> None:
-    require_host_metal()
+    require("host_metal")
 
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
