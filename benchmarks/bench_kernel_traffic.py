@@ -1,9 +1,9 @@
 """How many bytes do the Metal kernels move, against the least they could?
 
-Each kernel runs on the CPU (tests/metal/host), which counts every byte that its source
-reads or writes, per buffer. Counts are exact and the same on every run, so one sample
-is enough. They are not measured on a GPU: caches, which serve a byte that is read
-again, and the coalescing of lanes do not exist here.
+Each kernel runs on the CPU (tests/metal/host), which counts every byte that its
+source reads or writes, per buffer. Counts are exact and the same on every run, so one
+sample is enough. They are not measured on a GPU: caches, which serve a byte that is
+read again, and the coalescing of lanes do not exist here.
 
 What counts as the least:
 - movement (pack_rows, unpack_sum): every row read once, every row written once, and

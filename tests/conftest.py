@@ -7,17 +7,17 @@ Where the tier is missing the test is skipped, or fails if MLX_EP_REQUIRE names 
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
 
-from tests.launchers import is_required, unavailable
+from tests.private import user_folder
+from tests.tiers import require
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # What warm-up measures is kept for later runs of the tests, not of the user.
-    os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / "mlx-ep-tests")
+    os.environ["XDG_CACHE_HOME"] = str(user_folder("mlx-ep-tests"))
     config.addinivalue_line(
         "markers",
         'requires(tier): needs a tier: "ranks", "mpi" or "host_metal"; skipped where '
@@ -28,12 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("requires"):
         for tier in mark.args:
-            reason = unavailable(tier)
-            if reason is None:
-                continue
-            if is_required(tier):
-                pytest.fail(f"MLX_EP_REQUIRE names {tier}: {reason}", pytrace=False)
-            pytest.skip(f"{tier}: {reason}")
+            require(tier)
 
 
 @pytest.fixture

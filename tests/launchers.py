@@ -86,7 +86,7 @@ def unavailable(tier: str) -> str | None:
     """Why tests of a tier cannot run here; None where they can.
 
     Tiers: "ranks" (several processes over the TCP ring), "mpi" (Open MPI 5),
-    "host_metal" (a C++ compiler that can build Metal kernels for the host).
+    "host_metal" (Linux, a C++ compiler that can build Metal kernels for the CPU).
     """
     if tier == "ranks":
         import mlx.core as mx
@@ -100,10 +100,9 @@ def unavailable(tier: str) -> str | None:
         is_five = "(Open MPI) 5." in version.stdout
         return None if is_five else f"mpirun is not Open MPI 5: {version.stdout[:40]}"
     if tier == "host_metal":
-        # The first versions with _Float16 in C++ that build the kernels.
-        if any(_major_version(c) >= v for c, v in (("g++", 12), ("clang++", 15))):
-            return None
-        return "no g++ 12 or clang++ 15 or newer"
+        from tests.metal.host import missing
+
+        return missing()
     raise ValueError(f'tier must be "ranks", "mpi" or "host_metal", got {tier!r}')
 
 
@@ -126,11 +125,3 @@ def find_mpi_library(mpirun: str) -> Path | None:
             if found:
                 return found[0]
     return None
-
-
-def _major_version(compiler: str) -> int:
-    if shutil.which(compiler) is None:
-        return 0
-    command = [compiler, "-dumpversion"]
-    output = subprocess.run(command, capture_output=True, text=True).stdout
-    return int(output.split(".")[0])

@@ -26,22 +26,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from tests.launchers import (
-    is_required,
     mpirun_command,
     rank_environment,
     ring_variables,
-    unavailable,
 )
 
 __all__ = [
     "RankOutcome",
     "RanksError",
     "StartedCommands",
-    "is_required",
     "run_commands",
     "run_ranks",
     "start_commands",
-    "unavailable",
 ]
 
 # A rank that failed leaves its peers waiting for it; they get this long to end on

@@ -99,8 +99,8 @@ test by themselves, `tests/models/test_packed_checkpoints.py`.
 STAND_IN = """
 `{name}` runs on Metal only: mlx-lm has its router and its norms as Metal kernels and in
 no other form. It was measured with plain MLX in their place, on both sides
-(`tests/models/metal_stand_in.py`); without Metal it is refused. It rounds its last norm
-to bfloat16, and so the differences of its logits.
+(`tests/models/metal_stand_in.py`); without Metal it is refused. It rounds its last
+norm to bfloat16, and so the differences of its logits.
 """
 
 QUANTIZATIONS = """

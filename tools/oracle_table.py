@@ -39,8 +39,9 @@ experts, and run the same tokens. The largest difference of a logit must be at m
 - **made alike**: where mlx-lm and transformers differ in more than rounding, what was
   made the same before comparing. None of these differences is this package's.
 - The configurations are those of `tests/models/architectures.json`, and what
-  `tests/oracle/checkpoints.py` adds. There, too, is where the layout that transformers
-  saves is not the one of the hub's checkpoints (`_REWRITTEN`): it is rewritten.
+  `tests/oracle/checkpoints.py` adds. There, too, is where the layout that
+  transformers saves is not the one of the hub's checkpoints (`_REWRITTEN`): it is
+  rewritten.
 - All parameters are random, the routers and their biases too (but for the table's).
 
 ## How this was made

@@ -8,39 +8,15 @@ from types import ModuleType
 import mlx.core as mx
 import pytest
 
-from mlx_ep.kernels import loader, metal, ops
+from mlx_ep.kernels import metal, ops
+from tests.host_kernels import installed
 from tests.metal import host
-from tests.ranks import is_required
-
-
-def require_host_metal() -> None:
-    """Skips where the CPU cannot execute kernels; fails where it has to."""
-    reason = host.missing()
-    if reason is None:
-        return
-    if is_required("host_metal"):
-        pytest.fail(f"MLX_EP_REQUIRE names host_metal: {reason}", pytrace=False)
-    pytest.skip(f"host_metal: {reason}")
 
 
 @pytest.fixture(params=[0, 1, 7], ids=lambda seed: f"schedule{seed}")
 def schedule(request: pytest.FixtureRequest) -> int:
     """Order in which threads and groups run on the CPU: up, down, shuffled."""
     return request.param
-
-
-def installed(
-    monkeypatch: pytest.MonkeyPatch, seed: int = 0
-) -> Iterator[list[host.Launch]]:
-    """Kernels execute on the CPU until resumed; every launch must be spotless."""
-    require_host_metal()
-    loader.forget_kernels()
-    launches = host.install(monkeypatch, seed=seed)
-    yield launches
-    loader.forget_kernels()
-    for launch in launches:
-        assert not launch.warnings, launch.warnings
-        assert "divergent_simd_operations" not in launch.statistics, launch.name
 
 
 @pytest.fixture

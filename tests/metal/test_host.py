@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from tests.metal import host
-from tests.metal.conftest import require_host_metal
 from tests.metal.host.dropin import traced
-from tests.metal.host.lint import clang, lint
+from tests.metal.host.lint import lint
+from tests.tiers import require
 
 
 @pytest.fixture(autouse=True)
 def _tier() -> None:
-    require_host_metal()
+    require("host_metal")
 
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
@@ -440,8 +440,6 @@ def test_install_replaces_the_kernel(host_kernels: list[host.Launch]) -> None:
     ],
 )
 def test_lint(body: str, header: str, message: str | None) -> None:
-    if clang() is None:
-        pytest.skip("the address-space lint needs clang++ >= 17")
     source = f"uint i = thread_position_in_grid.x;\n{body}"
     kernel = mx.fast.metal_kernel("small", ["a"], ["o"], source, header + "\n")
     call = {

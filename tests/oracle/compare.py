@@ -33,8 +33,8 @@ CANNOT = {
     "minimax": "transformers' `minimax` is MiniMax-Text-01, with linear attention; "
     "mlx-lm's is MiniMax-M2, compared as `minimax_m2`",
     "muse_spark": "parts of mlx-lm's model are Metal kernels; with plain MLX in their "
-    "place (`tests/models/metal_stand_in.py`) the logits differ by 0.3 of the largest, "
-    "for a reason that is not known yet",
+    "place (`tests/models/metal_stand_in.py`) the logits differ by 0.3 of the "
+    "largest, for a reason that is not known yet",
     "qwen3_5": "transformers' `qwen3_5` has no experts; compared as `qwen3_5_moe`",
     "step3p5": "transformers has no text model of this type",
 }

@@ -24,7 +24,7 @@ from mlx_ep.experts import blas as blas_module
 from mlx_ep.metrics import Counters
 from mlx_ep.rows import Option
 from mlx_ep.types import Rows
-from tests.metal.conftest import installed
+from tests.host_kernels import installed
 from tests.reference import moe_sum
 
 L = 4

@@ -1,6 +1,7 @@
 """Executes Metal kernels on the CPU, with checks and byte counters. See README.md."""
 
-from .build import CompileError, missing
+from .build import CompileError
+from .compilers import missing
 from .dropin import install, metal_kernel
 from .execute import Finding, KernelError, Launch, Traffic
 from .lint import lint

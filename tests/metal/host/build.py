@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shlex
-import shutil
-import subprocess
-import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+
+from .compilers import (
+    builder,
+    cache_folder,
+    is_clang,
+    missing,
+    mlx_headers,
+    run_compiler,
+)
 
 HERE = Path(__file__).parent
 SHIM = HERE / "shim"
@@ -24,7 +29,11 @@ WARNINGS = shlex.split(
 )
 
 # Instrumentation whose callbacks the runner defines: linked without the sanitizers.
-CHECKS = ["-fsanitize=thread,shift,integer-divide-by-zero,bounds,alignment,return"]
+# Two flags, as zig drops what stands beside "thread".
+CHECKS = [
+    "-fsanitize=shift,integer-divide-by-zero,{bounds},alignment,return",
+    "-fsanitize=thread",
+]
 
 KERNEL_FLAGS = shlex.split(
     "-std=gnu++17 -O1 -g1 -fPIC -fno-exceptions -fno-rtti -fno-strict-aliasing "
@@ -36,55 +45,10 @@ class CompileError(Exception):
     """The kernel's source is not accepted; the message holds the diagnostics."""
 
 
-@cache
-def compiler() -> str | None:
-    """The C++ compiler: $MSLHOST_CXX, else g++ or clang++; None when there is none."""
-    if name := os.environ.get("MSLHOST_CXX"):
-        return name
-    # The first versions that have _Float16 in C++.
-    for name, least in (("g++", 12), ("clang++", 15)):
-        if shutil.which(name):
-            command = [name, "-dumpversion"]
-            version = subprocess.run(command, capture_output=True, text=True).stdout
-            if int(version.split(".")[0]) >= least:
-                return name
-    return None
-
-
-def missing() -> str | None:
-    """Why nothing can be executed here; None when it can."""
-    if sys.platform != "linux":
-        return "host execution of Metal kernels runs on Linux only"
-    if compiler() is None:
-        return "host execution of Metal kernels needs g++ >= 12 or clang++ >= 15"
-    if mlx_headers() is None:
-        return "this mlx build ships no Metal headers (utils.h)"
-    return None
-
-
-@cache
-def mlx_headers() -> Path | None:
-    """The include folder of the installed mlx, where it has the Metal headers."""
-    spec = importlib.util.find_spec("mlx")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        include = Path(folder) / "include"
-        if (include / "mlx/backend/metal/kernels/utils.h").exists():
-            return include
-    return None
-
-
-def cache_folder() -> Path:
-    """$MSLHOST_CACHE, else a folder of this user in the system's temp folder."""
-    default = Path(tempfile.gettempdir()) / f"mslhost-{os.getuid()}"
-    folder = Path(os.environ.get("MSLHOST_CACHE") or default)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def runner() -> Path:
     """The program that executes kernels."""
     # -rdynamic lets a kernel's module find the runner's functions.
-    command = [_compiler(), "-std=c++17", "-O2", "-g1", "-rdynamic"]
+    command = [*_builder(), "-std=c++17", "-O2", "-g1", "-rdynamic"]
     source = RUNNER / "main.cpp"
     built, _ = _built("runner", [*command, str(source), "-ldl"], _stamp(RUNNER), None)
     return built
@@ -103,48 +67,33 @@ def kernel(name: str, text: str) -> tuple[Path, str]:
     Raises:
         CompileError: the compiler rejects it.
     """
-    is_clang = _is_clang(_compiler())
     dialect = ["-fsingle-precision-constant"]  # a literal is float in Metal
+    bounds = "bounds"
     checks = list(CHECKS)
-    if is_clang:
+    if is_clang(_builder()):
         dialect = ["-Wno-ignored-attributes", "-Wno-unknown-attributes"]
+        bounds = "array-bounds"  # clang's other half of "bounds" reports by SIGILL
         checks += ["-mllvm", "-tsan-instrument-read-before-write=1"]
-    include = [f"-I{SHIM}", f"-I{mlx_headers()}"]
-    compile_ = [
-        _compiler(),
+    command = [
+        *_builder(),
         *KERNEL_FLAGS,
         *WARNINGS,
         *dialect,
-        *checks,
-        *include,
+        *(check.format(bounds=bounds) for check in checks),
+        f"-I{SHIM}",
+        f"-I{mlx_headers()}",
         "-c",
     ]
-    built, warnings = _built(name, compile_, _stamp(SHIM), text, ".o")
-    linked, _ = _built(name, [_compiler(), "-shared", str(built)], "", None, ".so")
+    built, warnings = _built(name, command, _stamp(SHIM), text, ".o")
+    link = [*_builder(), "-O1", "-shared", str(built)]
+    linked, _ = _built(name, link, "", None, ".so")
     return linked, warnings
 
 
-def source_line(module: Path, address: int) -> str:
-    """``file:line`` of an instruction: of its innermost frame outside the shim."""
-    if not shutil.which("addr2line"):
-        return ""
-    command = ["addr2line", "-e", str(module), "-i", hex(address - 1)]
-    frames = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
-    named = [frame.split(" ")[0] for frame in frames if frame]
-    ours = [frame for frame in named if "/shim/" not in frame]
-    return os.path.basename((ours or named or [""])[0])
-
-
-def _compiler() -> str:
-    name = compiler()
-    assert name is not None, missing()
-    return name
-
-
-@cache
-def _is_clang(name: str) -> bool:
-    version = subprocess.run([name, "--version"], capture_output=True, text=True)
-    return "clang" in version.stdout
+def _builder() -> tuple[str, ...]:
+    command = builder()
+    assert command is not None, missing()
+    return command
 
 
 @cache
@@ -170,7 +119,7 @@ def _built(
             unit.write_text(text)
             command = [*command, str(unit)]
         command = [*command, "-o", str(output)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run_compiler(command)
         if done.returncode:
             raise CompileError(f"$ {' '.join(command)}\n{done.stderr}")
         # Log first: a module without its log is built again.

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import build
+from .lines import source_line
 from .translate import check_rules, translate
 
 
@@ -216,7 +217,7 @@ def _read_report(launch: Launch, report: str, module: Path) -> None:
 def _finding(values: dict[str, str], module: Path) -> Finding:
     def line_of(hexadecimal: str) -> str:
         address = int(hexadecimal, 16)
-        return build.source_line(module, address) if address else ""
+        return source_line(module, address) if address else ""
 
     message = re.sub(
         r"other pc ([0-9a-f]+)", lambda m: f"at {line_of(m[1])}", values["msg"]

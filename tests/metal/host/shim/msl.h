@@ -7,6 +7,9 @@
 #include "msl_types.h"
 #include "msl_math.h"
 #include "msl_sync.h"
+// libc++ has functions of these names where MLX's utils.h defines its own.
+#define log1p mlx_log1p
+#define hypot mlx_hypot
 // Address spaces and restrict: last, so that no C++ header sees them as macros.
 #define device
 #define constant
