@@ -346,7 +346,7 @@ def _poured(
     loads = {}
     busy = np.zeros(num_ranks)
     for mask, rows in totals.items():
-        ranks = np.array([r for r in range(num_ranks) if mask >> r & 1])
+        ranks = np.array([r for r in range(num_ranks) if mask >> r & 1])  # on host
         speed = np.array(speeds)[ranks]
         order = np.argsort(busy[ranks], kind="stable")
         filled, level = 1, 0.0
