@@ -61,6 +61,8 @@ MAY_IMPORT = {
     },
     "chat": {"cli", "comm"},
     "cache_prompt": {"cli", "comm"},
+    "launch": {"cli"},
+    "__main__": {"cli"},
     "doctor": {"cli", "comm", "measure", "rows", "tune"},
     "calibrate": {"cli", "comm", "cost", "loading", "measure", "rows", "tune"},
     "perplexity": {"types", "cli", "comm"},
