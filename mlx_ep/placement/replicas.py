@@ -211,8 +211,7 @@ class _Copies:
             ahead = heapq.heappop(queue)
             if not ahead.num_copies:
                 continue
-            # Rows that are level gain nothing more; rare steps of decode may.
-            if self.objective == "rows" and ahead.minus_gain > -1e-12:
+            if self.objective == "rows" and self._is_level(ahead.number):
                 continue
             size = self.sizes[ahead.number]
             num_bytes = ahead.num_copies * size
@@ -242,6 +241,11 @@ class _Copies:
             gain = self._work(index, self.layers[index]) - self._work(index, layer)
         per_byte = gain * int(self.times[index]) / max(num_copies * size, 1)
         return _Ahead(-per_byte, index, num_copies, layer, self.room - room)
+
+    def _is_level(self, number: int) -> bool:
+        """Whether a layer's rows are: more copies gain nothing."""
+        least = 1 / sum(rank.speed for rank in self.ranks)
+        return self._work(number, self.layers[number]) <= least * (1 + 1e-9)
 
     def result(self) -> Balanced:
         made = [layer.rank_experts() for layer in self.layers]
