@@ -125,8 +125,8 @@ def main() -> None:
         own, watch = (samples[-1][column] / 2**20 for column in (1, -1))
         print(
             f"rank {rank}: {record['answers']} answers, {record['wrong']} wrong; "
-            f"memory at the end {own:.0f} MiB, {grown[0]:.3f} times that at the start; its "
-            f"watch {watch:.0f} MiB, {grown[-1]:.3f}"
+            f"memory at the end {own:.0f} MiB, {grown[0]:.3f} times that at the start; "
+            f"its watch {watch:.0f} MiB, {grown[-1]:.3f}"
         )
     if args.json is not None:
         args.json.write_text(json.dumps(records))
