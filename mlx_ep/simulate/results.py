@@ -100,12 +100,12 @@ def write_csv(
 class Spread:
     """Mean, median and 99th percentile, ms."""
 
-    mean: float
-    median: float
-    p99: float
+    mean: float | int
+    median: float | int
+    p99: float | int
 
     @classmethod
-    def of(cls, values: Sequence[float] | np.ndarray) -> Spread:
+    def of(cls, values: Sequence[float | int] | np.ndarray) -> Spread:
         if not len(values):
             return cls(0.0, 0.0, 0.0)
         milliseconds = np.asarray(values, np.float64) / 1e6  # on host
@@ -212,14 +212,14 @@ class Moment:
         pool: part of the KV blocks in use, of the fullest instance.
     """
 
-    end: float
+    end: float | int
     step: int
     running: int
     waiting: int
-    prompts: float
-    outputs: float
-    memory: float
-    pool: float
+    prompts: float | int
+    outputs: float | int
+    memory: float | int
+    pool: float | int
 
     def line(self) -> str:
         return (
@@ -229,7 +229,7 @@ class Moment:
         )
 
 
-def moments(engine: Engine, interval: float) -> list[Moment]:
+def moments(engine: Engine, interval: float | int) -> list[Moment]:
     """Intervals of `interval` seconds in which a step ended."""
     logs = [group.log for group in engine.groups]
     last = max((int(log.ends[-1]) for log in logs if log.count), default=0)
@@ -240,7 +240,7 @@ def moments(engine: Engine, interval: float) -> list[Moment]:
     for log in logs:
         own = np.full((4, count), np.nan)
         for stretch in log.stretches:
-            ends = log.ends[stretch.step : stretch.step + stretch.count]
+            ends = log.ends[stretch.step : stretch.step + stretch.steps]
             places, steps = np.unique(ends // width, return_counts=True)
             sums[0, places] += stretch.prompts * steps
             sums[1, places] += stretch.outputs * steps
