@@ -24,10 +24,12 @@ class Served:
     """One request, ns.
 
     Attributes:
+        instance: that made its last token; `entry`: its first.
         itl: between each token and the one before.
     """
 
     instance: int
+    entry: int
     index: int
     inputs: int
     outputs: int
@@ -55,6 +57,7 @@ def served(engine: Engine) -> Iterator[Served]:
         assert len(times) == request.outputs and int(times[-1]) == request.end
         yield Served(
             request.instance,
+            request.entry,
             request.index,
             request.asked.input_tokens,
             request.outputs,
@@ -128,7 +131,7 @@ class Totals:
         self.start: int | None = None
 
     def add(self, one: Served) -> None:
-        self._ttft.setdefault(one.instance, []).append(one.ttft)
+        self._ttft.setdefault(one.entry, []).append(one.ttft)
         self._tpot.setdefault(one.instance, []).append(one.tpot)
         self._itl.setdefault(one.instance, []).append(one.itl.astype(np.int64))
         self._latency.append(one.latency)
@@ -155,7 +158,7 @@ class Totals:
             "instances": [
                 {
                     "instance": instance.index,
-                    "requests": len(self._ttft.get(instance.index, [])),
+                    "requests": len(self._tpot.get(instance.index, [])),
                     "ttft_ms": vars(Spread.of(self._ttft.get(instance.index, []))),
                     "tpot_ms": vars(Spread.of(self._tpot.get(instance.index, []))),
                     "itl_ms": vars(Spread.of(self._all_itl(instance.index))),
