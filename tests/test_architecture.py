@@ -70,6 +70,7 @@ MAY_IMPORT = {
     "plan": {
         "cli", "config", "cost", "loading", "metrics", "models", "placement", "tune",
     },
+    "simulate": {"types", "config", "cost", "exchange", "loading"},
     "benchmark": {
         "types", "api", "cli", "comm", "config", "cost", "data_parallel", "exchange",
         "loading", "measure", "metrics", "models", "moe", "placement", "tune",
