@@ -37,6 +37,12 @@ class Routing(NamedTuple):
     gates: Float32[mx.array, "T K"]
 
 
+class CompleteRouting(Routing):
+    """A routing of which it is known, without reading it, that no id is -1."""
+
+    __slots__ = ()
+
+
 class Rows(NamedTuple):
     """What one rank has to compute: rows, and which of its slots each row visits.
 
@@ -50,6 +56,12 @@ class Rows(NamedTuple):
     x: Float[mx.array, "M D"]
     slot_ids: Int32[mx.array, "M K"]
     gates: Float32[mx.array, "M K"]
+
+
+class CompleteRows(Rows):
+    """Rows of which it is known that no slot id is -1: every pair is this rank's."""
+
+    __slots__ = ()
 
 
 class TokenCounts(NamedTuple):

@@ -259,7 +259,7 @@ class ExpertGroup:
         # Ids are below 2^24, which float32 holds exactly: one collective for both.
         ids = routing.expert_ids.astype(mx.float32)
         both = self.counted.broadcast(mx.stack([ids, routing.gates]))
-        return Routing(both[0].astype(mx.int32), both[1])
+        return routing._replace(expert_ids=both[0].astype(mx.int32), gates=both[1])
 
     def _limited(self, routing: Routing) -> Routing:
         """The routing within the capacity; what is dropped is counted and warned of."""

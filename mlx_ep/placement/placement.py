@@ -193,7 +193,18 @@ class Placement:
         An id of -1 (no expert) gives -1. Every rank that holds a part of an expert has
         a slot for it: their outputs add up.
         """
+        if self.has_all_in_order(rank):
+            return expert_ids
         return self._slot_tables[rank][expert_ids]
+
+    def has_all_in_order(self, rank: int) -> bool:
+        """Whether `rank` holds every expert, in the slot of its number."""
+        return self._in_order[rank]
+
+    @cached_property
+    def _in_order(self) -> list[bool]:
+        everything = tuple(range(self.num_experts))
+        return [experts == everything for experts in self.rank_experts]
 
     @cached_property
     def _slot_tables(self) -> list[mx.array]:
