@@ -38,7 +38,10 @@ class Routing(NamedTuple):
 
 
 class CompleteRouting(Routing):
-    """A routing of which it is known, without reading it, that no id is -1."""
+    """A routing of which it is known, without reading it, that no id is -1.
+
+    Its ids may be uint32, as MLX's own operations make and take them.
+    """
 
     __slots__ = ()
 
@@ -59,7 +62,10 @@ class Rows(NamedTuple):
 
 
 class CompleteRows(Rows):
-    """Rows of which it is known that no slot id is -1: every pair is this rank's."""
+    """Rows of which it is known that no slot id is -1: every pair is this rank's.
+
+    Slot ids may be uint32.
+    """
 
     __slots__ = ()
 

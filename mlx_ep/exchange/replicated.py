@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32, Integer
 
 from mlx_ep.comm import Comm
 from mlx_ep.exchange.base import (
@@ -17,8 +17,7 @@ from mlx_ep.exchange.base import (
 from mlx_ep.types import CompleteRouting, CompleteRows, Rows
 
 
-@dataclass(frozen=True)
-class ReplicatedExchange:
+class ReplicatedExchange(NamedTuple):
     """Rows are the tokens themselves, in their order (M = T).
 
     Attributes:
@@ -27,7 +26,7 @@ class ReplicatedExchange:
         is_complete: rows are `CompleteRows`.
     """
 
-    slot_ids: Int32[mx.array, "T K"]
+    slot_ids: Integer[mx.array, "T K"]
     gates: Float32[mx.array, "T K"]
     is_complete: bool
     comm: Comm

@@ -80,7 +80,8 @@ class BlockState:
         return "per-slot" if self.partial_sum is None else "partial-sum"
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
-        if self._runs_once:
+        is_routed = type(self.probe) is StandInProbe and self.reduction != "per_slot"
+        if is_routed and not self.is_verifying:
             output: mx.array = self._with_stand_in(*args, **kwargs)
             return output
         path = self.site.switch_path_in(self.holder)
@@ -100,11 +101,6 @@ class BlockState:
             has_shared=self.partial_shared or self.group.comm.rank == 0,
         )
 
-    @property
-    def _runs_once(self) -> bool:
-        is_routed = type(self.probe) is StandInProbe and self.reduction != "per_slot"
-        return is_routed and not self.is_verifying
-
     @cached_property
     def _with_stand_in(self) -> BlockView:
         """The block, whose switch gives stand-ins for its outputs."""
@@ -117,8 +113,11 @@ class BlockState:
     ) -> mx.array:
         """A `RoutedSum`, over the experts of all ranks."""
         *lead, top_k = ids.shape
+        ids = ids.reshape(-1, top_k)
+        if self.group.strategy.is_sharded:
+            ids = ids.astype(mx.int32)  # they travel
         routing = CompleteRouting(
-            ids.reshape(-1, top_k).astype(mx.int32),
+            ids,
             gates.reshape(-1, top_k).astype(mx.float32),
         )
         rows, runner = x.reshape(-1, x.shape[-1]), switch_runner(self.site.switch)

@@ -195,22 +195,18 @@ class ExpertGroup:
         self, x: Float[mx.array, "T D"], routing: Routing, strategy: Strategy
     ) -> list[tuple[mx.array, ExchangeRequest]]:
         """The tokens of each round, and what its exchange is asked for."""
-        sum_dtype = self.sum_dtype or x.dtype
         tokens, limit = self._token_counts(x.shape[0], strategy), strategy.round_tokens
-
-        def request(routing: Routing, tokens: TokenCounts | None) -> ExchangeRequest:
-            return ExchangeRequest(
-                routing, self.placement, self.counted, sum_dtype, tokens
-            )
-
-        num_rounds = 1 if tokens is None else tokens.num_rounds(limit)
-        if tokens is None or limit is None or num_rounds == 1:
-            return [(x, request(routing, tokens))]
+        whole = ExchangeRequest(
+            routing, self.placement, self.counted, self.sum_dtype or x.dtype, tokens
+        )
+        if tokens is None or limit is None or tokens.num_rounds(limit) == 1:
+            return [(x, whole)]
         rounds = []
-        for index in range(num_rounds):
+        for index in range(tokens.num_rounds(limit)):
             part = slice(index * limit, (index + 1) * limit)
             own = Routing(routing.expert_ids[part], routing.gates[part])
-            rounds.append((x[part], request(own, tokens.of_round(index, limit))))
+            counts = tokens.of_round(index, limit)
+            rounds.append((x[part], whole._replace(routing=own, tokens=counts)))
         return rounds
 
     def local_slot_outputs(
@@ -266,7 +262,8 @@ class ExpertGroup:
         if self.capacity is None:
             return routing
         # sync: which pairs are dropped is counted here and has to be reported.
-        ids, dropped = limit_to_capacity(np.array(routing.expert_ids), self.capacity)
+        ids = np.array(routing.expert_ids).astype(np.int32, copy=False)
+        ids, dropped = limit_to_capacity(ids, self.capacity)
         if dropped and not self.step.dropped_pairs:
             warnings.warn(
                 f"rank {self.comm.rank} drops {dropped} of {ids.size} (token, expert) "
