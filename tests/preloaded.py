@@ -1,4 +1,4 @@
-"""What a process has imported from which ranks are forked; see `tests/forked.py`."""
+"""What the process has imported that ranks are forked from: `tests/forked.py`."""
 
 from __future__ import annotations
 

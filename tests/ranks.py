@@ -4,8 +4,9 @@
 a command line on every rank. Neither goes through `mlx.launch`, which returns 0
 even when every rank fails.
 
-In a test, ranks over the ring are forked (`tests/forked.py`) and check all shapes; over
-MPI they start from nothing, and rank 0 checks those of the rooms in `CHECKED`.
+In a test, ranks over the ring are forked (`tests/forked.py`) and check all
+shapes; over MPI they start from nothing, and rank 0 checks those of the rooms in
+`CHECKED`.
 
 This file is a module beside the folder `tests/ranks/`: that folder must not get an
 `__init__.py`, which would hide this module. pytest is not needed here.
