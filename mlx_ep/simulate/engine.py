@@ -130,7 +130,7 @@ class Engine:
         if settings.enable_prefix_caching and request.asked.input_ids is not None:
             ids = request.asked.input_ids + (request.asked.output_ids or ())
             request.names = self._names[settings.block_size].of(ids)
-        member.waiting.append(request)
+        member.add(request)
         group.wake(now)
 
     def _choose(

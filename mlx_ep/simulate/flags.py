@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NoReturn
 
-from mlx_ep import cli
 from mlx_ep.simulate.engine import ROUTING_POLICIES
 from mlx_ep.simulate.routing import EXPERT_POLICIES
 from mlx_ep.simulate.settings import DTYPES, KV_DTYPES, Settings
@@ -14,13 +14,22 @@ from mlx_ep.simulate.times.exchanges import EXCHANGES
 LOG_LEVELS = ("WARNING", "INFO", "DEBUG")
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of `mlx_ep.cli`, which would load
+    mlx-lm and its tokenizers: longer than a simulation takes.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
 def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     """What an engine is told; the defaults are those of `Settings`."""
     defaults = Settings()
     group = parser.add_argument_group("engine (an instance of the cluster may override)")
     group.add_argument(
         "--max-num-seqs",
-        type=cli.positive,
+        type=_positive,
         default=defaults.max_num_seqs,
         help="Sequences that run at once (default: %(default)s).",
     )
@@ -59,7 +68,7 @@ def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--block-size",
-        type=cli.positive,
+        type=_positive,
         default=defaults.block_size,
         help="Tokens of a KV block (default: %(default)s).",
     )
@@ -147,7 +156,7 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(
+    parser = CommandParser(
         prog="mlx_ep.simulate",
         description="Serving on a cluster, in simulated time: no device, no weights. "
         "Further commands: mlx_ep.simulate validate, mlx_ep.simulate calibrate.",
@@ -226,10 +235,16 @@ def _count(text: str) -> int:
     return number
 
 
+def _positive(text: str) -> int:
+    if not _count(text):
+        raise argparse.ArgumentTypeError("must be 1 or more, got 0")
+    return int(text)
+
+
 def _part(text: str) -> float:
-    number = cli.fraction(text)
-    if number == 0:
-        raise argparse.ArgumentTypeError("must be above 0 and at most 1, got 0")
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
     return number
 
 

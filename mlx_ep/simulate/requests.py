@@ -22,6 +22,8 @@ class Request:
         computed: tokens whose keys and values are computed or scheduled to be.
         total: tokens that there are, counting those that scheduled steps will make.
         made: output tokens that scheduled steps make.
+        wanted: output tokens that it makes on this instance.
+        room: tokens that its blocks hold.
         own_blocks: that it alone uses; `shared`: names of the others.
         named: blocks of `names` that were looked at.
         scheduled, first, end: ns, or -1.
@@ -39,6 +41,8 @@ class Request:
     computed: int = 0
     total: int = 0
     made: int = 0
+    wanted: int = 0
+    room: int = 0
     own_blocks: int = 0
     shared: list[int] = field(default_factory=list)
     named: int = 0

@@ -68,9 +68,10 @@ class Scheduler:
         """vLLM's measure of how busy it is."""
         return 4 * len(self.waiting) + len(self.running)
 
-    def wanted(self, request: Request) -> int:
-        """Output tokens that it makes here."""
-        return 1 if self._leaves_after_first else request.outputs
+    def add(self, request: Request) -> None:
+        """A request that arrives here."""
+        request.wanted = 1 if self._leaves_after_first else request.outputs
+        self.waiting.append(request)
 
     def schedule(
         self, now: int, step: int, busy: frozenset[int], in_flight: Sequence[Batch]
@@ -87,10 +88,29 @@ class Scheduler:
         budget = self.settings.token_budget
         self._was_preempted = self._is_blocked = False
         index = 0
+        decodes, making, size = batch.decodes, batch.making, self.settings.block_size
         while index < len(self.running) and budget > 0:
             request = self.running[index]
             index += 1
-            if request.made >= self.wanted(request) or id(request) in busy:
+            if request.made >= request.wanted or id(request) in busy:
+                continue
+            computed = request.computed
+            if request.made and request.total - computed == 1:  # what most steps are
+                if computed >= request.room and not self._make_room(
+                    request, 1, in_flight
+                ):
+                    break
+                request.computed = computed = computed + 1
+                request.total += 1
+                request.made += 1
+                request.emit(step)
+                decodes.append(computed)
+                making.append(request)
+                if request.made == request.wanted:
+                    batch.lasts.append(request)
+                if request.names and computed % size == 0:
+                    self._name_blocks(request)
+                budget -= 1
                 continue
             chunk = self._chunk(request, budget)
             if not self._make_room(request, chunk, in_flight):
@@ -122,8 +142,12 @@ class Scheduler:
             self._preempt(victim, in_flight)
             if victim is request:
                 return False
-        request.own_blocks += max(need, 0)
+        self._own(request, need)
         return True
+
+    def _own(self, request: Request, blocks: int) -> None:
+        request.own_blocks += max(blocks, 0)
+        request.room = request.num_blocks * self.settings.block_size
 
     def _preempt(self, request: Request, in_flight: Sequence[Batch]) -> None:
         self.pool.give_back(request.own_blocks, request.shared)
@@ -133,7 +157,7 @@ class Scheduler:
                 for found in (batch.making, batch.firsts, batch.lasts):
                     found[:] = [other for other in found if other is not request]
         request.own_blocks, request.shared, request.named = 0, [], 0
-        request.computed = 0
+        request.computed = request.room = 0
         request.total = request.asked.input_tokens + request.made
         request.preempted += 1
         self.waiting.appendleft(request)
@@ -171,7 +195,7 @@ class Scheduler:
             need = self._blocks_for(request, start + chunk)
             taken = pool.take(max(need, 0))
             assert taken
-            request.own_blocks += max(need, 0)
+            self._own(request, need)
             self.running.append(request)
             if request.scheduled < 0:
                 request.scheduled = now
@@ -193,7 +217,7 @@ class Scheduler:
         batch.making.append(request)
         if request.made == 1:
             batch.firsts.append(request)
-        if request.made >= self.wanted(request):
+        if request.made >= request.wanted:
             batch.lasts.append(request)
 
     def _name_blocks(self, request: Request) -> None:
@@ -210,7 +234,7 @@ class Scheduler:
         """It has its last token."""
         self.running.remove(request)
         self.pool.give_back(request.own_blocks, request.shared)
-        request.own_blocks, request.shared = 0, []
+        request.own_blocks, request.shared, request.room = 0, [], 0
         self._is_blocked = False
 
     def steps_alike(self) -> int:
@@ -227,7 +251,7 @@ class Scheduler:
         for request in self.running:
             if request.total - request.computed != 1 or not request.made:
                 return 0
-            left = min(left, self.wanted(request) - request.made)
+            left = min(left, request.wanted - request.made)
         return self._steps_in_blocks(left) if left > 0 else 0
 
     def _may_admit(self) -> bool:
@@ -268,13 +292,14 @@ class Scheduler:
             if need > 0:
                 taken = self.pool.take(need)
                 assert taken
-                request.own_blocks += need
+                self._own(request, need)
             request.computed += steps
             request.total += steps
             request.made += steps
             request.emit(first_step, steps)
-            self._name_blocks(request)
+            if request.names:
+                self._name_blocks(request)
             last.making.append(request)
-            if request.made >= self.wanted(request):
+            if request.made >= request.wanted:
                 last.lasts.append(request)
         return last

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mlx_ep.simulate.times.tables import Line, Numbers, bracket
+from mlx_ep.simulate.times.tables import Numbers, bracket, bracket_one
 
 Point = tuple[float, float, float, float, float]
 
@@ -58,12 +58,9 @@ class _Grid:
         self._axes = [np.array(sorted({p[i] for p in points})) for i in range(4)]
         shape = [len(axis) for axis in self._axes]
         times = np.full(shape, np.nan)
-        for point in points:
-            place = tuple(
-                int(np.searchsorted(axis, value))
-                for axis, value in zip(self._axes, point)
-            )
-            times[place] = point[4]
+        table = np.array(points, np.float64)  # on host
+        places = (np.searchsorted(x, table[:, i]) for i, x in enumerate(self._axes))
+        times[tuple(places)] = table[:, 4]
         # Without decodes their keys do not matter.
         none = np.flatnonzero(self._axes[2] == 0)
         for index in none.tolist():  # on host
@@ -75,6 +72,7 @@ class _Grid:
         self._fill(times, 2, beyond=True)
         self._fill(times, 0, beyond=True)
         self._times = times
+        self._lists = [axis.tolist() for axis in self._axes]  # on host
 
     def _fill(self, times: np.ndarray, axis: int, beyond: bool) -> None:
         """Fill gaps along an axis, between known points or also outside of them."""
@@ -85,28 +83,39 @@ class _Grid:
             known = ~np.isnan(lane)
             if known.all() or not known.any():
                 continue
-            line = Line(list(zip(grid[known], lane[known])))
+            have, times = grid[known], lane[known]
             gaps = ~known
             if not beyond:
-                gaps &= (grid > line.grid[0]) & (grid < line.grid[-1])
-            lane[gaps] = line(grid[gaps])
+                gaps &= (grid > have[0]) & (grid < have[-1])
+            values = np.interp(grid[gaps], have, times)
+            if len(have) > 1:
+                rise = (times[-1] - times[-2]) / (have[-1] - have[-2])
+                values += rise * np.maximum(grid[gaps] - have[-1], 0)
+            lane[gaps] = values
 
     def __call__(
         self, chunk: float, before: float, decodes: float, keys: Numbers
     ) -> np.ndarray:
-        sides = []
-        for axis, value in zip(self._axes, (chunk, before, decodes, keys)):
-            sides.append(bracket(axis, value))
-        total: np.ndarray = np.zeros(np.shape(keys))
-        for corner in np.ndindex(2, 2, 2, 2):
-            weight: np.ndarray | float = 1.0
-            place = []
-            for side, axis, (low, upper) in zip(corner, self._axes, sides):
-                place.append(np.minimum(low + side, len(axis) - 1))
-                weight = weight * (upper if side else 1 - upper)
-            if np.any(weight):
-                total = total + weight * self._times[tuple(place)]
-        return total
+        # The three numbers that all steps share first: what is left is a line over keys.
+        line: np.ndarray = np.zeros(len(self._axes[3]))
+        sides = [
+            bracket_one(axis, value)
+            for axis, value in zip(self._lists, (chunk, before, decodes))
+        ]
+        for corner in _CORNERS:
+            weight = 1.0
+            for side, (_, upper) in zip(corner, sides):
+                weight *= upper if side else 1 - upper
+            if weight:
+                i, j, k = (low + side for side, (low, _) in zip(corner, sides))
+                line = line + weight * self._times[i, j, k]
+        if len(line) == 1:
+            return np.full(np.shape(keys), line[0])
+        low, upper = bracket(self._axes[3], keys)
+        return np.asarray(line[low] * (1 - upper) + line[low + 1] * upper)  # on host
+
+
+_CORNERS = list(np.ndindex(2, 2, 2))
 
 
 class Skew:

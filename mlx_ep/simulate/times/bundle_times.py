@@ -149,11 +149,11 @@ class BundleTimes:
     def _member(self, batch: Batch, tokens: int, steps: int) -> _Member:
         bundle, model = self._bundle, self._model
         sequences = len(batch.prefills) + len(batch.decodes)
-        layer = float(self._layer(tokens)) + self._attention(batch, steps)
-        mlp = 0.0 if self._mlp is None else float(self._mlp(tokens))
-        first = float(bundle.dense[ONCE[0]](tokens))
-        last = float(bundle.dense[ONCE[1]](tokens))
-        last += sum(float(line(sequences)) for line in bundle.sequences.values())
+        layer = self._layer.at(tokens) + self._attention(batch, steps)
+        mlp = 0.0 if self._mlp is None else self._mlp.at(tokens)
+        first = bundle.dense[ONCE[0]].at(tokens)
+        last = bundle.dense[ONCE[1]].at(tokens)
+        last += sum(line.at(sequences) for line in bundle.sequences.values())
         if self._first.tp > 1:
             summed = reduce_ns(self._tp, tokens * self._row_bytes) / 1e3
             # The embedding is split by its words and the logits likewise.
@@ -168,13 +168,13 @@ class BundleTimes:
         chunk, before = chunk_equivalent(batch.prefills)
         if not count:
             return table(chunk, before, 0, np.zeros(steps))
-        keys = np.array(batch.decodes, np.int64)  # on host
-        later = np.arange(steps)
-        even = table(chunk, before, count, float(keys.mean()) + later)
-        longest, shortest = int(keys.max()), int(keys.min())
+        keys, later = batch.decodes, np.arange(steps)
+        even = table(chunk, before, count, sum(keys) / count + later)
+        longest, shortest = max(keys), min(keys)
         if longest == shortest:
             return even
-        share = float((keys > (longest + shortest) / 2).mean())
+        middle = (longest + shortest) / 2
+        share = sum(seen > middle for seen in keys) / count
         alpha = self._bundle.skew.alpha(
             chunk, count, share, longest, before, self._first.settings.graphs
         )

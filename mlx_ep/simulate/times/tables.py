@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,6 +29,14 @@ def bracket(
     return low, np.clip(weight, 0.0, None if beyond else 1.0)
 
 
+def bracket_one(grid: Sequence[float], value: float) -> tuple[int, float]:
+    """`bracket` of one number, without arrays."""
+    if len(grid) == 1:
+        return 0, 0.0
+    low = min(max(bisect_right(grid, value) - 1, 0), len(grid) - 2)
+    return low, max((value - grid[low]) / (grid[low + 1] - grid[low]), 0.0)
+
+
 class Line:
     """Time over one number.
 
@@ -36,11 +45,20 @@ class Line:
     """
 
     def __init__(self, points: Sequence[tuple[float, float]]) -> None:
-        merged: dict[float, list[float]] = {}
-        for number, time in points:
-            merged.setdefault(number, []).append(time)
-        self.grid = np.array(sorted(merged))  # on host
-        self.times = np.array([np.mean(merged[x]) for x in self.grid])  # on host
+        table = np.array(points, np.float64).reshape(-1, 2)  # on host
+        self.grid, place, counts = np.unique(
+            table[:, 0], return_inverse=True, return_counts=True
+        )
+        self.times = np.bincount(place, weights=table[:, 1]) / counts
+        self._grid = self.grid.tolist()  # on host
+        self._times = self.times.tolist()  # on host
+
+    def at(self, value: float) -> float:
+        """The time of one number."""
+        low, weight = bracket_one(self._grid, value)
+        if not weight:
+            return float(self._times[low])
+        return float(self._times[low] * (1 - weight) + self._times[low + 1] * weight)
 
     def __call__(self, values: Numbers) -> np.ndarray:
         low, weight = bracket(self.grid, values)
