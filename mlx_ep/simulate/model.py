@@ -1,0 +1,167 @@
+"""The sizes of a model that a simulation needs, from its config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_ep.simulate.fields import Fields, read_json
+
+ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "fp8": 1, "int8": 1}
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """A decoder with grouped-query attention and, maybe, routed experts.
+
+    Attributes:
+        name: as the cluster file calls it.
+        num_layers: all decoder layers; `num_moe_layers` of them with experts.
+        width: D.
+        num_heads, num_kv_heads, head_dim: of the attention.
+        dense_width: of the feed-forward part of layers without experts.
+        num_experts, top_k, expert_width: E, K, F; 0 where there are no experts.
+        vocabulary: rows of the embedding and of the logits.
+        is_tied: whether the two share their matrix.
+        config: all of config.json.
+    """
+
+    name: str
+    num_layers: int
+    num_moe_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dense_width: int
+    num_experts: int
+    top_k: int
+    expert_width: int
+    shared_width: int
+    vocabulary: int
+    is_tied: bool
+    config: dict[str, Any]
+
+    @property
+    def is_moe(self) -> bool:
+        return self.num_experts > 0
+
+    @property
+    def expert_weights(self) -> int:
+        """Numbers of all routed experts."""
+        each = 3 * self.width * self.expert_width
+        return self.num_moe_layers * self.num_experts * each
+
+    @property
+    def gate_weights(self) -> int:
+        """Numbers of all routers."""
+        return self.num_moe_layers * self.num_experts * self.width
+
+    @property
+    def dense_weights(self) -> int:
+        """Numbers of everything but experts and routers."""
+        heads = self.num_heads + 2 * self.num_kv_heads
+        attention = self.width * self.head_dim * (heads + self.num_heads)
+        norms = 2 * self.width + 2 * self.head_dim
+        without = self.num_layers - self.num_moe_layers
+        return (
+            self.vocabulary * self.width * (1 if self.is_tied else 2)
+            + self.num_layers * (attention + norms)
+            + without * 3 * self.width * self.dense_width
+            + self.num_moe_layers * 3 * self.width * self.shared_width
+            + self.width
+        )
+
+    def weight_bytes(self, tp: int, ep: int, pp: int, itemsize: int) -> int:
+        """Bytes of weights on one device: dense / tp + experts / ep, routers whole.
+
+        With pipeline stages a device holds its layers' part of each.
+        """
+        share = self.dense_weights / tp + self.expert_weights / ep + self.gate_weights
+        return round(share * itemsize / pp)
+
+    def kv_token_bytes(self, itemsize: int) -> int:
+        """Of keys and values of one token, of all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+
+def find_model(name: str, folders: Sequence[Path]) -> ModelSizes:
+    """The model of a cluster file: ``<folder>/<name>.json`` or a folder's config.json.
+
+    Raises:
+        ValueError: there is none, or its sizes cannot be told.
+    """
+    tried = []
+    for folder in folders:
+        for file in (folder / f"{name}.json", folder / name / "config.json"):
+            if file.is_file():
+                return read_model(name, file)
+            tried.append(str(file))
+    raise ValueError(
+        f"model_name {name!r} has no config: none of {', '.join(tried[:4])} is there. "
+        "Say where they are with --model-dir."
+    )
+
+
+def read_model(name: str, file: Path) -> ModelSizes:
+    """Raises:
+    ValueError: the config does not say what is needed, or is of a kind not known.
+    """
+    content = read_json(file)
+    fields = Fields(str(file), "", content)
+    if fields.has("text_config"):
+        fields = fields.object("text_config")
+        content = content["text_config"]
+    for key in ("kv_lora_rank", "linear_num_value_heads", "ssm_cfg"):
+        if fields.has(key):
+            raise fields.fail(
+                key,
+                "is of an attention that the simulator does not know; it knows "
+                "grouped-query attention.",
+            )
+    layers = fields.integer("num_hidden_layers", least=1)
+    heads = fields.integer("num_attention_heads", least=1)
+    width = fields.integer("hidden_size", least=1)
+    keys = [key for key in _EXPERT_KEYS if fields.has(key)]
+    experts = fields.integer(keys[0]) if keys else 0
+    inner = fields.integer("intermediate_size", 0)
+    expert_width = fields.integer("moe_intermediate_size", inner) if experts else 0
+    top_k = fields.integer("num_experts_per_tok", least=1) if experts else 0
+    if experts and (top_k > experts or not expert_width):
+        raise fields.fail(
+            "num_experts_per_tok",
+            f"must be at most the {experts} experts, which need a "
+            f"moe_intermediate_size; got {top_k} and {expert_width}.",
+        )
+    shared = fields.integer("n_shared_experts", 0) * expert_width
+    return ModelSizes(
+        name=name,
+        num_layers=layers,
+        num_moe_layers=_moe_layers(fields, layers) if experts else 0,
+        width=width,
+        num_heads=heads,
+        num_kv_heads=fields.integer("num_key_value_heads", heads, least=1),
+        head_dim=fields.integer("head_dim", width // heads, least=1),
+        dense_width=inner,
+        num_experts=experts,
+        top_k=top_k,
+        expert_width=expert_width,
+        shared_width=fields.integer("shared_expert_intermediate_size", shared),
+        vocabulary=fields.integer("vocab_size", least=1),
+        is_tied=fields.flag("tie_word_embeddings", False),
+        config=content,
+    )
+
+
+def _moe_layers(fields: Fields, layers: int) -> int:
+    """How many layers have experts, by the keys that models use to say so."""
+    dense = set(fields.value("mlp_only_layers", []))
+    dense |= set(range(fields.integer("first_k_dense_replace", 0)))
+    step = fields.integer("decoder_sparse_step", 1, least=1)
+    found = [i for i in range(layers) if i not in dense and (i + 1) % step == 0]
+    if not found:
+        raise fields.fail("decoder_sparse_step", "leaves no layer with experts.")
+    return len(found)

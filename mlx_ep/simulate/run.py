@@ -1,0 +1,135 @@
+"""From what the flags say to a cluster that has served its trace."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mlx_ep.simulate.cluster import Cluster, Instance, read_cluster
+from mlx_ep.simulate.engine import Engine
+from mlx_ep.simulate.fields import read_json
+from mlx_ep.simulate.flags import settings_of
+from mlx_ep.simulate.group import StepTimes
+from mlx_ep.simulate.model import find_model
+from mlx_ep.simulate.routing import ExpertRouting, make_routing
+from mlx_ep.simulate.times.bundle import find_bundle, read_bundle
+from mlx_ep.simulate.times.bundle_times import BundleTimes
+from mlx_ep.simulate.traces import Trace
+
+
+def open_cluster(args: argparse.Namespace) -> Cluster:
+    """The cluster of ``--cluster-config``.
+
+    Raises:
+        ValueError: which field of which file is wrong.
+    """
+    folders = search_folders(args.model_dir, "models", args.cluster_config)
+    return read_cluster(
+        args.cluster_config,
+        settings_of(args),
+        lambda name: find_model(name, folders),
+    )
+
+
+def search_folders(given: Path | None, name: str, file: Path) -> list[Path]:
+    """Where models or bundles may be: as the flag says, else `name` here, or beside or
+    above the cluster file.
+    """
+    if given is not None:
+        return [given]
+    parents = list(file.resolve().parents)[:4]
+    return [Path(name), *(parent / name for parent in parents)]
+
+
+def prepare(
+    args: argparse.Namespace,
+    cluster: Cluster,
+    trace: Trace,
+    note: Callable[[str], object] = lambda text: None,
+) -> Engine:
+    """The engine that serves the trace, checked and ready.
+
+    Args:
+        note: is told where things are read from.
+
+    Raises:
+        ValueError: times of the hardware are not known, or a file is wrong.
+    """
+    times = [step_times(args, cluster, group, note) for group in cluster.groups]
+    chosen = None
+    if args.request_routing_file is not None:
+        chosen = _chosen(args.request_routing_file)
+    if (args.request_routing_policy == "CUSTOM") != (chosen is not None):
+        raise ValueError(
+            "--request-routing-policy CUSTOM and --request-routing-file go together."
+        )
+    needs_file = args.expert_routing_policy in ("CUSTOM", "TRACE")
+    if args.expert_routing_file is not None and not needs_file:
+        raise ValueError(
+            "--expert-routing-file goes with --expert-routing-policy CUSTOM or TRACE."
+        )
+    return Engine(
+        cluster,
+        trace,
+        times,
+        policy=args.request_routing_policy,
+        chosen=chosen,
+        seed=args.seed,
+    )
+
+
+def step_times(
+    args: argparse.Namespace,
+    cluster: Cluster,
+    group: Sequence[Instance],
+    note: Callable[[str], object],
+) -> StepTimes:
+    """What a group's steps take: its hardware's bundle.
+
+    Raises:
+        ValueError: there is none, or what is wrong with it.
+    """
+    first = group[0]
+    folders = search_folders(args.profile_dir, "perf", args.cluster_config)
+    folder = find_bundle(
+        folders, first.hardware, first.model.name, first.settings.dtype
+    )
+    if folder is None:
+        raise ValueError(
+            f"{cluster.file}: {first.where}.hardware: {first.hardware!r} has no bundle "
+            f"of {first.model.name} as {first.settings.dtype}; looked in "
+            f"{', '.join(map(str, folders[:3]))}. Say where with --profile-dir."
+        )
+    note(f"{first.where}: times from {folder}")
+    return BundleTimes(
+        cluster,
+        group,
+        read_bundle(folder, first.tp, first.model.is_moe),
+        _routing(args, first),
+        args.expert_exchange,
+    )
+
+
+def _routing(args: argparse.Namespace, first: Instance) -> ExpertRouting | None:
+    if not first.model.is_moe:
+        return None
+    return make_routing(
+        args.expert_routing_policy,
+        first.model.num_experts,
+        first.model.top_k,
+        first.ep,
+        file=args.expert_routing_file,
+        seed=args.seed,
+    )
+
+
+def _chosen(file: Path) -> list[int]:
+    content = read_json(file)
+    if not isinstance(content, list) or not all(type(i) is int for i in content):
+        raise ValueError(
+            f"{file}: must be a list of instance numbers; got "
+            f"{json.dumps(content)[:40]}."
+        )
+    return content

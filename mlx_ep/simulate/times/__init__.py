@@ -1,0 +1,1 @@
+"""What a step takes: from a bundle of measured kernels, or from a hardware profile."""
