@@ -19,7 +19,6 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_ep.comm import Comm, gather_objects, host_id
-from mlx_ep.experts import limit_blas_threads
 from mlx_ep.loading import memory_limit
 from mlx_ep.metrics import format_bytes
 from mlx_ep.rows import uses_metal
@@ -131,7 +130,6 @@ def pin_ranks(comm: Comm) -> str:
         for thread in os.listdir("/proc/self/task"):
             with contextlib.suppress(ProcessLookupError):  # it has ended
                 os.sched_setaffinity(int(thread), cores)
-    limit_blas_threads(len(cores))
     found = gather_objects(comm, cores)
     where = ", ".join(f"rank {rank}: {_cores(own)}" for rank, own in enumerate(found))
     return f"pinned to cores{' by the launcher' if is_pinned else ''} ({where})"

@@ -18,8 +18,9 @@ from mlx_ep.tune.experts import TOLERANCE, ExpertsProblem, Layer, reference
 from mlx_ep.tune.explain import explain
 from mlx_ep.tune.movement import MovementProblem, MovementShape
 from mlx_ep.tune.problem import Problem
+from mlx_ep.tune.threads import BlasThreads, choose_threads, share_cores
 from mlx_ep.tune.timing import in_turn, seconds_of
-from mlx_ep.tune.tune import ModelPolicy, MovementPolicy, Wish, share_cores, tune
+from mlx_ep.tune.tune import ModelPolicy, MovementPolicy, Wish, tune
 
 __all__ = [
     "BACKEND_VARIABLE",
@@ -40,6 +41,8 @@ __all__ = [
     "MovementProblem",
     "MovementShape",
     "Problem",
+    "BlasThreads",
+    "choose_threads",
     "in_turn",
     "seconds_of",
     "ModelPolicy",

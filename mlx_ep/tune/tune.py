@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from mlx_ep.comm import Comm, Transport, gather_objects, host_id
+from mlx_ep.comm import Comm, Transport, gather_objects
 from mlx_ep.exchange import Strategy
-from mlx_ep.experts import install_runner, limit_blas_threads
+from mlx_ep.experts import install_runner
 from mlx_ep.placement import Placement
 from mlx_ep.rows import Job, Mover, Option
 from mlx_ep.tune.agree import (
@@ -22,6 +22,7 @@ from mlx_ep.tune.experts import ExpertsProblem, Layer
 from mlx_ep.tune.explain import explain, explain_exchange
 from mlx_ep.tune.movement import MovementProblem, MovementShape
 from mlx_ep.tune.problem import Problem
+from mlx_ep.tune.threads import BLAS, BlasThreads, choose_threads, share_cores
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class ModelPolicy:
         mover: of the exchange, for `STRATEGIES.create`; None where none is sent.
         num_ranks: P.
         transport: what carries the rows.
+        threads: of NumPy's BLAS in this rank.
         strategy: what exchanges rows, where somebody has said so: see `explain`.
     """
 
@@ -70,6 +72,7 @@ class ModelPolicy:
     mover: Mover | None = None
     num_ranks: int = 1
     transport: Transport = "none"
+    threads: BlasThreads = BlasThreads()  # noqa: RUF009, it is frozen
     strategy: Strategy | None = field(default=None, repr=False)
 
     def with_strategy(self, strategy: Strategy) -> ModelPolicy:
@@ -91,6 +94,7 @@ class ModelPolicy:
                     counts,
                 )
             )
+        parts.append(str(self.threads))
         return "\n\n".join(part for part in parts if part)
 
 
@@ -160,12 +164,15 @@ def tune(
     for layer in layers:
         choice = by_shape[str(layer.shape)]
         install_runner(layer.switch, choice.choose, movers.get(layer.moved_as))
+    blas = [p for p in experts.values() if p.is_held and p.is_worth_checking([BLAS])]
+    right = [p for p in blas if BLAS in by_shape[str(p.layer.shape)].possible]
     return ModelPolicy(
         experts=tuple(by_shape.values()),
         movement=tuple(policies.values()),
         mover=next(iter(movers.values()), None) if exchanges else None,
         num_ranks=comm.size,
         transport=comm.transport,
+        threads=choose_threads(next(iter(right), None), sharing, wish.warmup),
     )
 
 
@@ -184,15 +191,3 @@ def _movement_shapes(
         for layer in firsts
         if (key := layer.moved_as)
     }
-
-
-def share_cores(comm: Comm) -> int:
-    """How many ranks this host has; NumPy's BLAS gets one thread in each.
-
-    Every rank must call it. See `limit_blas_threads` for what more threads cost where
-    something else wants the cores too.
-    """
-    host = host_id()
-    sharing = gather_objects(comm, host).count(host)
-    limit_blas_threads(1)
-    return sharing
