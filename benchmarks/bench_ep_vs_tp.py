@@ -7,9 +7,9 @@ quartered, 4-bit weights, uniform routing, T = 1 .. 256 (`mlx_ep.benchmark.layer
 
     python -m benchmarks.bench_ep_vs_tp [--quick | --full] [--check] [--write FILE.md]
 
-`--full` adds T = 1024, half of a full run's time. There, MLX's kernels take 4 times what
-they take at T = 256, for tp and ep alike, and the package's choice is further ahead: what
-a target says is decided at T = 256.
+`--full` adds T = 1024, half of a full run's time. There, MLX's kernels take 4 times
+what they take at T = 256, for tp and ep alike, and the package's choice is further
+ahead: what a target says is decided at T = 256.
 
 Targets, for each shape, geometric means of EP's time over TP's: with the same kernels
 at most 1.15 for T <= 64 (a uniform routing alone makes 1.13, as the busier of 2 ranks
@@ -54,14 +54,14 @@ def measure(
     samples: int,
 ) -> list[dict[str, Any]]:
     """On a rank: the records of one shape."""
-    from mlx_ep.benchmark.layer import LayerPlan, check_layer, measure_layer
+    from mlx_ep.benchmark.layer import LayerRun, check_layer, measure_layer
     from mlx_ep.benchmark.samples import Budget
     from mlx_ep.benchmark.shapes import default_dtype, make_shape, make_weights
     from mlx_ep.comm import GroupComm
 
     weights = make_weights("affine", 4, 64, default_dtype())
     comm = GroupComm(group, transport="mpi")
-    plan = LayerPlan(
+    plan = LayerRun(
         shape=make_shape(shape_name, scale, weights),
         weights=weights,
         arms=ARMS,
