@@ -41,6 +41,15 @@ class Routing(NamedTuple):
     gates: Float32[mx.array, "T K"]
 
 
+class CompleteRouting(Routing):
+    """A routing of which it is known, without reading it, that no id is -1.
+
+    Its ids may be uint32, as MLX's own operations make and take them.
+    """
+
+    __slots__ = ()
+
+
 class Rows(NamedTuple):
     """What one rank has to compute: rows, and which of its slots each row visits.
 
@@ -54,6 +63,15 @@ class Rows(NamedTuple):
     x: Float[mx.array, "M D"]
     slot_ids: Int32[mx.array, "M K"]
     gates: Float32[mx.array, "M K"]
+
+
+class CompleteRows(Rows):
+    """Rows of which it is known that no slot id is -1: every pair is this rank's.
+
+    Slot ids may be uint32.
+    """
+
+    __slots__ = ()
 
 
 class TokenCounts(NamedTuple):

@@ -4,6 +4,10 @@
 a command line on every rank. Neither goes through `mlx.launch`, which returns 0
 even when every rank fails.
 
+In a test, ranks over the ring are forked (`tests/forked.py`) and check all
+shapes; over MPI they start from nothing, and rank 0 checks those of the rooms in
+`CHECKED`.
+
 This file is a module beside the folder `tests/ranks/`: that folder must not get an
 `__init__.py`, which would hide this module. pytest is not needed here.
 """
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import multiprocessing
 import os
 import pickle
 import signal
@@ -25,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from tests.forked import ForkedRank, can_fork
 from tests.launchers import (
     mpirun_command,
     rank_environment,
@@ -43,6 +49,10 @@ __all__ = [
 # A rank that failed leaves its peers waiting for it; they get this long to end on
 # their own (a peer that notices says more than a stack does) before being stopped.
 GRACE_SECONDS = 1.5
+
+
+# The rooms whose arrays travel between ranks: their shapes are checked over MPI too.
+CHECKED = [f"mlx_ep.{room}" for room in ("types", "rows", "experts", "exchange", "moe")]
 
 
 class RanksError(RuntimeError):
@@ -218,23 +228,35 @@ def _run_job(
     directory: Path,
 ) -> str | None:
     """Start the ranks and wait; returns what went wrong, or None."""
-    deadline = time.monotonic() + timeout
     command = [sys.executable, str(Path(__file__).resolve()), str(directory)]
     environment = rank_environment(env)
+    is_forked = transport == "ring" and can_fork(environment)
+    deadline = time.monotonic() + timeout
     with (directory / "launcher").open("wb") as log:
         # mlx 0.32.4 under mpirun -n 1 calls MPI_Init and never MPI_Finalize, which
         # mpirun reports as a failure: one rank needs no launcher anyway.
+        processes: list[subprocess.Popen[bytes] | ForkedRank]
         if transport == "ring" or (transport == "mpi" and num_ranks == 1):
-            processes = [
-                subprocess.Popen(
-                    command,
-                    env=environment | variables,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                )
+            environments = [
+                environment | variables
                 for variables in ring_variables(num_ranks, directory)
             ]
+            if is_forked:
+                processes = [
+                    ForkedRank(_rank_main, directory, variables)
+                    for variables in environments
+                ]
+            else:
+                processes = [
+                    subprocess.Popen(
+                        command,
+                        env=variables,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                    )
+                    for variables in environments
+                ]
         elif transport == "mpi":
             argv, variables = mpirun_command(num_ranks)
             processes = [
@@ -269,7 +291,9 @@ def _run_job(
     return problem
 
 
-def _stop(pids: Sequence[int], processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _stop(
+    pids: Sequence[int], processes: Sequence[subprocess.Popen[bytes] | ForkedRank]
+) -> None:
     """Ask the ranks among `pids` for their stacks, then kill what still runs."""
     if any(process.poll() is None for process in processes):
         for pid in pids:
@@ -316,12 +340,12 @@ def _rank_main(directory: Path) -> None:
         sys.path[:] = path
         import mlx.core as mx
 
-        if rank == 0 and os.environ.get("PYTEST_CURRENT_TEST"):
+        is_forked = multiprocessing.parent_process() is not None
+        if rank == 0 and os.environ.get("PYTEST_CURRENT_TEST") and not is_forked:
             from jaxtyping import install_import_hook
 
-            # Shapes are checked as pytest checks them in its process: on one rank,
-            # since it takes most of a second to start, and never in a benchmark.
-            install_import_hook("mlx_ep", "beartype.beartype")
+            # On one rank, and not for all rooms, which takes 3 seconds more.
+            install_import_hook(CHECKED, "beartype.beartype")
         # Before the test module is imported: what it imports may initialise too,
         # and the first call decides the transport.
         backend = transport if num_ranks > 1 else "ring"

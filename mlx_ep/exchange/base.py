@@ -79,8 +79,7 @@ class ExchangeTraffic(NamedTuple):
         return sum(collective.num_bytes for collective in self.collectives)
 
 
-@dataclass(frozen=True)
-class ExchangeRequest:
+class ExchangeRequest(NamedTuple):
     """What one exchange is asked for. A strategy reads of it what it needs.
 
     Attributes:

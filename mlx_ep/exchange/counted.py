@@ -17,21 +17,9 @@ class CountedComm:
     def __init__(self, comm: Comm, counters: Counters) -> None:
         self.comm = comm
         self.counters = counters
-
-    @property
-    def rank(self) -> int:
-        """See `Comm.rank`."""
-        return self.comm.rank
-
-    @property
-    def size(self) -> int:
-        """See `Comm.size`."""
-        return self.comm.size
-
-    @property
-    def transport(self) -> Transport:
-        """See `Comm.transport`."""
-        return self.comm.transport
+        self.rank: int = comm.rank
+        self.size: int = comm.size
+        self.transport: Transport = comm.transport
 
     def record(self, operation: str, x: mx.array) -> None:
         """Called before each collective, with its name in `Comm` and its argument."""

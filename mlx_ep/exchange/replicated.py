@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32, Integer
 
 from mlx_ep.comm import Comm
 from mlx_ep.exchange.base import (
@@ -14,25 +14,27 @@ from mlx_ep.exchange.base import (
     ExchangeShape,
     ExchangeTraffic,
 )
-from mlx_ep.types import Rows
+from mlx_ep.types import CompleteRouting, CompleteRows, Rows
 
 
-@dataclass(frozen=True)
-class ReplicatedExchange:
+class ReplicatedExchange(NamedTuple):
     """Rows are the tokens themselves, in their order (M = T).
 
     Attributes:
         slot_ids: this rank's slots of every token.
         gates: of every token.
+        is_complete: rows are `CompleteRows`.
     """
 
-    slot_ids: Int32[mx.array, "T K"]
+    slot_ids: Integer[mx.array, "T K"]
     gates: Float32[mx.array, "T K"]
+    is_complete: bool
     comm: Comm
 
     def dispatch(self, x: Float[mx.array, "T D"]) -> Rows:
         """See `Exchange.dispatch`."""
-        return Rows(x, self.slot_ids, self.gates)
+        kind = CompleteRows if self.is_complete else Rows
+        return kind(x, self.slot_ids, self.gates)
 
     def combine(self, partial: Float[mx.array, "T D"]) -> Float[mx.array, "T D"]:
         """See `Exchange.combine`."""
@@ -51,9 +53,14 @@ class Replicated:
 
     def exchange(self, request: ExchangeRequest) -> ReplicatedExchange:
         """See `Strategy.exchange`."""
-        ids, gates = request.routing
-        slot_ids = request.placement.local_slots(ids, request.comm.rank)
-        return ReplicatedExchange(slot_ids, gates, request.comm)
+        placement, comm, routing = request.placement, request.comm, request.routing
+        is_complete = isinstance(routing, CompleteRouting)
+        return ReplicatedExchange(
+            placement.local_slots(routing.expert_ids, comm.rank),
+            routing.gates,
+            is_complete and placement.has_all_in_order(comm.rank),
+            comm,
+        )
 
     def traffic(self, shape: ExchangeShape) -> ExchangeTraffic:
         """See `Strategy.traffic`."""

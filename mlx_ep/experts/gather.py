@@ -9,8 +9,8 @@ from jaxtyping import Float, Float32, Int32
 from mlx_ep.experts.base import expert_weights
 from mlx_ep.experts.run import sum_pairs
 from mlx_ep.metrics import Counters
-from mlx_ep.rows import Backend, Mover
-from mlx_ep.types import Rows
+from mlx_ep.rows import Backend, Mover, weighted_slots
+from mlx_ep.types import CompleteRows, Rows
 
 
 class GatherRunner:
@@ -40,7 +40,13 @@ class GatherRunner:
         return ""
 
     def partial_sum(self, rows: Rows, counters: Counters) -> Float32[mx.array, "M D"]:
-        """See `ExpertRunner`; sums in slot order."""
+        """See `ExpertRunner`; sums in slot order, complete rows in the order of k.
+
+        Complete rows go to the switch as they are: no host sync.
+        """
+        if isinstance(rows, CompleteRows):
+            counters.count_pairs(rows.slot_ids, rows.slot_ids.size)
+            return weighted_slots(self.switch(rows.x, rows.slot_ids), rows.gates)
         movement = self.mover("pairs", rows.slot_ids.shape[0])
         return sum_pairs(rows, self.slot_outputs, counters, movement)
 

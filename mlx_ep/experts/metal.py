@@ -54,13 +54,12 @@ class MetalRunner:
     def partial_sum(self, rows: Rows, counters: Counters) -> Float32[mx.array, "M D"]:
         """See `ExpertRunner`. No host sync, also for counting."""
         counters.count_pairs(rows.slot_ids)
-        hidden = metal.expert_glu(
-            rows.x, rows.slot_ids, self.gate, self.up, self.activation
-        )
-        total = metal.expert_down(hidden, rows.slot_ids, rows.gates, self.down)
+        slot_ids = rows.slot_ids.astype(mx.int32)
+        hidden = metal.expert_glu(rows.x, slot_ids, self.gate, self.up, self.activation)
+        total = metal.expert_down(hidden, slot_ids, rows.gates, self.down)
         # Without slots or rows no kernel has read the ids. What was received is tied to
         # them, and the peers wait until this rank has taken part in it.
-        return mx.depends(total, rows.slot_ids)
+        return mx.depends(total, slot_ids)
 
     def slot_outputs(
         self, rows: Float[mx.array, "N D"], slots: Int32[mx.array, " N"]

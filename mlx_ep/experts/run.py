@@ -75,9 +75,12 @@ def run_experts(
     A row that visits no slot of this rank gives zeros. A `RowsRunner` may have an order
     of its own, as long as it is fixed.
     """
-    if isinstance(runner, RowsRunner):
-        return runner.partial_sum(rows, counters)
-    return sum_pairs(rows, runner, counters)
+    # Not isinstance(): on a protocol it takes 10 us, in every layer of every step.
+    own_sum = getattr(runner, "partial_sum", None)
+    if own_sum is None:
+        return sum_pairs(rows, runner, counters)
+    total: mx.array = own_sum(rows, counters)
+    return total
 
 
 def sum_pairs(
@@ -115,7 +118,7 @@ def run_slots(
 def local_pairs(slot_ids: Int32[mx.array, "M K"], counters: Counters) -> Pairs:
     """The pairs of this rank, on the host, counted."""
     # sync: how many pairs are this rank's decides the shapes of what it computes.
-    pairs = group_by_slot(to_host(slot_ids))
+    pairs = group_by_slot(to_host(slot_ids).astype(np.int32, copy=False))
     counters.count_pairs(slot_ids, len(pairs.rows))
     return pairs
 

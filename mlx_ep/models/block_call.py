@@ -16,7 +16,8 @@ import mlx.nn as nn
 
 SHARED_NAMES = ("shared_experts", "shared_expert", "share_expert", "shared_mlp")
 
-Stub = Callable[..., mx.array]
+# Gives arrays, or what stands for them.
+Stub = Callable[..., Any]
 Reduce = Callable[[mx.array], mx.array]
 
 
@@ -86,11 +87,11 @@ class BlockView:
         stubs: dict[str, Any],
         reduce: Reduce | None,
     ) -> None:
-        self._block, self._class = block, block_class
-        self._stubs, self._reduce = stubs, reduce
+        self._block, self._stubs, self._reduce = block, stubs, reduce
+        self._call = self._own(block_class.__call__)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        return self._own(self._class.__call__)(self, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(self, *args, **kwargs)
 
     def _own(self, function: Any) -> Any:
         return (
@@ -149,7 +150,18 @@ class BlockCall:
         reduce: Reduce | None = None,
         children: Mapping[str, Stub] = MappingProxyType({}),
     ) -> mx.array:
-        """The block's output with other parts.
+        """The block's output with other parts; see `view`."""
+        view = self.view(switch, shared, reduce, children)
+        return view(*self.args, **self.kwargs)
+
+    def view(
+        self,
+        switch: Stub,
+        shared: Stub | None = None,
+        reduce: Reduce | None = None,
+        children: Mapping[str, Stub] = MappingProxyType({}),
+    ) -> BlockView:
+        """The block with other parts, to be called as the block is.
 
         Args:
             switch: in the place of its switch.
@@ -176,8 +188,7 @@ class BlockCall:
                 module = module[step]
             inner = BlockView(module, type(module), {name: inner}, reduce)
             name = between[depth - 1]
-        view = BlockView(self.block, self.block_class, {**stubs, name: inner}, reduce)
-        return view(*self.args, **self.kwargs)
+        return BlockView(self.block, self.block_class, {**stubs, name: inner}, reduce)
 
     @property
     def _switch(self) -> nn.Module:
@@ -216,7 +227,7 @@ class _SwitchStub:
     def __init__(self, stub: Stub, switch: nn.Module) -> None:
         self._stub, self._switch = stub, switch
 
-    def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, ids: mx.array) -> Any:
         return self._stub(x, ids)
 
     def __getattr__(self, name: str) -> Any:

@@ -7,8 +7,8 @@ by a subclass of it whose ``__call__`` spreads the experts over the ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -16,12 +16,24 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ep.experts import switch_runner
-from mlx_ep.models.block_call import BlockCall, Stub, zero_column, zero_outputs
+from mlx_ep.models.block_call import (
+    BlockCall,
+    BlockView,
+    Stub,
+    zero_column,
+    zero_outputs,
+)
 from mlx_ep.models.partial_sum import PartialSum, find_partial_sum
-from mlx_ep.models.routing_probe import Probe, find_probe
+from mlx_ep.models.routing_probe import (
+    IdentityProbe,
+    Probe,
+    StandInProbe,
+    find_probe,
+)
 from mlx_ep.models.sites import MoESite
+from mlx_ep.models.stand_in import OutputsStandIn
 from mlx_ep.moe import ExpertGroup
-from mlx_ep.types import Routing, to_host
+from mlx_ep.types import CompleteRouting, Routing, to_host
 
 _VERIFY_TOKENS = 64
 
@@ -67,14 +79,19 @@ class BlockState:
         return "per-slot" if self.partial_sum is None else "partial-sum"
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
+        is_routed = type(self.probe) is StandInProbe and self.reduction != "per_slot"
+        if is_routed and not self.is_verifying:
+            output: mx.array = self._with_stand_in(*args, **kwargs)
+            return output
         path = self.site.switch_path_in(self.holder)
         call = BlockCall(self.holder, self.block_class, path, args, kwargs)
         if self.is_verifying:
+            call = replace(call, args=_without_history(args))
             self._find_tier(call)
             return call.run(zero_outputs, self._whole_shared)
         if self.reduction == "per_slot" or self.tier == "per-slot":
             return call.run(self._switch(self.group.slot_outputs), self._whole_shared)
-        if self.probe is not None:
+        if type(self.probe) is IdentityProbe:
             return self._weighted_sum(call, self.probe)
         assert self.partial_sum is not None
         return self.partial_sum.output(
@@ -83,6 +100,29 @@ class BlockState:
             self.group.sum_parts,
             has_shared=self.partial_shared or self.group.comm.rank == 0,
         )
+
+    @cached_property
+    def _with_stand_in(self) -> BlockView:
+        """The block, whose switch gives stand-ins for its outputs."""
+        path = self.site.switch_path_in(self.holder)
+        call = BlockCall(self.holder, self.block_class, path, (), {})
+        return call.view(lambda x, ids: OutputsStandIn(x, ids, self._routed_sum))
+
+    def _routed_sum(
+        self, x: mx.array, ids: mx.array, gates: mx.array, dtype: mx.Dtype
+    ) -> mx.array:
+        """A `RoutedSum`, over the experts of all ranks."""
+        *lead, top_k = ids.shape
+        ids = ids.reshape(-1, top_k)
+        if self.group.strategy.is_sharded:
+            ids = ids.astype(mx.int32)  # they travel
+        routing = CompleteRouting(
+            ids,
+            gates.reshape(-1, top_k).astype(mx.float32),
+        )
+        rows, runner = x.reshape(-1, x.shape[-1]), switch_runner(self.site.switch)
+        total = self.group.weighted_sum(rows, routing, runner)
+        return total.astype(dtype).reshape(*lead, total.shape[1])
 
     def _find_tier(self, call: BlockCall) -> None:
         self.probe, self.why_not_routed = find_probe(call, self.partial_shared)
@@ -110,7 +150,7 @@ class BlockState:
             return None
         return lambda module, x: self.group.counted.all_reduce(module(x))
 
-    def _weighted_sum(self, call: BlockCall, probe: Probe) -> mx.array:
+    def _weighted_sum(self, call: BlockCall, probe: IdentityProbe) -> mx.array:
         x, routing, lead = probe.routing(call)
         if probe.exit:
             runner = switch_runner(self.site.switch)
@@ -200,10 +240,11 @@ def verify_blocks(model: nn.Module, states: list[BlockState]) -> None:
 
     The ranks communicate where a dense part that is split does.
 
-    What makes a block nonlinear may show for some tokens only (an identity expert that
-    no token chose), so there are many of them, and blocks of one class share the
-    verdict, on all ranks: the lowest of their tiers. A block whose sum over the ranks
-    belongs to a module around it is tried again there, in a second pass.
+    Each block gets random tokens of its own. What makes it nonlinear may show for some
+    of them only (an identity expert that no token chose), so there are many, and blocks
+    of one class share the verdict, on all ranks: the lowest of their tiers. A block
+    whose sum over the ranks belongs to a module around it is tried again there, in a
+    second pass.
 
     Args:
         model: with the blocks of `install`.
@@ -235,11 +276,25 @@ def _belongs_around(state: BlockState) -> bool:
 def _run_verification(model: nn.Module, states: Sequence[BlockState]) -> None:
     for state in states:
         state.is_verifying = True
-    cache = make_prompt_cache(model)
-    # sync: once, when the model is made expert-parallel.
-    mx.eval(model(mx.arange(1, _VERIFY_TOKENS + 1)[None], cache=cache))
+    # What each block is called with is all that this is for: nothing is evaluated but
+    # what the blocks look at.
+    model(mx.arange(1, _VERIFY_TOKENS + 1)[None], cache=make_prompt_cache(model))
     for state in states:
         state.is_verifying = False
+
+
+def _without_history(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a block with random tokens as its input.
+
+    What is tried is the block's own form. With the model's own numbers all layers
+    before it would be computed for that, which takes several times as long as loading.
+    """
+    if not args or not isinstance(args[0], mx.array):
+        return args
+    x = args[0]
+    if not mx.issubdtype(x.dtype, mx.floating):
+        return args
+    return mx.random.normal(x.shape, key=mx.random.key(0)).astype(x.dtype), *args[1:]
 
 
 def _agree(states: Sequence[BlockState]) -> None:

@@ -5,15 +5,18 @@ A MoE block of mlx-lm routes, calls its switch (the stacked experts) once as
 what is shared. Instead of writing each router again, the block's own ``__call__`` runs
 on a view of the block in which some children are stubs:
 
-- Gates: the switch keeps ``x`` and ``ids`` and returns the identity, the shared experts
-  return zeros. A block is linear in what its switch returns, so that its output is
-  then the gates themselves, with every scaling factor and cast that the model applies.
-- Shared part: the switch returns zeros.
+- Most blocks weight and sum the outputs at once. Their switch gives a stand-in that
+  hears of the gates and answers with the finished sum (`mlx_ep.models.stand_in`): one
+  pass, in which everything else that the block does is done.
+- For the others, the switch keeps ``x`` and ``ids`` and returns the identity, the
+  shared experts return zeros. A block is linear in what its switch returns, so that its
+  output is then the gates themselves, with every scaling factor and cast that the model
+  applies. A second pass, in which the switch returns zeros, gives the shared part.
 - Where the experts' sum goes into another layer before the block's end (a projection
   from a latent width, a norm), the gates are what goes into that layer, and the block
   is run to its end with the sum in their place.
 
-That a block is linear in this way is not assumed but tried, by `find_probe`, with
+That a block is of one of these forms is not assumed but tried, by `find_probe`, with
 random numbers in the place of expert outputs.
 """
 
@@ -21,16 +24,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import mlx.core as mx
+from jaxtyping import Float32
 
 from mlx_ep.models.block_call import (
     BlockCall,
     RandomExperts,
+    Stub,
     tolerance,
     zero_column,
     zero_outputs,
 )
+from mlx_ep.models.stand_in import OutputsStandIn
 from mlx_ep.types import Routing
 
 # Of the identity where something is taken off the gates: a power of two, so large that
@@ -47,14 +54,37 @@ class _RecordingSwitch:
     def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
         self.x, self.ids = x, ids
         num_slots = ids.shape[-1]
-        # float32, so that the model's gates come out as they went in.
-        identity = self.scale * mx.eye(num_slots, self.width or num_slots)
+        identity = _identity(num_slots, self.width or num_slots, self.scale)
         return mx.broadcast_to(identity, (*ids.shape, identity.shape[1]))
 
 
+@lru_cache(maxsize=64)
+def _identity(num_slots: int, width: int, scale: float) -> Float32[mx.array, "K W"]:
+    """float32, so that the model's gates come out as they went in."""
+    identity = scale * mx.eye(num_slots, width)
+    # sync: once per process and shape.
+    mx.eval(identity)
+    return identity
+
+
 @dataclass(frozen=True)
-class Probe:
-    """How the routing of one block is read off.
+class StandInProbe:
+    """The block's switch gives `OutputsStandIn`.
+
+    Attributes:
+        top_k: K.
+        row_dims: the width of the rows that the experts take.
+        row_dtype: their dtype.
+    """
+
+    top_k: int
+    row_dims: int
+    row_dtype: mx.Dtype
+
+
+@dataclass(frozen=True)
+class IdentityProbe:
+    """The block's switch gives the identity, in a pass of its own.
 
     Attributes:
         width: columns of the identity that stands for the experts: None for K; D for a
@@ -111,6 +141,9 @@ class Probe:
         return call.run(zero_outputs, children=stub)
 
 
+Probe = StandInProbe | IdentityProbe
+
+
 def find_probe(call: BlockCall, has_partial: bool = False) -> tuple[Probe | None, str]:
     """A probe that reproduces the block, or None and the reason why there is none.
 
@@ -123,7 +156,11 @@ def find_probe(call: BlockCall, has_partial: bool = False) -> tuple[Probe | None
     """
     experts = RandomExperts()
     expected = call.run(experts)
+    top_k, row_dims = experts.outputs.shape[-2:]
     reason = ""
+    # A stand-in gives a finished sum; parts of shared experts cannot join it any more.
+    if not has_partial and _takes_stand_in(call, experts, expected):
+        return StandInProbe(top_k, row_dims, experts.outputs.dtype), ""
     for probe in _candidates(call, experts.outputs, expected.dtype, has_partial):
         try:
             found, probe = _try(probe, call, experts.outputs)
@@ -141,11 +178,34 @@ def find_probe(call: BlockCall, has_partial: bool = False) -> tuple[Probe | None
     return None, reason
 
 
+def _takes_stand_in(call: BlockCall, experts: Stub, expected: mx.array) -> bool:
+    """Whether a block does with a stand-in what it does with outputs."""
+    num_sums = 0
+
+    def routed_sum(
+        x: mx.array, ids: mx.array, gates: mx.array, dtype: mx.Dtype
+    ) -> mx.array:
+        nonlocal num_sums
+        num_sums += 1
+        terms = experts(x, ids).astype(mx.float32) * gates
+        return terms.sum(axis=-2).astype(dtype)
+
+    try:
+        found = call.run(lambda x, ids: OutputsStandIn(x, ids, routed_sum))
+    except (ValueError, TypeError, AttributeError):
+        return False  # it uses the outputs otherwise
+    if num_sums != 1 or not isinstance(found, mx.array):
+        return False
+    difference = mx.abs(found - expected).max()
+    # sync: once per block, when the model is made expert-parallel.
+    return bool((difference <= tolerance(expected)).item())
+
+
 def _candidates(
     call: BlockCall, outputs: mx.array, out_dtype: mx.Dtype, has_partial: bool
-) -> Iterator[Probe]:
+) -> Iterator[IdentityProbe]:
     top_k, row_dims = outputs.shape[-2:]
-    probe = Probe(None, True, out_dtype, top_k, row_dims, outputs.dtype)
+    probe = IdentityProbe(None, True, out_dtype, top_k, row_dims, outputs.dtype)
     yield probe
     yield (wide := replace(probe, width=row_dims))
     if has_partial:
@@ -155,7 +215,9 @@ def _candidates(
         yield replace(wide, has_shared=False, exit=name)
 
 
-def _try(probe: Probe, call: BlockCall, outputs: mx.array) -> tuple[mx.array, Probe]:
+def _try(
+    probe: IdentityProbe, call: BlockCall, outputs: mx.array
+) -> tuple[mx.array, IdentityProbe]:
     """The block's output by a probe's formula, and the probe with what that showed.
 
     Args:

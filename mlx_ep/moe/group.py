@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import mlx.core as mx
+import numpy as np
 from jaxtyping import Float, Float32, Shaped
 
 from mlx_ep.comm import Comm
@@ -194,22 +195,18 @@ class ExpertGroup:
         self, x: Float[mx.array, "T D"], routing: Routing, strategy: Strategy
     ) -> list[tuple[mx.array, ExchangeRequest]]:
         """The tokens of each round, and what its exchange is asked for."""
-        sum_dtype = self.sum_dtype or x.dtype
         tokens, limit = self._token_counts(x.shape[0], strategy), strategy.round_tokens
-
-        def request(routing: Routing, tokens: TokenCounts | None) -> ExchangeRequest:
-            return ExchangeRequest(
-                routing, self.placement, self.counted, sum_dtype, tokens
-            )
-
-        num_rounds = 1 if tokens is None else tokens.num_rounds(limit)
-        if tokens is None or limit is None or num_rounds == 1:
-            return [(x, request(routing, tokens))]
+        whole = ExchangeRequest(
+            routing, self.placement, self.counted, self.sum_dtype or x.dtype, tokens
+        )
+        if tokens is None or limit is None or tokens.num_rounds(limit) == 1:
+            return [(x, whole)]
         rounds = []
-        for index in range(num_rounds):
+        for index in range(tokens.num_rounds(limit)):
             part = slice(index * limit, (index + 1) * limit)
             own = Routing(routing.expert_ids[part], routing.gates[part])
-            rounds.append((x[part], request(own, tokens.of_round(index, limit))))
+            counts = tokens.of_round(index, limit)
+            rounds.append((x[part], whole._replace(routing=own, tokens=counts)))
         return rounds
 
     def local_slot_outputs(
@@ -258,14 +255,15 @@ class ExpertGroup:
         # Ids are below 2^24, which float32 holds exactly: one collective for both.
         ids = routing.expert_ids.astype(mx.float32)
         both = self.counted.broadcast(mx.stack([ids, routing.gates]))
-        return Routing(both[0].astype(mx.int32), both[1])
+        return routing._replace(expert_ids=both[0].astype(mx.int32), gates=both[1])
 
     def _limited(self, routing: Routing) -> Routing:
         """The routing within the capacity; what is dropped is counted and warned of."""
         if self.capacity is None:
             return routing
         # sync: which pairs are dropped is counted here and has to be reported.
-        ids, dropped = limit_to_capacity(to_host(routing.expert_ids), self.capacity)
+        ids = to_host(routing.expert_ids).astype(np.int32, copy=False)
+        ids, dropped = limit_to_capacity(ids, self.capacity)
         if dropped and not self.step.dropped_pairs:
             warnings.warn(
                 f"rank {self.comm.rank} drops {dropped} of {ids.size} (token, expert) "

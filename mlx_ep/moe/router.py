@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float, Float32
 
-from mlx_ep.types import Routing
+from mlx_ep.types import CompleteRouting, Routing
 
 
 class TopKRouter(nn.Module):
@@ -110,7 +110,7 @@ class TopKRouter(nn.Module):
             # Sigmoid scores may all be 0 in float32; softmax scores never are.
             gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)
         gates = gates * self.scaling_factor
-        return Routing(ids.astype(mx.int32), gates.astype(mx.float32))
+        return CompleteRouting(ids.astype(mx.int32), gates.astype(mx.float32))
 
     def _within_groups(
         self, choice: Float32[mx.array, "T E"]

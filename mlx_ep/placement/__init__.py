@@ -3,16 +3,30 @@
 from mlx_ep.placement.balance import rebalance_experts
 from mlx_ep.placement.choice import DECODE_TOKENS, ReplicaChoice
 from mlx_ep.placement.file import read_placement, write_placement
+from mlx_ep.placement.load import LayerLoad, draw_steps, expected_busiest
 from mlx_ep.placement.placement import Part, Placement, runs
+from mlx_ep.placement.replicas import (
+    Balanced,
+    RankRoom,
+    balance,
+    balance_while_it_pays,
+)
 from mlx_ep.placement.shares import ExpertSizes, apportion, place
 
 __all__ = [
     "DECODE_TOKENS",
+    "Balanced",
     "ExpertSizes",
+    "LayerLoad",
     "Part",
     "Placement",
+    "RankRoom",
     "ReplicaChoice",
     "apportion",
+    "balance",
+    "balance_while_it_pays",
+    "draw_steps",
+    "expected_busiest",
     "place",
     "read_placement",
     "rebalance_experts",

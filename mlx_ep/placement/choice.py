@@ -321,7 +321,7 @@ def _divided(
     need = np.zeros(len(sets), np.int64)
     for mask, rows in totals.items():
         need += rows * (mask & sets == mask)
-    speed = np.array(speeds)
+    speed = np.array(speeds)  # on host
     time = float(np.max(need[1:] / (members[1:] @ speed)))
     while (
         slack := members @ np.floor(time * speed + 1e-9).astype(np.int64) - need
@@ -346,7 +346,7 @@ def _poured(
     loads = {}
     busy = np.zeros(num_ranks)
     for mask, rows in totals.items():
-        ranks = np.array([r for r in range(num_ranks) if mask >> r & 1])
+        ranks = np.array([r for r in range(num_ranks) if mask >> r & 1])  # on host
         speed = np.array(speeds)[ranks]
         order = np.argsort(busy[ranks], kind="stable")
         filled, level = 1, 0.0

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Integer
 
 
 class Part(NamedTuple):
@@ -186,14 +186,26 @@ class Placement:
         return slots
 
     def local_slots(
-        self, expert_ids: Int32[mx.array, "T K"], rank: int
-    ) -> Int32[mx.array, "T K"]:
+        self, expert_ids: Integer[mx.array, "T K"], rank: int
+    ) -> Integer[mx.array, "T K"]:
         """The slot on `rank` of each routed expert, -1 where it lives elsewhere.
 
         An id of -1 (no expert) gives -1. Every rank that holds a part of an expert has
-        a slot for it: their outputs add up.
+        a slot for it: their outputs add up. int32; a rank that has everything in order
+        gives the ids themselves.
         """
+        if self.has_all_in_order(rank):
+            return expert_ids
         return self._slot_tables[rank][expert_ids]
+
+    def has_all_in_order(self, rank: int) -> bool:
+        """Whether `rank` holds every expert, in the slot of its number."""
+        return self._in_order[rank]
+
+    @cached_property
+    def _in_order(self) -> list[bool]:
+        everything = tuple(range(self.num_experts))
+        return [experts == everything for experts in self.rank_experts]
 
     @cached_property
     def _slot_tables(self) -> list[mx.array]:

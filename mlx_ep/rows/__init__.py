@@ -27,7 +27,7 @@ from mlx_ep.rows.pack import (
     routing_words,
     split_rows,
 )
-from mlx_ep.rows.sums import with_zero_row
+from mlx_ep.rows.sums import weighted_slots, with_zero_row
 
 __all__ = [
     "Backend",
@@ -53,5 +53,6 @@ __all__ = [
     "routing_from_words",
     "routing_words",
     "split_rows",
+    "weighted_slots",
     "with_zero_row",
 ]

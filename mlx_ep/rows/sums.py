@@ -31,6 +31,13 @@ def weighted_sum(
     return (terms * gates[..., None]).sum(axis=1)
 
 
+def weighted_slots(
+    outputs: Float[mx.array, "M K D"], gates: Float32[mx.array, "M K"]
+) -> Float32[mx.array, "M D"]:
+    """``sum_k gates[m, k] * outputs[m, k]``, in float32, k ascending."""
+    return (outputs.astype(mx.float32) * gates[..., None]).sum(axis=1)
+
+
 @partial(mx.compile, shapeless=True)
 def add_to(
     total: Float32[mx.array, ...], sums: Float[mx.array, ...]

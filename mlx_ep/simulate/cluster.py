@@ -36,8 +36,8 @@ class LinkLevel:
         latency: ns.
     """
 
-    bandwidth: float
-    latency: float
+    bandwidth: float | int
+    latency: float | int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Instance:
     node: int
     model: ModelSizes
     hardware: str
-    memory: float
+    memory: float | int
     pd_type: PdType | None
     tp: int
     pp: int
@@ -298,8 +298,7 @@ def _links(
     """
     shared = [group for group in groups if len(group) > 1]
     inside = any(
-        len({i.node for i in group}) < len(group) or len(group) == 1
-        for group in shared
+        len({i.node for i in group}) < len(group) or len(group) == 1 for group in shared
     )
     exists = [
         any(instance.num_devices > 1 for instance in instances),

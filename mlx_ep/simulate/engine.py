@@ -124,6 +124,8 @@ class Engine:
         places = self._decoders if is_decode else self._entries
         instance, group, member = self._choose(places, request, is_decode)
         request.instance = instance.index
+        if not is_decode:
+            request.entry = instance.index
         settings = instance.settings
         if settings.skip_prefill and not is_decode:
             request.computed = request.asked.input_tokens - 1

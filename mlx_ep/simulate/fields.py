@@ -57,9 +57,9 @@ class Fields:
         key: str,
         default: Any = REQUIRED,
         *,
-        least: float = 0.0,
-        above: float | None = None,
-        most: float = math.inf,
+        least: float | int = 0.0,
+        above: float | int | None = None,
+        most: float | int = math.inf,
     ) -> float:
         """A finite number from `least` (or above `above`) to `most`."""
         found = self.value(key, default)
@@ -69,7 +69,9 @@ class Fields:
             raise self.fail(key, f"must be above {above:g}; got {found:g}.")
         if not least <= found <= most:
             upper = "" if most == math.inf else f" to {most:g}"
-            raise self.fail(key, f"must be {least:g}{upper or ' or more'}; got {found}.")
+            raise self.fail(
+                key, f"must be {least:g}{upper or ' or more'}; got {found}."
+            )
         return float(found)
 
     def integer(self, key: str, default: Any = REQUIRED, *, least: int = 0) -> int:
@@ -125,7 +127,8 @@ class Fields:
         unknown = sorted(set(self._content) - self._read - set(ignored))
         if unknown:
             raise self.fail(
-                unknown[0], f"is not known here; known are {', '.join(sorted(self._read))}."
+                unknown[0],
+                f"is not known here; known are {', '.join(sorted(self._read))}.",
             )
 
 

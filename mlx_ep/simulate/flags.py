@@ -26,7 +26,9 @@ class CommandParser(argparse.ArgumentParser):
 def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     """What an engine is told; the defaults are those of `Settings`."""
     defaults = Settings()
-    group = parser.add_argument_group("engine (an instance of the cluster may override)")
+    group = parser.add_argument_group(
+        "engine (an instance of the cluster may override)"
+    )
     group.add_argument(
         "--max-num-seqs",
         type=_positive,
@@ -149,6 +151,11 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
         default="allgather",
         help="How tokens meet experts of other ranks. allgather: as vLLM does; none: "
         "for nothing; the others are this package's strategies (default: %(default)s).",
+    )
+    group.add_argument(
+        "--link",
+        metavar="NAME",
+        help="With a profile: which of its links (default: its first).",
     )
     group.add_argument(
         "--seed", type=int, default=0, help="Of RAND (default: %(default)s)."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from mlx_ep.simulate.steps import StepLog, Stretch
 MOST_STEPS = 1024
 
 
+@runtime_checkable
 class StepTimes(Protocol):
     """What a step takes, of a group of instances that step together."""
 
@@ -147,9 +148,7 @@ class Group:
         self._in_flight.append(_InFlight(last, int(ends[-1])))
         return []
 
-    def _record(
-        self, ends: np.ndarray, batches: Sequence[Batch], steps: int
-    ) -> None:
+    def _record(self, ends: np.ndarray, batches: Sequence[Batch], steps: int) -> None:
         used = [
             i.pool.used_bytes(m.pool.num_used)
             for i, m in zip(self.instances, self.members)

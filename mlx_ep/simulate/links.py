@@ -13,7 +13,7 @@ from mlx_ep.simulate.cluster import LinkLevel
 Levels = Sequence[tuple[int, LinkLevel]]
 
 
-def gather_ns(levels: Levels, chunk_bytes: float) -> float:
+def gather_ns(levels: Levels, chunk_bytes: float | int) -> float:
     """All-gather: every member hands in `chunk_bytes`; outer levels go first."""
     total = 0.0
     for members, link in levels:
@@ -22,12 +22,12 @@ def gather_ns(levels: Levels, chunk_bytes: float) -> float:
     return total
 
 
-def scatter_ns(levels: Levels, chunk_bytes: float) -> float:
-    """Reduce-scatter that leaves every member with `chunk_bytes`: a gather backwards."""
+def scatter_ns(levels: Levels, chunk_bytes: float | int) -> float:
+    """Reduce-scatter that leaves every member with `chunk_bytes`: as a gather."""
     return gather_ns(levels, chunk_bytes)
 
 
-def reduce_ns(levels: Levels, num_bytes: float) -> float:
+def reduce_ns(levels: Levels, num_bytes: float | int) -> float:
     """All-reduce of `num_bytes`: a reduce-scatter and an all-gather."""
     members = 1
     for count, _ in levels:
@@ -35,7 +35,7 @@ def reduce_ns(levels: Levels, num_bytes: float) -> float:
     return 2 * gather_ns(levels, num_bytes / members)
 
 
-def pairs_ns(levels: Levels, pair_bytes: float) -> float:
+def pairs_ns(levels: Levels, pair_bytes: float | int) -> float:
     """All-to-all with `pair_bytes` from each member to each other one."""
     total, members = 0.0, 1
     for count, _ in levels:
@@ -46,6 +46,6 @@ def pairs_ns(levels: Levels, pair_bytes: float) -> float:
     return total
 
 
-def send_ns(link: LinkLevel, num_bytes: float) -> float:
+def send_ns(link: LinkLevel, num_bytes: float | int) -> float:
     """One message to one peer."""
     return link.latency + num_bytes / link.bandwidth

@@ -24,10 +24,10 @@ class KvPool:
 
     num_blocks: int
     block_size: int
-    block_bytes: float
-    pool_bytes: float
+    block_bytes: float | int
+    pool_bytes: float | int
     weight_bytes: int
-    utilization: float
+    utilization: float | int
 
     @property
     def num_tokens(self) -> int:
@@ -48,7 +48,7 @@ def kv_pool(
     fields: Fields,
     model: ModelSizes,
     settings: Settings,
-    memory: float,
+    memory: float | int,
     tp: int,
     pp: int,
     ep: int,

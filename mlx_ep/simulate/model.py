@@ -10,6 +10,8 @@ from typing import Any
 from mlx_ep.simulate.fields import Fields, read_json
 
 ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "fp8": 1, "int8": 1}
+# mlx-lm packs routers in 8 bits, in groups of 64, whatever the rest is packed in.
+_PACKED_ROUTER = 1.0625
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -26,6 +28,8 @@ class ModelSizes:
         num_experts, top_k, expert_width: E, K, F; 0 where there are no experts.
         vocabulary: rows of the embedding and of the logits.
         is_tied: whether the two share their matrix.
+        packed_bytes: of a number of a quantized matrix, its scales included; 0: the
+            model is not quantized.
         config: all of config.json.
     """
 
@@ -43,6 +47,7 @@ class ModelSizes:
     shared_width: int
     vocabulary: int
     is_tied: bool
+    packed_bytes: float | int
     config: dict[str, Any]
 
     @property
@@ -62,26 +67,32 @@ class ModelSizes:
 
     @property
     def dense_weights(self) -> int:
-        """Numbers of everything but experts and routers."""
+        """Numbers of all matrices but experts and routers."""
         heads = self.num_heads + 2 * self.num_kv_heads
         attention = self.width * self.head_dim * (heads + self.num_heads)
-        norms = 2 * self.width + 2 * self.head_dim
         without = self.num_layers - self.num_moe_layers
         return (
             self.vocabulary * self.width * (1 if self.is_tied else 2)
-            + self.num_layers * (attention + norms)
+            + self.num_layers * attention
             + without * 3 * self.width * self.dense_width
             + self.num_moe_layers * 3 * self.width * self.shared_width
-            + self.width
         )
+
+    @property
+    def norm_weights(self) -> int:
+        """Numbers that are never packed."""
+        return self.num_layers * 2 * (self.width + self.head_dim) + self.width
 
     def weight_bytes(self, tp: int, ep: int, pp: int, itemsize: int) -> int:
         """Bytes of weights on one device: dense / tp + experts / ep, routers whole.
 
         With pipeline stages a device holds its layers' part of each.
         """
-        share = self.dense_weights / tp + self.expert_weights / ep + self.gate_weights
-        return round(share * itemsize / pp)
+        packed: float = self.packed_bytes or itemsize
+        router: float = _PACKED_ROUTER if self.packed_bytes else itemsize
+        dense = self.dense_weights * packed + self.norm_weights * itemsize
+        experts, gates = self.expert_weights * packed, self.gate_weights * router
+        return round((dense / tp + experts / ep + gates) / pp)
 
     def kv_token_bytes(self, itemsize: int) -> int:
         """Of keys and values of one token, of all layers."""
@@ -152,8 +163,20 @@ def read_model(name: str, file: Path) -> ModelSizes:
         shared_width=fields.integer("shared_expert_intermediate_size", shared),
         vocabulary=fields.integer("vocab_size", least=1),
         is_tied=fields.flag("tie_word_embeddings", False),
+        packed_bytes=_packed(fields),
         config=content,
     )
+
+
+def _packed(fields: Fields) -> float:
+    """Bytes of a number by mlx-lm's `quantization`: bits, and scales per group."""
+    if not fields.has("quantization"):
+        return 0.0
+    found = fields.object("quantization")
+    bits = found.integer("bits", least=1)
+    group = found.integer("group_size", 64, least=1)
+    is_affine = found.text("mode", "affine") == "affine"
+    return bits / 8 + (4 if is_affine else 1) / group
 
 
 def _moe_layers(fields: Fields, layers: int) -> int:

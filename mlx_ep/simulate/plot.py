@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ def check_can_plot() -> None:
 
 
 def plot_run(
-    file: Path, engine: Engine, requests: Sequence[Served], interval: float
+    file: Path, engine: Engine, requests: Sequence[Served], interval: float | int
 ) -> None:
     """TTFT and ITL over time, running and waiting requests, KV blocks: one PNG."""
     import matplotlib
@@ -34,7 +34,9 @@ def plot_run(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(4, 1, figsize=(11, 12), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(
+        4, 1, figsize=(11, 12), sharex=True, layout="constrained"
+    )
     arrivals = np.array([one.arrival + one.ttft for one in requests]) / NS  # on host
     axes[0].plot(arrivals, [one.ttft / 1e6 for one in requests], ".", markersize=4)
     axes[0].set_ylabel("TTFT (ms)")
@@ -74,3 +76,33 @@ def _gaps(requests: Sequence[Served]) -> tuple[np.ndarray, np.ndarray]:
         times.append(ends[::every] / NS)
         gaps.append(one.itl[::every] / 1e6)
     return np.concatenate(times), np.concatenate(gaps)
+
+
+def plot_comparison(
+    file: Path, measured: Mapping[str, np.ndarray], simulated: Mapping[str, np.ndarray]
+) -> None:
+    """How many requests stay below a time, per metric, measured and simulated.
+
+    Args:
+        measured, simulated: s of each request, by metric.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(measured), figsize=(5 * len(measured), 4.5), layout="constrained"
+    )
+    for axis, (name, values) in zip(axes, measured.items()):
+        for label, found in (("measured", values), ("simulated", simulated[name])):
+            part = 100 * np.arange(1, len(found) + 1) / len(found)
+            axis.step(np.sort(found) * 1e3, part, where="post", label=label)
+        axis.set_title(name)
+        axis.set_xlabel("ms")
+        axis.set_xlim(left=0)
+        axis.set_ylabel("requests (%)")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)

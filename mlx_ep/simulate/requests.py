@@ -27,6 +27,7 @@ class Request:
         own_blocks: that it alone uses; `shared`: names of the others.
         named: blocks of `names` that were looked at.
         scheduled, first, end: ns, or -1.
+        entry: the instance that makes its first token.
         instance: that serves it (the last one).
         emitted: pairs (step, count): its tokens come at the ends of `count` steps from
             `step` on.
@@ -49,6 +50,7 @@ class Request:
     scheduled: int = -1
     first: int = -1
     end: int = -1
+    entry: int = -1
     instance: int = -1
     emitted: list[int] = field(default_factory=list)
     earlier: list[np.ndarray] = field(default_factory=list)

@@ -24,10 +24,12 @@ class Served:
     """One request, ns.
 
     Attributes:
+        instance: that made its last token; `entry`: its first.
         itl: between each token and the one before.
     """
 
     instance: int
+    entry: int
     index: int
     inputs: int
     outputs: int
@@ -55,6 +57,7 @@ def served(engine: Engine) -> Iterator[Served]:
         assert len(times) == request.outputs and int(times[-1]) == request.end
         yield Served(
             request.instance,
+            request.entry,
             request.index,
             request.asked.input_tokens,
             request.outputs,
@@ -100,12 +103,12 @@ def write_csv(
 class Spread:
     """Mean, median and 99th percentile, ms."""
 
-    mean: float
-    median: float
-    p99: float
+    mean: float | int
+    median: float | int
+    p99: float | int
 
     @classmethod
-    def of(cls, values: Sequence[float] | np.ndarray) -> Spread:
+    def of(cls, values: Sequence[float | int] | np.ndarray) -> Spread:
         if not len(values):
             return cls(0.0, 0.0, 0.0)
         milliseconds = np.asarray(values, np.float64) / 1e6  # on host
@@ -128,7 +131,7 @@ class Totals:
         self.start: int | None = None
 
     def add(self, one: Served) -> None:
-        self._ttft.setdefault(one.instance, []).append(one.ttft)
+        self._ttft.setdefault(one.entry, []).append(one.ttft)
         self._tpot.setdefault(one.instance, []).append(one.tpot)
         self._itl.setdefault(one.instance, []).append(one.itl.astype(np.int64))
         self._latency.append(one.latency)
@@ -155,7 +158,7 @@ class Totals:
             "instances": [
                 {
                     "instance": instance.index,
-                    "requests": len(self._ttft.get(instance.index, [])),
+                    "requests": len(self._tpot.get(instance.index, [])),
                     "ttft_ms": vars(Spread.of(self._ttft.get(instance.index, []))),
                     "tpot_ms": vars(Spread.of(self._tpot.get(instance.index, []))),
                     "itl_ms": vars(Spread.of(self._all_itl(instance.index))),
@@ -212,14 +215,14 @@ class Moment:
         pool: part of the KV blocks in use, of the fullest instance.
     """
 
-    end: float
+    end: float | int
     step: int
     running: int
     waiting: int
-    prompts: float
-    outputs: float
-    memory: float
-    pool: float
+    prompts: float | int
+    outputs: float | int
+    memory: float | int
+    pool: float | int
 
     def line(self) -> str:
         return (
@@ -229,7 +232,7 @@ class Moment:
         )
 
 
-def moments(engine: Engine, interval: float) -> list[Moment]:
+def moments(engine: Engine, interval: float | int) -> list[Moment]:
     """Intervals of `interval` seconds in which a step ended."""
     logs = [group.log for group in engine.groups]
     last = max((int(log.ends[-1]) for log in logs if log.count), default=0)
@@ -240,7 +243,7 @@ def moments(engine: Engine, interval: float) -> list[Moment]:
     for log in logs:
         own = np.full((4, count), np.nan)
         for stretch in log.stretches:
-            ends = log.ends[stretch.step : stretch.step + stretch.count]
+            ends = log.ends[stretch.step : stretch.step + stretch.steps]
             places, steps = np.unique(ends // width, return_counts=True)
             sums[0, places] += stretch.prompts * steps
             sums[1, places] += stretch.outputs * steps

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,13 +30,16 @@ class Loads(NamedTuple):
     distinct: np.ndarray
 
 
+@runtime_checkable
 class ExpertRouting(Protocol):
-    """Attributes:
-    is_sampled: steps differ: each takes one row of the loads. Else a step has them all,
-        as its layers.
-    """
+    """What a policy says of any number of tokens."""
 
-    is_sampled: bool
+    @property
+    def is_sampled(self) -> bool:
+        """Whether each step takes one row of the loads; else a step has them all, as
+        its layers.
+        """
+        ...
 
     def loads(self, tokens: int) -> Loads:
         """Of so many tokens, of all that exchange with one another."""
@@ -105,7 +108,9 @@ class RoundRobin:
         ranks = np.arange(self.num_ranks)
         each = (pairs + self.num_ranks - 1 - ranks) // self.num_ranks
         own = self.num_experts // self.num_ranks
-        return Loads(each[None].astype(float), np.minimum(each, own)[None].astype(float))
+        return Loads(
+            each[None].astype(float), np.minimum(each, own)[None].astype(float)
+        )
 
 
 @dataclass(frozen=True)
@@ -165,10 +170,10 @@ class Weighted:
 class _Moments(NamedTuple):
     """Of one rank; spreads are those of what ranks differ by."""
 
-    pairs: float
-    pairs_spread: float
-    distinct: float
-    distinct_spread: float
+    pairs: float | int
+    pairs_spread: float | int
+    distinct: float | int
+    distinct_spread: float | int
 
 
 def _moments(experts: int, top_k: int, num_ranks: int, tokens: int) -> _Moments:
@@ -335,4 +340,3 @@ def chances_of(weights: np.ndarray, top_k: int, where: str) -> np.ndarray:
             free &= ~over
             left = top_k - float((out[~free]).sum())
     return chances
-

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mlx_ep.cost.profile import find_profile, shipped_profiles
 from mlx_ep.simulate.cluster import Cluster, Instance, read_cluster
 from mlx_ep.simulate.engine import Engine
 from mlx_ep.simulate.fields import read_json
@@ -16,6 +17,12 @@ from mlx_ep.simulate.model import find_model
 from mlx_ep.simulate.routing import ExpertRouting, make_routing
 from mlx_ep.simulate.times.bundle import find_bundle, read_bundle
 from mlx_ep.simulate.times.bundle_times import BundleTimes
+from mlx_ep.simulate.times.linear_times import (
+    LinearTimes,
+    is_step_costs,
+    read_step_costs,
+)
+from mlx_ep.simulate.times.profile_times import ProfileTimes
 from mlx_ep.simulate.traces import Trace
 
 
@@ -86,10 +93,10 @@ def step_times(
     group: Sequence[Instance],
     note: Callable[[str], object],
 ) -> StepTimes:
-    """What a group's steps take: its hardware's bundle.
+    """What a group's steps take: its hardware's bundle, or a profile of that name.
 
     Raises:
-        ValueError: there is none, or what is wrong with it.
+        ValueError: there is neither, or what is wrong with it.
     """
     first = group[0]
     folders = search_folders(args.profile_dir, "perf", args.cluster_config)
@@ -97,11 +104,7 @@ def step_times(
         folders, first.hardware, first.model.name, first.settings.dtype
     )
     if folder is None:
-        raise ValueError(
-            f"{cluster.file}: {first.where}.hardware: {first.hardware!r} has no bundle "
-            f"of {first.model.name} as {first.settings.dtype}; looked in "
-            f"{', '.join(map(str, folders[:3]))}. Say where with --profile-dir."
-        )
+        return _profile_times(args, cluster, group, folders, note)
     note(f"{first.where}: times from {folder}")
     return BundleTimes(
         cluster,
@@ -110,6 +113,51 @@ def step_times(
         _routing(args, first),
         args.expert_exchange,
     )
+
+
+def _profile_times(
+    args: argparse.Namespace,
+    cluster: Cluster,
+    group: Sequence[Instance],
+    folders: Sequence[Path],
+    note: Callable[[str], object],
+) -> StepTimes:
+    first = group[0]
+    beside = Path(cluster.file).parent / first.hardware
+    name = str(beside) if beside.is_file() else first.hardware
+    if name not in shipped_profiles() and not Path(name).expanduser().is_file():
+        raise ValueError(
+            f"{cluster.file}: {first.where}.hardware: {first.hardware!r} has no bundle "
+            f"of {first.model.name} as {first.settings.dtype} in "
+            f"{', '.join(map(str, folders[:3]))} (--profile-dir says where), and is no "
+            f"profile: a file, or one of {', '.join(shipped_profiles())}."
+        )
+    if name not in shipped_profiles() and is_step_costs(Path(name).expanduser()):
+        note(f"{first.where}: times from the step costs {name}")
+        return LinearTimes(read_step_costs(Path(name).expanduser()))
+    if args.expert_routing_policy not in ("COPY", "RAND"):
+        raise ValueError(
+            "--expert-routing-policy: the cost model of a profile has uniform routing, "
+            f"COPY; got {args.expert_routing_policy}."
+        )
+    if args.expert_exchange == "none":
+        raise ValueError(
+            "--expert-exchange none: a profile's cost model counts the exchange."
+        )
+    from mlx_ep.loading import model_shape  # mlx-lm's models: slow to load
+
+    dtype = first.settings.dtype if first.settings.dtype in _FLOATS else "bfloat16"
+    note(f"{first.where}: times from the profile {name}")
+    return ProfileTimes(
+        group,
+        find_profile(name),
+        model_shape(first.model.config, dtype=dtype, name=first.model.name),
+        args.expert_exchange,
+        args.link,
+    )
+
+
+_FLOATS = ("float32", "bfloat16", "float16")
 
 
 def _routing(args: argparse.Namespace, first: Instance) -> ExpertRouting | None:

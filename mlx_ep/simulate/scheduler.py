@@ -50,10 +50,13 @@ class Scheduler:
     """The queues of one instance.
 
     Args:
-        leaves_after_first: the instance only prefills: a request leaves after its first token.
+        leaves_after_first: the instance only prefills; a request leaves after its first
+            token.
     """
 
-    def __init__(self, settings: Settings, num_blocks: int, leaves_after_first: bool) -> None:
+    def __init__(
+        self, settings: Settings, num_blocks: int, leaves_after_first: bool
+    ) -> None:
         self.settings = settings
         self.pool = BlockPool(num_blocks)
         self.waiting: deque[Request] = deque()
@@ -165,9 +168,7 @@ class Scheduler:
 
     def _admit(self, batch: Batch, now: int, step: int, budget: int) -> None:
         settings, pool = self.settings, self.pool
-        while (
-            self.waiting and budget > 0 and len(self.running) < settings.max_num_seqs
-        ):
+        while self.waiting and budget > 0 and len(self.running) < settings.max_num_seqs:
             request = self.waiting[0]
             # At least one token is computed, or there would be nothing to sample from.
             names = request.names[: (request.total - 1) // settings.block_size]

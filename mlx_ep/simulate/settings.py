@@ -1,4 +1,4 @@
-"""What an instance's engine is told: defaults, flags, and overrides of a cluster file."""
+"""What an instance's engine is told: defaults, flags, overrides of a cluster file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Settings:
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
     reserve_full_isl: bool = True
-    memory_utilization: float = 0.9
+    memory_utilization: float | int = 0.9
     skip_prefill: bool = False
     async_scheduling: bool = True
     graphs: bool = True

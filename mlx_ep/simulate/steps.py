@@ -11,7 +11,7 @@ class Stretch(NamedTuple):
     """Steps that are alike.
 
     Attributes:
-        step: the first; `count` of them.
+        step: the first; `steps` of them.
         prompts, outputs: tokens that each computes of prompts, and makes.
         running, waiting: requests.
         memory: bytes that the fullest device has in use.
@@ -19,13 +19,13 @@ class Stretch(NamedTuple):
     """
 
     step: int
-    count: int
+    steps: int
     prompts: int
     outputs: int
     running: int
     waiting: int
-    memory: float
-    pool: float
+    memory: float | int
+    pool: float | int
 
 
 class StepLog:

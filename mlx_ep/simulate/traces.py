@@ -148,6 +148,7 @@ def _ids(fields: Fields, key: str, count: int) -> tuple[int, ...] | None:
         raise fields.fail(key, "must be a list of whole numbers.")
     if len(found) != count:
         raise fields.fail(
-            key, f"must hold as many ids as there are tokens, {count}; got {len(found)}."
+            key,
+            f"must hold as many ids as there are tokens, {count}; got {len(found)}.",
         )
     return tuple(found)

@@ -13,10 +13,10 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 import mlx_ep
 from mlx_ep.comm import GroupComm
-from mlx_ep.models import blocks
+from mlx_ep.models import blocks, routing_probe
 from mlx_ep.models.block_call import BlockCall
 from mlx_ep.models.partial_sum import PartialSum, find_partial_sum
-from mlx_ep.models.routing_probe import find_probe
+from mlx_ep.models.routing_probe import IdentityProbe, StandInProbe, find_probe
 from tests import tiny
 
 D, F, E, K = 16, 8, 5, 2
@@ -193,14 +193,81 @@ def test_nothing_of_the_block_is_changed() -> None:
     ],
 )
 def test_routing_is_read_off(
-    kind: type[Block], exit_name: str, adds_input: bool
+    monkeypatch: pytest.MonkeyPatch, kind: type[Block], exit_name: str, adds_input: bool
 ) -> None:
     """Also where the experts' sum goes into another layer of the block."""
+    monkeypatch.setattr(routing_probe, "_takes_stand_in", lambda *_: False)
     probe, reason = find_probe(_call(_block(kind)))
-    assert probe is not None, reason
+    assert type(probe) is IdentityProbe, reason
     assert probe.exit == exit_name
     assert probe.adds_input == adds_input
     assert probe.top_k == K
+
+
+@pytest.mark.parametrize("kind", [Biased, NormAfter, SharedOutside, AddsInput, Plain])
+def test_one_pass_is_enough_where_the_outputs_are_summed_at_once(
+    kind: type[Block],
+) -> None:
+    probe, reason = find_probe(_call(_block(kind)))
+    assert type(probe) is StandInProbe, reason
+    assert (probe.top_k, probe.row_dims) == (K, D)
+
+
+class SumsByFunction(Block):
+    def routed(self, x: mx.array) -> mx.array:
+        ids = mx.argpartition(-self.gate(x), kth=K - 1, axis=-1)[..., :K]
+        gates = mx.take_along_axis(self.gate(x), ids, axis=-1)
+        return self.weighted(self.switch_mlp(x, ids), gates[..., None])
+
+    def weighted(self, y: mx.array, gates: mx.array) -> mx.array:
+        return mx.sum(y * gates, axis=-2)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.routed(x)
+
+
+class GatesFirst(SumsByFunction):
+    def weighted(self, y: mx.array, gates: mx.array) -> mx.array:
+        return (gates * y).sum(-2)
+
+
+class SumsTwice(SumsByFunction):
+    def weighted(self, y: mx.array, gates: mx.array) -> mx.array:
+        return (y * gates).sum(-2) + (y * (1 - gates)).sum(-2)
+
+
+class GatePerNumber(SumsByFunction):
+    def weighted(self, y: mx.array, gates: mx.array) -> mx.array:
+        return (y * mx.broadcast_to(gates, y.shape)).sum(-2)
+
+
+class AddsBefore(SumsByFunction):
+    """A stand-in has no place for it; the sum is as linear as the others."""
+
+    def weighted(self, y: mx.array, gates: mx.array) -> mx.array:
+        return (y * gates + 0).sum(-2)
+
+
+@pytest.mark.parametrize(
+    "kind", [SumsByFunction, GatesFirst, SumsTwice, GatePerNumber, AddsBefore]
+)
+def test_other_uses_of_the_outputs_are_told_from_it(kind: type[Block]) -> None:
+    probe, _ = find_probe(_call(_block(kind)))
+    assert type(probe) is IdentityProbe
+
+
+class LeavesOneOut(SumsByFunction):
+    """What is done with the sum depends on what the outputs are."""
+
+    def weighted(self, y: mx.array, gates: mx.array) -> mx.array:
+        y = y if isinstance(y, mx.array) else y.astype(y.dtype)
+        total = (y * gates).sum(-2)
+        return total if isinstance(y, mx.array) else 2 * total
+
+
+def test_a_block_that_sees_through_the_stand_in_is_found_out() -> None:
+    probe, _ = find_probe(_call(_block(LeavesOneOut)))
+    assert type(probe) is IdentityProbe
 
 
 def test_split_shared_experts_have_to_join_the_sum() -> None:

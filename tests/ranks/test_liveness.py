@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 import pytest
 
 from tests.launchers import mpirun_command, rank_environment
-from tests.ranks import StartedCommands, start_commands
+from tests.ranks import StartedCommands, run_commands, start_commands
 
 END_WITHIN = 10.0  # seconds from the failure until every process has ended
 
@@ -40,7 +40,7 @@ def program(transport: str, case: str, bad_rank: int) -> None:
         # modules only, because that takes longer than what is tested.
         modules = ["mlx_ep.comm.liveness", "mlx_ep.comm.launch"]
         install_import_hook(modules, "beartype.beartype")
-    from mlx_ep.comm import Limits, guard
+    from mlx_ep.comm import Limits, guard, note_progress
 
     # A shell may have started the tests in the background, or under nohup.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -56,9 +56,20 @@ def program(transport: str, case: str, bad_rank: int) -> None:
     def now() -> None:
         print(f"event {time.time()}", flush=True)
 
-    limits = Limits(interpreter=2.0) if case == "hold-gil" else Limits(decode=2.0)
-    with guard(group, limits) as channel:
-        assert channel is not None
+    if case == "meet-late":  # as ranks on several hosts without a secret do
+        from mlx_ep.comm import channel
+        from mlx_ep.comm.control.meeting import Meeting
+
+        channel.find_meeting = lambda *_: Meeting("late")
+    if case == "meet-secret":
+        os.environ["MLX_EP_SECRET"] = "of this test of ranks only"
+    limits = {
+        "hold-gil": Limits(interpreter=2.0),
+        "pause": Limits(stopped=1.0, interpreter=2.0, decode=2.0),
+        "late": Limits(decode=1.5),
+    }.get(case, Limits())
+    with guard(group, limits) as guarded:
+        assert guarded is not None
         if case == "early" and is_bad:
             time.sleep(0.2)  # the others wait in their first collective
             now()
@@ -77,21 +88,32 @@ def program(transport: str, case: str, bad_rank: int) -> None:
             time.sleep(60)
         if case == "sleep" and is_bad:
             time.sleep(60)
-        if is_bad and case not in ("loop", "nohup", "freeze"):
+        if is_bad and case not in ("loop", "nohup", "freeze", "pause"):
             time.sleep(0.2)  # the others wait in a collective
             now()
-        if is_bad and case == "raise":
+        if case in ("late", "pause"):
+            note_progress("decode", 7)
+        if case == "late" and is_bad:
+            time.sleep(60)
+        if is_bad and case in ("raise", "meet-late", "meet-secret"):
             raise ValueError("boom\nin two lines")
         if is_bad and case == "exit":
             sys.exit(2)
         if is_bad and case == "fail":
-            channel.fail("had enough", 7)
+            guarded.fail("had enough", 7)
         if is_bad and case in ("kill", "leave-first"):
             os.kill(os.getpid(), signal.SIGKILL)
         if is_bad and case == "hold-gil":
             ctypes.PyDLL(None).sleep(60)
+        step = 7
         while True:
             add()
+            if case == "pause":
+                step += 1
+                note_progress("decode", step)
+                time.sleep(0.05)
+                if step % 10 == 0:
+                    print(step, flush=True)
 
 
 def argv(transport: str, case: str, bad_rank: int) -> list[str]:
@@ -155,6 +177,14 @@ def test_an_exception_on_one_rank_ends_all() -> None:
         for rank in range(4):
             has_traceback = "Traceback" in started.outcome(rank).stderr
             assert has_traceback == (rank == 2)
+
+
+@needs_ranks
+@pytest.mark.parametrize("case", ["meet-late", "meet-secret"])
+def test_watches_meet_without_a_file(case: str) -> None:
+    with ring(3, case, 2) as started:
+        reason = "rank 2 failed: ValueError: boom in two lines"
+        assert check_ended(started, reason) == [1] * 3
 
 
 @needs_ranks
@@ -232,6 +262,34 @@ def test_a_frozen_rank_ends_all() -> None:
 
 
 @needs_ranks
+def test_ranks_that_are_all_stopped_go_on_afterwards() -> None:
+    with ring(2, "pause", 1) as started:  # Ctrl-Z, of which one rank hears first
+        event = wait_ready(started)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for process in started.processes:
+                process.send_signal(number)
+                time.sleep(0.2)
+            before = started.outcome(0).stdout
+            time.sleep(4.0 if number == signal.SIGSTOP else 1.5)
+        assert [process.poll() for process in started.processes] == [None] * 2
+        assert len(started.outcome(0).stdout) > len(before)  # it goes on
+        started.processes[1].send_signal(signal.SIGSTOP)
+        reason = "rank 1 stopped 1 s ago"
+        check_ended(started, reason, time.time(), silent=1)
+    assert event
+
+
+@needs_ranks
+def test_a_rank_that_is_late_ends_all() -> None:
+    with ring(2, "late", 1) as started:
+        reason = "no rank has come further for 1.5 s; rank 0 is in decode, step 7"
+        assert check_ended(started, reason) == [1] * 2
+        report = started.outcome(0).stderr
+        assert "rank 1: decode, step 7, for" in report
+        assert "stacks of rank 1:" in report and "in program" in report
+
+
+@needs_ranks
 def test_a_rank_that_holds_the_gil_for_good_is_ended_too() -> None:
     with ring(2, "hold-gil", 0) as started:
         check_ended(started, "the interpreter of rank 0 has not answered for 2 s")
@@ -258,6 +316,33 @@ def test_a_normal_end_is_no_failure() -> None:
 def test_rank_0_relays_after_its_own_end() -> None:
     with ring(3, "leave-first", 2) as started:
         check_ended(started, "rank 2 ended without a word", silent=2)
+
+
+WRONG_ON_ONE = """
+import os, sys
+from mlx_ep.generate import main
+more = {more!r} if os.environ["MLX_RANK"] == "1" else []
+sys.argv = ["mlx_ep.generate", *more]
+main()
+"""
+
+
+@needs_ranks
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--attention", "data"], "it needs --prompts-file"),
+    ],
+    ids=["before the group", "in the body"],
+)
+def test_wrong_usage_on_one_rank_ends_all(more: list[str], text: str) -> None:
+    command = [sys.executable, "-c", WRONG_ON_ONE.format(more=more)]
+    outcomes = run_commands(2, command, timeout=60)
+    assert [outcome.returncode for outcome in outcomes] == [2, 2]
+    for outcome in outcomes:
+        (line,) = outcome.stderr.strip().splitlines()
+        assert "wrong usage on rank 1: " in line and text in line
 
 
 @pytest.mark.requires("mpi")

@@ -15,7 +15,9 @@ import mlx_ep
 from mlx_ep.config import EPConfig
 from mlx_ep.loading import MemoryNeed, find_model, memory_problems
 from mlx_ep.metrics import RankReport
-from mlx_ep.models import find_moe_sites
+from mlx_ep.models import find_moe_sites, routing_probe
+from mlx_ep.models.blocks import BlockState
+from mlx_ep.models.routing_probe import IdentityProbe, StandInProbe
 from tests import tiny
 
 
@@ -116,6 +118,33 @@ def test_paths_names_and_classes_stay() -> None:
 
 
 @pytest.mark.parametrize(
+    "config",
+    [tiny.QWEN3_MOE, tiny.QWEN2_MOE, tiny.DEEPSEEK_V3, tiny.GPT_OSS, tiny.OLMOE],
+    ids=lambda config: config["model_type"],
+)
+def test_a_block_runs_once_per_call(config: dict) -> None:
+    model = mlx_ep.parallelize(tiny.make_model(config))
+    calls: dict[str, int] = {}
+    for block in model.expert_parallel.blocks:
+        assert type(block.probe) is StandInProbe, block.why_not_routed
+        assert block.probe.top_k == 3
+        _count_calls(block, calls)
+    mx.eval(model(mx.array([[5, 6, 7]])))
+    assert calls == dict.fromkeys(calls, 1)
+    assert len(calls) == len(model.expert_parallel.blocks)
+
+
+def _count_calls(block: BlockState, calls: dict[str, int]) -> None:
+    path, code = block.site.path, block.block_class.__call__
+
+    def counted(self: object, *args: object) -> mx.array:
+        calls[path] = calls.get(path, 0) + 1
+        return code(self, *args)
+
+    block.block_class = type("Counted", (block.block_class,), {"__call__": counted})
+
+
+@pytest.mark.parametrize(
     ("config", "width", "has_shared"),
     [
         (tiny.QWEN3_MOE, None, False),
@@ -127,14 +156,19 @@ def test_paths_names_and_classes_stay() -> None:
     ids=lambda value: value["model_type"] if isinstance(value, dict) else None,
 )
 def test_routing_is_found_by_structure(
-    config: dict, width: int | None, has_shared: bool
+    monkeypatch: pytest.MonkeyPatch, config: dict, width: int | None, has_shared: bool
 ) -> None:
+    """Also where a block would not take a stand-in."""
+    expected = tiny.make_model(config)(mx.array([[5, 6, 7]]))
+    monkeypatch.setattr(routing_probe, "_takes_stand_in", lambda *_: False)
     model = mlx_ep.parallelize(tiny.make_model(config))
     for block in model.expert_parallel.blocks:
-        assert block.probe is not None, block.why_not_routed
+        assert type(block.probe) is IdentityProbe, block.why_not_routed
         assert block.probe.width == width
         assert block.probe.has_shared == has_shared
         assert block.probe.top_k == 3
+    found = model(mx.array([[5, 6, 7]]))
+    np.testing.assert_allclose(np.array(found), np.array(expected), atol=1e-4)
 
 
 def test_nonlinear_block_falls_back_with_its_reason() -> None:

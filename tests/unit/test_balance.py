@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from benchmarks import eplb
-from mlx_ep.placement import ReplicaChoice, rebalance_experts
+from mlx_ep.placement import (
+    LayerLoad,
+    RankRoom,
+    ReplicaChoice,
+    balance,
+    balance_while_it_pays,
+    draw_steps,
+    expected_busiest,
+    rebalance_experts,
+)
 
 # The example in EPLB's documentation, with what it prints.
 WEIGHT = np.array(
@@ -218,3 +227,117 @@ def test_wrong_choices_are_said(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         ReplicaChoice(holders, 2, speeds)
+
+
+def clustered(num_steps: int, experts: int, k: int) -> np.ndarray:
+    """Steps in which experts of one topic occur together, some more often."""
+    random = np.random.default_rng(8)
+    often = np.log(1 / np.arange(1, experts + 1) ** 0.8)[random.permutation(experts)]
+    topic = random.permutation(experts) % 8
+    of_step = random.integers(0, 8, num_steps)
+    weight = often + np.where(topic == of_step[:, None], 2.0, 0.0)
+    drawn = np.argsort(-(weight + random.gumbel(size=weight.shape)), axis=-1)[:, :k]
+    steps = np.zeros((num_steps, experts), bool)
+    steps[np.arange(num_steps)[:, None], drawn] = True
+    return steps
+
+
+def copies_of(layer: tuple[tuple[int, ...], ...], experts: int) -> list[int]:
+    """Copies of each expert; none is twice on a rank."""
+    assert all(len(set(rank)) == len(rank) for rank in layer)
+    counts = [sum(e in rank for rank in layer) for e in range(experts)]
+    assert min(counts) >= 1
+    return counts
+
+
+def test_expected_busiest_is_what_the_choice_gives() -> None:
+    layer = balance(
+        [LayerLoad.uniform(24, 4)], [RankRoom(10**6)] * 4, [1], replica_bytes=10
+    ).layers[0]
+    steps = draw_steps(LayerLoad.uniform(24, 4), 300)
+    assert (steps.sum(1) == 4).all()
+    holders = [[r for r, held in enumerate(layer) if e in held] for e in range(24)]
+    choice = ReplicaChoice(holders, 4)
+    chosen = [choice.experts(np.flatnonzero(s).tolist()).values() for s in steps]
+    mean = np.mean([busiest(list(ranks), [1.0] * 4) for ranks in chosen])
+    assert expected_busiest(layer, steps) == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_balance_of_uniform_routing(ranks: int) -> None:
+    """More copies, fewer experts on the busiest rank; all of them: ceil(K / P)."""
+    load, steps = LayerLoad.uniform(64, 8), draw_steps(LayerLoad.uniform(64, 8), 1000)
+    expected = []
+    for budget in (0, 16, 32, 64, 64 * ranks):
+        placed = balance([load], [RankRoom(10**6)] * ranks, [1], replica_bytes=budget)
+        held = [len(rank) for rank in placed.layers[0]]
+        assert sum(copies_of(placed.layers[0], 64)) == 64 + placed.num_copies
+        assert placed.num_copies == min(budget, 64 * (ranks - 1))
+        assert max(held) - min(held) <= 2
+        expected.append(expected_busiest(placed.layers[0], steps))
+    assert expected == sorted(expected, reverse=True)
+    assert expected[-1] == -(-8 // ranks)
+
+
+def test_what_was_recorded_beats_what_was_not() -> None:
+    """Counts help, co-activations more; on steps that were not in the record."""
+    steps = clustered(6000, 64, 8)
+    seen, later = steps[:3000].astype(float), steps[3000:]
+    found = []
+    for load in (
+        LayerLoad.uniform(64, 8),
+        LayerLoad(seen.sum(0), None, 8),
+        LayerLoad(seen.sum(0), seen.T @ seen, 8),
+    ):
+        placed = balance([load], [RankRoom(10**6)] * 4, [1], replica_bytes=16)
+        found.append(expected_busiest(placed.layers[0], later))
+    assert found[1] < 0.9 * found[0]
+    assert found[2] < found[1]
+
+
+def test_a_skewed_layer_gets_more_of_the_memory() -> None:
+    even, skewed = LayerLoad.uniform(32, 4), LayerLoad(1 / np.arange(1.0, 33.0) ** 2)
+    rooms = [RankRoom(10**6)] * 4
+    placed = balance([even, skewed], rooms, [1, 1], replica_bytes=6, objective="rows")
+    assert copies_of(placed.layers[0], 32) == [1] * 32
+    assert copies_of(placed.layers[1], 32)[0] == 4  # all ranks have the first
+
+
+def test_rooms_of_ranks_are_kept() -> None:
+    """Slots, bytes and speed of unequal ranks."""
+    ranks = [RankRoom(10_000, speed=2.0), RankRoom(500), RankRoom(2_000, slots=9)]
+    placed = balance([LayerLoad.uniform(32, 4)] * 2, ranks, [10, 20])
+    for rank, room in enumerate(ranks):
+        held = [len(layer[rank]) for layer in placed.layers]
+        assert held[0] * 10 + held[1] * 20 <= room.num_bytes
+        assert max(held) <= (room.slots or 32)
+    for layer in placed.layers:
+        copies_of(layer, 32)
+    assert placed.layers[0][0] == tuple(range(32))  # the fast one has room for all
+    bare = balance([LayerLoad.uniform(32, 4)], [ranks[0], RankRoom(10**4)], [1],
+                   replica_bytes=0)  # fmt: skip
+    assert [len(held) for held in bare.layers[0]] == [22, 10]
+    with pytest.raises(ValueError, match=r"room for \[3, 3\]"):
+        balance([LayerLoad.uniform(32, 4)], [RankRoom(30)] * 2, [10])
+
+
+def test_rows_are_balanced_too() -> None:
+    weight = 1e6 / np.arange(1.0, 65.0) ** 1.2
+    rooms = [RankRoom(10**6, slots=10)] * 8
+    placed = balance([LayerLoad(weight)], rooms, [1], objective="rows")
+    share = (weight / weight.sum())[None]
+    busy = expected_busiest(placed.layers[0], share, [1.0] * 8)
+    old, _, counts = eplb.rebalance_experts(weight[None], 80, 1, 1, 8)
+    theirs = gpu_loads(weight[None], old, counts, 8).max() / weight.sum()
+    assert busy <= theirs + 1e-12
+
+
+def test_copies_stop_where_they_do_not_pay() -> None:
+    placed, expected = balance_while_it_pays(
+        [LayerLoad.uniform(64, 8)] * 3, [RankRoom(10**6)] * 2, [1] * 3
+    )
+    gains = 1 - np.array(expected[1:]) / np.array(expected[:-1])
+    assert (gains[:-1] >= 0.01).all() and gains[-1] < 0.01
+    assert placed.num_copies == 4 * 3 * (len(expected) - 2)
+    none, _ = balance_while_it_pays([LayerLoad.uniform(64, 8)], [RankRoom(32)] * 2, [1])
+    assert none.num_copies == 0

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
+import tomllib
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
+from mlx_ep.__main__ import COMMANDS, main
 from mlx_ep.cli import Parser, add_ep_flags
 from mlx_ep.config import EPConfig, settings
 
+ROOT = Path(__file__).resolve().parents[2]
 PARSERS = {
     "generate": "mlx_ep.generate.flags",
     "chat": "mlx_ep.chat",
     "perplexity": "mlx_ep.perplexity",
     "plan": "mlx_ep.plan.flags",
     "overlay": "mlx_ep.overlay.make",
+    "cache_prompt": "mlx_ep.cache_prompt",
+    "launch": "mlx_ep.launch",
     "doctor": "mlx_ep.doctor",
     "calibrate": "mlx_ep.calibrate",
     "benchmark": "mlx_ep.benchmark.flags",
@@ -88,3 +95,31 @@ def test_the_help_shows_every_default(command: str) -> None:
             assert action.option_strings[0] in text
             checked += 1
     assert checked >= 2
+
+
+def test_the_list_of_commands() -> None:
+    assert set(COMMANDS) == set(PARSERS)
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert set(scripts) == {f"mlx_ep.{command}" for command in COMMANDS}
+    for target in scripts.values():
+        module, name = target.split(":")
+        assert callable(getattr(import_module(module), name))
+
+
+def test_python_m_mlx_ep(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["mlx_ep"])
+    main()
+    listed = capsys.readouterr().out
+    assert all(f"mlx_ep.{command} " in listed for command in COMMANDS)
+    assert max(map(len, listed.splitlines())) <= 80
+    monkeypatch.setattr(sys, "argv", ["mlx_ep", "generat"])
+    with pytest.raises(SystemExit, match="there is no command 'generat'"):
+        main()
+
+
+@pytest.mark.parametrize("command", PARSERS)
+def test_version(command: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        make_parser(command).parse_args(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("mlx-ep ")

@@ -63,7 +63,7 @@ class Hub:
         self._instances: dict[int, str] = {}
         self._places: dict[int, Message] = {}
         self._last_places: dict[int, Message] = {}  # when the run began to end
-        self._moves: dict[int, object] = {}  # phase and step of each rank
+        self._counts: dict[int, int] = {}  # phases and steps of each rank so far
         self._quiet = 0.0  # seconds since any rank came further
         self._stopped_for = 0.0  # seconds in which some ranks were stopped
         self._waiting = 0.0  # seconds for ranks that have not come
@@ -248,18 +248,23 @@ class Hub:
             )
 
     def _look_for_late(self, seconds: float) -> None:
+        """Ends the run when no rank comes further and those behind are over their time.
+
+        Ranks run one program, so the one with the fewest phases and steps behind it is
+        the one that the others wait for.
+        """
         active = {r: p for r, p in self._places.items() if r not in self._left}
-        moves = {rank: place["move"] for rank, place in active.items()}
-        if moves != self._moves:
-            self._moves, self._quiet = moves, 0.0
-        if any(place["stopped"] for place in active.values()):
+        counts = {rank: place["count"] for rank, place in active.items()}
+        if counts != self._counts:
+            self._counts, self._quiet = counts, 0.0
+        if not active or any(place["stopped"] for place in active.values()):
             return
         self._quiet += seconds
-        limits = {r: self._limits.of(p["phase"]) for r, p in active.items()}
-        limit = max((it for it in limits.values() if it < math.inf), default=math.inf)
+        fewest = min(counts.values())
+        behind = [rank for rank in sorted(active) if counts[rank] == fewest]
+        limit = max(self._limits.of(active[rank]["phase"]) for rank in behind)
         if self._quiet > limit:
-            limited = [rank for rank in limits if limits[rank] < math.inf]
-            rank = min(limited, key=lambda it: (active[it]["step"] or 0, it))
+            rank = behind[0]
             self.fail(
                 rank,
                 f"no rank has come further for {limit:g} s; rank {rank} is in "

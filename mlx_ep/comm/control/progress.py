@@ -7,7 +7,7 @@ a file without a name that both have open.
     8    version: odd while the rest is being written
     16   since: monotonic seconds of the last change of phase or step
     24   step, layer: 4 bytes each, -1 is none
-    32   count: 8 bytes, of all changes
+    32   count: 8 bytes, of the changes of phase or step
     40   phase: 24 bytes       64   stage: 64 bytes
 """
 
@@ -37,7 +37,7 @@ class Place:
         stage: what of the layer or the step.
         since: monotonic seconds of the last change of phase or step.
         beat: monotonic seconds of the interpreter's last sign of life.
-        count: of changes of any kind.
+        count: of changes of phase or step; ranks that run one program count alike.
     """
 
     phase: str
@@ -88,9 +88,9 @@ class ProgressPage:
             self._step = step
         if phase is not None or step is not None:
             self._since = time.monotonic()
+            self._count += 1
         self._layer = -1 if layer is None else layer
         self._stage = stage.encode()[:64]
-        self._count += 1
         self._version += 2
         _VERSION.pack_into(self._memory, 8, self._version - 1)
         rest = (self._since, self._step, self._layer, self._count)

@@ -322,7 +322,7 @@ class Watch:
             "stage": place.stage,
             "since": now - place.since if place.since else 0.0,
             "interpreter": self._silent_for,
-            "move": [place.phase, place.step, place.since],
+            "count": place.count,
         }
         self._tell_hub(beat)
         if self._hub is not None:

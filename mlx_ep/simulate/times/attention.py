@@ -8,17 +8,33 @@ import numpy as np
 
 from mlx_ep.simulate.times.tables import Numbers, bracket, bracket_one
 
-Point = tuple[float, float, float, float, float]
+Point = tuple[float | int, ...]
 
 # How skew_fit.csv names its buckets: upper limits and labels.
-_DECODES = [(n, f"n<={n}") for n in (2, 4, 8, 16, 32, 64, 128, 256)]
-_DECODES.append((float("inf"), "n>256"))
-_SHARES = [(0.05, "sr<=5%"), (0.15, "sr<=15%"), (0.4, "sr<=40%"), (0.7, "sr<=70%")]
-_SHARES.append((float("inf"), "sr>70%"))
-_LONGEST = [(1024, "kvB<=1k"), (4096, "kvB<=4k"), (16384, "kvB<=16k")]
-_LONGEST.append((float("inf"), "kvB>16k"))
-_BEFORE = [(0, "kp=0"), (512, "kp<=512"), (1024, "kp<=1k"), (2048, "kp<=2k")]
-_BEFORE += [(4096, "kp<=4k"), (8192, "kp<=8k"), (float("inf"), "kp>8k")]
+_Buckets = Sequence[tuple[float | int, str]]
+_DECODES: _Buckets = (
+    *((n, f"n<={n}") for n in (2, 4, 8, 16, 32, 64, 128, 256)),
+    (float("inf"), "n>256"),
+)
+_SHARES: _Buckets = (
+    (0.05, "sr<=5%"),
+    (0.15, "sr<=15%"),
+    (0.4, "sr<=40%"),
+    (0.7, "sr<=70%"),
+    (float("inf"), "sr>70%"),
+)
+_LONGEST: _Buckets = (
+    (1024, "kvB<=1k"),
+    (4096, "kvB<=4k"),
+    (16384, "kvB<=16k"),
+    (float("inf"), "kvB>16k"),
+)
+_KEYS = (512, 1024, 2048, 4096, 8192)
+_BEFORE: _Buckets = (
+    (0, "kp=0"),
+    *((n, f"kp<={n // 1024}k" if n > 512 else "kp<=512") for n in _KEYS),
+    (float("inf"), "kp>8k"),
+)
 
 
 class AttentionTable:
@@ -39,7 +55,11 @@ class AttentionTable:
         self._mixed = _Grid(mixed) if mixed else None
 
     def __call__(
-        self, chunk: float, before: float, decodes: float, keys: Numbers
+        self,
+        chunk: float | int,
+        before: float | int,
+        decodes: float | int,
+        keys: Numbers,
     ) -> np.ndarray:
         """us for each of `keys`; 0 where there is nothing to do."""
         shape = np.shape(keys)
@@ -55,10 +75,10 @@ class _Grid:
     """A regular grid in four dimensions, made of a table with gaps."""
 
     def __init__(self, points: Sequence[Point]) -> None:
-        self._axes = [np.array(sorted({p[i] for p in points})) for i in range(4)]
+        table = np.array(points, np.float64)  # on host
+        self._axes = [np.unique(table[:, i]) for i in range(4)]
         shape = [len(axis) for axis in self._axes]
         times = np.full(shape, np.nan)
-        table = np.array(points, np.float64)  # on host
         places = (np.searchsorted(x, table[:, i]) for i, x in enumerate(self._axes))
         times[tuple(places)] = table[:, 4]
         # Without decodes their keys do not matter.
@@ -94,9 +114,13 @@ class _Grid:
             lane[gaps] = values
 
     def __call__(
-        self, chunk: float, before: float, decodes: float, keys: Numbers
+        self,
+        chunk: float | int,
+        before: float | int,
+        decodes: float | int,
+        keys: Numbers,
     ) -> np.ndarray:
-        # The three numbers that all steps share first: what is left is a line over keys.
+        # The numbers that all steps share first: what is left is a line over keys.
         line: np.ndarray = np.zeros(len(self._axes[3]))
         sides = [
             bracket_one(axis, value)
@@ -104,8 +128,8 @@ class _Grid:
         ]
         for corner in _CORNERS:
             weight = 1.0
-            for side, (_, upper) in zip(corner, sides):
-                weight *= upper if side else 1 - upper
+            for side, (_, part) in zip(corner, sides):
+                weight *= part if side else 1 - part
             if weight:
                 i, j, k = (low + side for side, (low, _) in zip(corner, sides))
                 line = line + weight * self._times[i, j, k]
@@ -124,24 +148,32 @@ class Skew:
     With t(keys) the time of equally long sequences, the time is
     t(mean) + alpha * (t(longest) - t(mean)); alpha was fitted per bucket of (chunk,
     decodes, share of long sequences, longest, tokens before the chunk).
+
+    Args:
+        alphas: by chunk and the labels of the other four.
+        default: of buckets that were not measured.
     """
 
-    def __init__(self, alphas: Mapping[tuple[float, str, str, str, str], float]):
-        self._alphas = dict(alphas)
+    def __init__(
+        self,
+        alphas: Mapping[tuple[float | int, str, str, str, str], float | int],
+        default: float | int = 0.0,
+    ) -> None:
+        self._alphas, self._default = dict(alphas), default
         self._chunks = sorted({key[0] for key in alphas if key[0] > 0})
 
     def alpha(
         self,
-        chunk: float,
+        chunk: float | int,
         decodes: int,
-        share: float,
-        longest: float,
-        before: float,
+        share: float | int,
+        longest: float | int,
+        before: float | int,
         has_graphs: bool,
     ) -> float:
-        """0 where nothing was measured.
+        """Of a step; a sequence is long beyond the middle of shortest and longest.
 
-        Also 0 for steps of single tokens that run as a captured graph: it splits the
+        0 for steps of single tokens that run as a captured graph: it splits the
         keys of every sequence over the device as for the longest context possible, so
         that no long sequence is left over at the end. The profile ran without graphs.
         """
@@ -157,10 +189,10 @@ class Skew:
             _label(_LONGEST, longest),
             _label(_BEFORE, before),
         )
-        return self._alphas.get(key, 0.0)
+        return self._alphas.get(key, self._default)
 
 
-def _label(buckets: Sequence[tuple[float, str]], value: float) -> str:
+def _label(buckets: _Buckets, value: float | int) -> str:
     return next(label for limit, label in buckets if value <= limit)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def read_bundle(folder: Path, tp: int, is_moe: bool) -> Bundle:
         )
     experts = None
     if is_moe:
-        rows = list(_rows(folder / "tp1" / "moe.csv", "", ("tokens",) + _EXPERT_KEYS))
+        rows = list(_rows(folder / "tp1" / "moe.csv", "", ("tokens", *_EXPERT_KEYS)))
         experts = Surface([(t, e, time) for _, (t, e, time) in rows])
     required = {*ONCE, "layernorm", *ATTENTION_LAYERS} - {"qk_norm"}
     if not is_moe:
@@ -74,7 +74,7 @@ def read_bundle(folder: Path, tp: int, is_moe: bool) -> Bundle:
         dense=_lines(own / "dense.csv", "tokens", required),
         sequences=_lines(own / "per_sequence.csv", "sequences", {"lm_head"}),
         attention=AttentionTable([(c, b, n, k, t) for _, (c, b, n, k, t) in rows]),
-        skew=_skew(own / "skew_fit.csv"),
+        skew=_skew(own / "skew_fit.csv", _default_alpha(folder / "meta.yaml", tp)),
         experts=experts,
     )
 
@@ -131,22 +131,37 @@ def _number(text: str | None, file: Path, line: int, key: str) -> float:
     return value
 
 
-def _skew(file: Path) -> Skew:
+def _default_alpha(file: Path, tp: int) -> float:
+    """``alpha_default`` of a TP degree under ``skew_fit: per_tp``; 0 without one."""
+    if not file.is_file():
+        return 0.0
+    is_own = False
+    for line in file.read_text().splitlines():
+        key, _, value = line.strip().partition(":")
+        if key.isdigit() and not value:
+            is_own = int(key) == tp
+        if is_own and key == "alpha_default":
+            return _signed(value.strip(), f"{file}: alpha_default")
+    return 0.0
+
+
+def _signed(text: str | None, where: str) -> float:
+    try:
+        return float(text or "")
+    except ValueError:
+        raise ValueError(f"{where} must be a number; got {text!r}.") from None
+
+
+def _skew(file: Path, default: float) -> Skew:
     """No file: every sequence counts by the mean."""
     if not file.is_file():
         return Skew({})
     labels = ("n_label", "skew_rate_label", "kv_big_label", "kp_label")
     alphas = {}
-    parse: Callable[[str], float] = float
     for number, row in _dicts(file, ("pc", *labels, "alpha")):
         n, share, longest, before = (row[label] for label in labels)
-        try:
-            alpha = parse(row["alpha"])
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"{file}: line {number}: alpha must be a number; got {row['alpha']!r}."
-            ) from None
+        alpha = _signed(row["alpha"], f"{file}: line {number}: alpha")
         alphas[_number(row["pc"], file, number, "pc"), n, share, longest, before] = (
             alpha
         )
-    return Skew(alphas)
+    return Skew(alphas, default)

@@ -38,9 +38,9 @@ class _Member:
     tokens: int
     real: int
     layer: np.ndarray
-    mlp: float
-    first: float
-    last: float
+    mlp: float | int
+    first: float | int
+    last: float | int
 
 
 class BundleTimes:
@@ -106,9 +106,9 @@ class BundleTimes:
     def _stages(
         self,
         layer: np.ndarray,
-        mlp: float,
-        first: float,
-        last: float,
+        mlp: float | int,
+        first: float | int,
+        last: float | int,
         moe: np.ndarray,
         members: Sequence[_Member],
     ) -> np.ndarray:
@@ -134,8 +134,7 @@ class BundleTimes:
         filled = [batch if batch.num_tokens else _DUMMY for batch in batches]
         padded = self._padded([batch.num_tokens for batch in filled])
         return [
-            self._member(batch, tokens, steps)
-            for batch, tokens in zip(filled, padded)
+            self._member(batch, tokens, steps) for batch, tokens in zip(filled, padded)
         ]
 
     def _padded(self, tokens: Sequence[int]) -> list[int]:
@@ -239,5 +238,3 @@ def _spread(layers: int, stages: int) -> list[int]:
     """Layers of each stage, as evenly as it goes; the last ones have one more."""
     each, more = divmod(layers, stages)
     return [each + (stage >= stages - more) for stage in range(stages)]
-
-

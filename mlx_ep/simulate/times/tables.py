@@ -7,16 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Numbers = np.ndarray | float
+Numbers = np.ndarray | float | int
 
 
-def bracket(
-    grid: np.ndarray, values: Numbers, *, beyond: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
+def bracket(grid: np.ndarray, values: Numbers) -> tuple[np.ndarray, np.ndarray]:
     """The grid interval of each value, and how far in it the value is.
 
-    Below the grid the first point holds; above it the last interval goes on, or with
-    `beyond` False the last point holds.
+    Below the grid the first point holds; above it the last interval goes on.
 
     Returns:
         ``[...]`` indices of the lower point, ``[...]`` weights of the upper one.
@@ -26,10 +23,10 @@ def bracket(
         return np.zeros(values.shape, np.int64), np.zeros(values.shape)
     low = np.clip(np.searchsorted(grid, values, side="right") - 1, 0, len(grid) - 2)
     weight = (values - grid[low]) / (grid[low + 1] - grid[low])
-    return low, np.clip(weight, 0.0, None if beyond else 1.0)
+    return np.asarray(low), np.asarray(np.clip(weight, 0.0, None))  # on host
 
 
-def bracket_one(grid: Sequence[float], value: float) -> tuple[int, float]:
+def bracket_one(grid: Sequence[float | int], value: float | int) -> tuple[int, float]:
     """`bracket` of one number, without arrays."""
     if len(grid) == 1:
         return 0, 0.0
@@ -44,7 +41,7 @@ class Line:
         points: ``(number, time)``, in any order; of equal numbers the mean counts.
     """
 
-    def __init__(self, points: Sequence[tuple[float, float]]) -> None:
+    def __init__(self, points: Sequence[tuple[float | int, float | int]]) -> None:
         table = np.array(points, np.float64).reshape(-1, 2)  # on host
         self.grid, place, counts = np.unique(
             table[:, 0], return_inverse=True, return_counts=True
@@ -53,14 +50,14 @@ class Line:
         self._grid = self.grid.tolist()  # on host
         self._times = self.times.tolist()  # on host
 
-    def at(self, value: float) -> float:
+    def at(self, value: float | int) -> float:
         """The time of one number."""
         low, weight = bracket_one(self._grid, value)
         if not weight:
             return float(self._times[low])
         return float(self._times[low] * (1 - weight) + self._times[low + 1] * weight)
 
-    def __call__(self, values: Numbers) -> np.ndarray:
+    def __call__(self, values: np.ndarray) -> np.ndarray:
         low, weight = bracket(self.grid, values)
         if len(self.grid) == 1:
             return self.times[low]
@@ -70,7 +67,7 @@ class Line:
 def sum_of_lines(lines: Sequence[tuple[float, Line]]) -> Line:
     """The line that is a weighted sum of others: exact, on all their points."""
     grid = sorted({float(x) for _, line in lines for x in line.grid})
-    return Line([(x, float(sum(w * line(x) for w, line in lines))) for x in grid])
+    return Line([(x, sum(w * line.at(x) for w, line in lines)) for x in grid])
 
 
 class Surface:
@@ -81,8 +78,8 @@ class Surface:
         points: ``(tokens, experts, time)``.
     """
 
-    def __init__(self, points: Sequence[tuple[float, float, float]]) -> None:
-        rows: dict[float, list[tuple[float, float]]] = {}
+    def __init__(self, points: Sequence[Sequence[float | int]]) -> None:
+        rows: dict[float | int, list[tuple[float | int, float | int]]] = {}
         for tokens, experts, time in points:
             rows.setdefault(tokens, []).append((experts, time))
         self.tokens = np.array(sorted(rows))  # on host
@@ -90,7 +87,7 @@ class Surface:
         self.experts = np.array(columns)  # on host
         self.times = np.stack([self._row(rows[t]) for t in self.tokens])
 
-    def _row(self, points: list[tuple[float, float]]) -> np.ndarray:
+    def _row(self, points: list[tuple[float | int, float | int]]) -> np.ndarray:
         if len(points) == 1:  # weights are what is read: as many more, as many times
             experts, time = points[0]
             return time * np.maximum(self.experts / experts, 1.0)

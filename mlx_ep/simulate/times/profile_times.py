@@ -1,0 +1,151 @@
+"""What a step takes by a hardware profile of this package and its cost model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mlx_ep.cost.profile import Profile
+from mlx_ep.cost.shape import ModelShape
+from mlx_ep.cost.step import step_cost
+from mlx_ep.simulate.cluster import Instance
+from mlx_ep.simulate.scheduler import Batch
+from mlx_ep.simulate.times.tables import bracket_one
+
+# Numbers of tokens at which the cost model is asked; between them lines.
+_GRID = sorted(
+    {1, 2, 3, *(2**i for i in range(2, 18)), *(3 * 2**i for i in range(1, 16))}
+)
+# Arms of the cost model in which ranks hold tokens of their own.
+_SHARDED = {"gathered": "ep-gathered", "all_to_all": "ep-all-to-all"}
+
+
+class ProfileTimes:
+    """Steps of a group of instances on the hardware of a profile.
+
+    Args:
+        group: instances that step together.
+        profile: of the slowest device.
+        shape: of the model.
+        exchange: ``replicated``: attention is whole on every device; ``all_to_all``
+            and ``gathered`` go with a dp_group. Else attention is split.
+        link: of the profile; None: its first.
+    """
+
+    def __init__(
+        self,
+        group: Sequence[Instance],
+        profile: Profile,
+        shape: ModelShape,
+        exchange: str = "allgather",
+        link: str | None = None,
+    ) -> None:
+        first = group[0]
+        self._profile, self._shape, self._link = profile, shape, link
+        self._ranks = first.tp
+        self._spread = 1
+        if first.pp > 1:
+            raise ValueError(
+                f"{first.where}.pp_size: the cost model has no pipeline stages; must "
+                f"be 1 with a profile, got {first.pp}."
+            )
+        if first.ep > first.tp:
+            if first.tp > 1:
+                raise ValueError(
+                    f"{first.where}.tp_size: with a profile, instances of a dp_group "
+                    f"that share experts must have tp_size 1; got {first.tp}."
+                )
+            self._spread = self._ranks = len(group)
+            self.arm = _SHARDED.get(exchange, "ep-gathered")
+        elif first.tp == 1:
+            self.arm = "single"
+        elif first.ep == 1:
+            self.arm = "tp"
+        elif first.ep == first.tp:
+            self.arm = "ep-replicated" if exchange == "replicated" else "ep-tensor"
+        else:
+            raise ValueError(
+                f"{first.where}.ep_size: with a profile, must be 1 or tp_size "
+                f"({first.tp}); got {first.ep}."
+            )
+        self._heads_over = self._ranks if self.arm in ("tp", "ep-tensor") else 1
+        self._seconds: dict[tuple[int, int], float] = {}
+
+    def stage_ns(
+        self, batches: Sequence[Batch], steps: int, first_step: int
+    ) -> np.ndarray:
+        """See `mlx_ep.simulate.group.StepTimes`; one stage."""
+        filled = [batch for batch in batches if batch.num_tokens]
+        scores = np.max([self._scores(batch, steps) for batch in filled], axis=0)
+        tokens = max(batch.num_tokens for batch in filled)
+        logits = max(len(b.prefills) + len(b.decodes) for b in filled)
+        total = self._body(tokens, logits) + scores
+        return np.rint(total * 1e9).astype(np.int64)[None]
+
+    def _body(self, tokens: int, logits: int) -> float:
+        """Seconds of everything but scores and values."""
+        low, weight = bracket_one(_GRID, tokens)
+        below = self._at(_GRID[low])
+        if weight:
+            below = below * (1 - weight) + self._at(_GRID[low + 1]) * weight
+        low, weight = bracket_one(_GRID, logits)
+        head = self._head(_GRID[low])
+        if weight:
+            head = head * (1 - weight) + self._head(_GRID[low + 1]) * weight
+        return below + head
+
+    def _at(self, tokens: int) -> float:
+        return self._cached(tokens, 0)
+
+    def _head(self, logits: int) -> float:
+        return self._cached(1, logits)
+
+    def _cached(self, tokens: int, logits: int) -> float:
+        """A step of so many single tokens without context; with logits, only these."""
+        key = (tokens, logits)
+        if key not in self._seconds:
+            cost = step_cost(
+                self._profile,
+                self._shape,
+                self.arm,
+                tokens=tokens * self._spread,
+                phase="decode",
+                num_ranks=self._ranks,
+                logits=logits or 1,
+                link=self._link,
+            )
+            self._seconds[key] = cost.head if logits else cost.seconds - cost.head
+        return self._seconds[key]
+
+    def _scores(self, batch: Batch, steps: int) -> np.ndarray:
+        """``[steps]`` s: read the caches, or compute, whichever takes longer."""
+        later = np.arange(steps)
+        total: np.ndarray = np.zeros(steps)
+        for chunk, before in batch.prefills:
+            total += self._of(1, chunk, before + (chunk + 1) / 2, before + chunk)
+        if batch.decodes:
+            count = len(batch.decodes)
+            keys = sum(batch.decodes) / count + later
+            total += self._of(count, count, keys, keys)
+        return total
+
+    def _of(
+        self,
+        caches: int,
+        queries: int,
+        seen: np.ndarray | float | int,
+        held: np.ndarray | float | int,
+    ) -> np.ndarray:
+        """Seconds of queries that see so many keys, in caches that hold so many."""
+        shape, profile = self._shape, self._profile
+        whole = shape.attention_macs - shape.window_macs
+        macs = whole * seen + shape.window_macs * np.minimum(seen, shape.window)
+        kept = shape.kv_bytes - shape.window_kv_bytes
+        num_bytes = kept * held + shape.window_kv_bytes * np.minimum(held, shape.window)
+        num_bytes = num_bytes + shape.state_bytes
+        if shape.kv_is_split:
+            num_bytes = num_bytes / self._heads_over
+        computing = 2 * queries * macs / self._heads_over / profile.attention_rate
+        reading = caches * num_bytes / profile.memory_bandwidth
+        return np.asarray(np.maximum(computing, reading))  # on host
