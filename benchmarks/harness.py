@@ -164,18 +164,6 @@ def arguments(script: str, samples: int) -> argparse.ArgumentParser:
     return parser
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table with aligned columns; the first to the left."""
-    cells = [list(headers)] + [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(pair)]
-        for pair in (list(zip(row, widths, strict=True)) for row in cells)
-    ]
-    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
-
-
 def environment() -> dict[str, Any]:
     """Where and when a measurement was made, and the command that repeats it."""
     main = sys.modules["__main__"]
