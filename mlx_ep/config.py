@@ -25,8 +25,8 @@ Sums = Literal["model", "float32"]
 Reduction = Literal["partial_sum", "per_slot"]
 SharedRouting = Literal["auto", "always", "never"]
 Attention = Literal["replicated", "tensor", "auto"]
-Runner = Literal["auto", "gather", "blas", "metal"]
-Backend = Literal["auto", "cpu", "metal"]
+RunnerName = Literal["auto", "gather", "blas", "metal"]
+BackendName = Literal["auto", "cpu", "metal"]
 Download = Literal["ranges", "full"]
 
 # What SGLang, DeepEP, vLLM and InfiniLM call them -> (strategy, mode).
@@ -173,9 +173,9 @@ class EPConfig:
         SharedRouting,
         Flag(help="Send rank 0's routing to all ranks; auto: where their chips differ"),
     ] = "auto"
-    runner: Annotated[Runner, Flag(help="What runs the experts of a rank")] = "auto"
+    runner: Annotated[RunnerName, Flag(help="What runs the experts of a rank")] = "auto"
     backend: Annotated[
-        Backend, Flag(help="What computes them; MLX_EP_BACKEND goes first")
+        BackendName, Flag(help="What computes them; MLX_EP_BACKEND goes first")
     ] = "auto"
     warmup: Annotated[
         bool,

@@ -23,6 +23,7 @@ import mlx_ep
 from mlx_ep import cli
 from mlx_ep.comm import Comm, gather_objects
 from mlx_ep.measure import Check, check_collectives, check_experts, check_kernels
+from mlx_ep.metrics import aligned
 from mlx_ep.rows import uses_metal
 from mlx_ep.tune import share_cores
 
@@ -136,12 +137,7 @@ def report_table(checks: Sequence[Check]) -> str:
                 _word(check),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *numbers, word in rows:
-        cells = [cell.rjust(w) for cell, w in zip(numbers, widths[1:-1], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells, word]).rstrip())
-    return "\n".join(lines)
+    return aligned(rows, left=(0, len(rows[0]) - 1))
 
 
 def _word(check: Check) -> str:

@@ -258,3 +258,35 @@ def format_bytes(num_bytes: int) -> str:
     if num_bytes >= 1e9:
         return f"{num_bytes / 1e9:.2f} GB"
     return f"{num_bytes / 1e6:.2f} MB"
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
+    """Columns, two spaces apart; numbers to the right.
+
+    Args:
+        left: columns that are words.
+    """
+    return "\n".join("  ".join(cells).rstrip() for cells in _padded(rows, left))
+
+
+def markdown_table(
+    headers: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1
+) -> str:
+    """A Markdown table with aligned columns.
+
+    Args:
+        left: the first so many columns are words, the others numbers.
+    """
+    head, *body = _padded(
+        [headers, *([str(cell) for cell in row] for row in rows)], range(left)
+    )
+    widths = [len(cell) for cell in head]
+    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
+
+
+def _padded(rows: Sequence[Sequence[str]], left: Sequence[int]) -> Iterator[list[str]]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = enumerate(zip(row, widths, strict=True))
+        yield [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in cells]

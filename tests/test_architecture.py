@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "cache_prompt": {"cli", "comm"},
     "launch": {"cli"},
     "__main__": {"cli"},
-    "doctor": {"cli", "comm", "measure", "rows", "tune"},
+    "doctor": {"cli", "comm", "measure", "metrics", "rows", "tune"},
     "calibrate": {"cli", "comm", "cost", "loading", "measure", "rows", "tune"},
     "perplexity": {"types", "cli", "comm"},
     "overlay": {"api", "cli", "comm", "config", "loading"},

@@ -11,9 +11,9 @@ from typing import Any
 from mlx_ep import cli
 from mlx_ep.benchmark import legacy, plot, report
 from mlx_ep.benchmark.arms import ARM_STRATEGIES, why_not
-from mlx_ep.benchmark.e2e import ModelPlan, measure_model
+from mlx_ep.benchmark.e2e import ModelRun, measure_model
 from mlx_ep.benchmark.flags import chosen_arms, chosen_runners, make_parser
-from mlx_ep.benchmark.layer import LayerPlan, check_layer, measure_layer
+from mlx_ep.benchmark.layer import LayerRun, check_layer, measure_layer
 from mlx_ep.benchmark.models import ModelSource, Prepared, prepare_arms, why_no_shard
 from mlx_ep.benchmark.samples import Budget
 from mlx_ep.benchmark.shapes import (
@@ -34,7 +34,7 @@ from mlx_ep.measure.machine import (
 
 def layer_plan(
     args: argparse.Namespace, num_ranks: int
-) -> tuple[LayerPlan, Sequence[str]]:
+) -> tuple[LayerRun, Sequence[str]]:
     """What the flags ask for, and notes for the output.
 
     Raises:
@@ -51,7 +51,7 @@ def layer_plan(
     )
     if args.legacy_3158 and num_ranks == 1:
         raise ValueError("--legacy-3158 compares EP with TP: it needs 2 ranks or more.")
-    plan = LayerPlan(
+    plan = LayerRun(
         shape=shape,
         weights=weights,
         arms=arms,
@@ -66,7 +66,7 @@ def layer_plan(
     return plan, notes
 
 
-def layer_heading(plan: LayerPlan, args: argparse.Namespace) -> str:
+def layer_heading(plan: LayerRun, args: argparse.Namespace) -> str:
     """What was measured, in words."""
     shape = plan.shape
     scaled = (
@@ -109,7 +109,7 @@ def run_layer(args: argparse.Namespace, comm: GroupComm) -> None:
 
 def model_plan(
     args: argparse.Namespace, comm: GroupComm
-) -> tuple[ModelPlan, Prepared, list[str]]:
+) -> tuple[ModelRun, Prepared, list[str]]:
     """What the flags ask for, checked on all ranks, and notes for the output.
 
     Raises:
@@ -144,7 +144,7 @@ def model_plan(
     )
     prepared = prepare_arms(source, arms, comm)
     shape = model_shape(config, dtype=default_dtype(), name=args.model)
-    plan = ModelPlan(
+    plan = ModelRun(
         shape=shape,
         batches=batches,
         prompt_tokens=args.prompt_tokens,

@@ -16,7 +16,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_ep.benchmark.block import OneLayer, Router, moe_block
 from mlx_ep.benchmark.experts import alias_of, random_switch, weight_bytes
-from mlx_ep.benchmark.shapes import LayerShape, Numbers, why_no_tensor_parallelism
+from mlx_ep.benchmark.shapes import LayerShape, NumberFormat, why_no_tensor_parallelism
 from mlx_ep.comm import GroupComm
 from mlx_ep.config import EPConfig
 from mlx_ep.metrics import STAGES, StageTimings
@@ -40,7 +40,7 @@ SHARDED = ("ep-gathered", "ep-all-to-all")
 
 
 @dataclass(frozen=True)
-class Traffic:
+class CallTraffic:
     """What one call of a layer hands to collectives on this rank."""
 
     collectives: int = 0
@@ -104,12 +104,12 @@ class LayerArm:
         mx.eval(y)
         return y
 
-    def traffic(self, x: Float[mx.array, "T D"]) -> Traffic:
+    def traffic(self, x: Float[mx.array, "T D"]) -> CallTraffic:
         """What the calls since `forget_traffic` moved; for tp what its block sums."""
         if self.group is not None:
             counters = self.group.counters
-            return Traffic(counters.collectives, counters.collective_bytes)
-        return Traffic(1, x.nbytes) if self.name == "tp" else Traffic()
+            return CallTraffic(counters.collectives, counters.collective_bytes)
+        return CallTraffic(1, x.nbytes) if self.name == "tp" else CallTraffic()
 
     def forget_traffic(self) -> None:
         if self.group is not None:
@@ -176,7 +176,7 @@ def why_not(
     name: str,
     level: str,
     shape: LayerShape | None,
-    weights: Numbers | None,
+    weights: NumberFormat | None,
     num_ranks: int,
 ) -> str:
     """Why an arm does not exist here, or ""."""
@@ -211,7 +211,7 @@ def build_arms(
     names: list[str],
     runners: list[str],
     shape: LayerShape,
-    weights: Numbers,
+    weights: NumberFormat,
     router: Float32[np.ndarray, "E D"],
     comm: GroupComm,
 ) -> list[LayerArm]:

@@ -29,7 +29,7 @@ from mlx_ep.metrics import COMMUNICATION_STAGES, STAGES
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelPlan:
+class ModelRun:
     """What is measured.
 
     Attributes:
@@ -53,7 +53,7 @@ class ModelPlan:
 
 
 def measure_model(
-    plan: ModelPlan,
+    plan: ModelRun,
     arms: Sequence[ModelArm],
     comm: GroupComm,
     report: Callable[[list[dict[str, Any]]], None],
@@ -76,7 +76,7 @@ class BatchPoint:
     """All arms at one number of sequences."""
 
     def __init__(
-        self, plan: ModelPlan, arms: Sequence[ModelArm], comm: GroupComm, batch: int
+        self, plan: ModelRun, arms: Sequence[ModelArm], comm: GroupComm, batch: int
     ) -> None:
         self.plan, self.arms, self.comm, self.batch = plan, arms, comm, batch
 

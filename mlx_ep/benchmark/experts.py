@@ -18,7 +18,7 @@ import numpy as np
 from mlx.nn.layers.distributed import shard_inplace
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
-from mlx_ep.benchmark.shapes import LayerShape, Numbers
+from mlx_ep.benchmark.shapes import LayerShape, NumberFormat
 from mlx_ep.types import to_host
 
 # How mlx-lm's `shard()` splits the projections of a MoE layer.
@@ -32,7 +32,7 @@ CHUNK = 16  # experts that are drawn, and held whole, at once
 
 def random_switch(
     shape: LayerShape,
-    weights: Numbers,
+    weights: NumberFormat,
     experts: Sequence[int],
     shard_over: Any = None,
 ) -> SwitchGLU:
@@ -104,7 +104,7 @@ def _module(arrays: dict[str, mx.array]) -> nn.Module:
 
 
 def _packed(
-    name: str, experts: Sequence[int], rows: int, columns: int, weights: Numbers
+    name: str, experts: Sequence[int], rows: int, columns: int, weights: NumberFormat
 ) -> dict[str, mx.array]:
     """Random matrices of variance 1 / columns."""
     words = (rows, columns * weights.packing.bits // 32)
@@ -130,7 +130,7 @@ def _packed(
     }
 
 
-def _deviation(weights: Numbers) -> float:
+def _deviation(weights: NumberFormat) -> float:
     """The standard deviation of what random bits stand for, where the scale is 1."""
     if weights.packing.mode == "affine":
         return math.sqrt((4**weights.packing.bits - 1) / 12)

@@ -11,7 +11,7 @@ from mlx_ep import cli
 from mlx_ep.benchmark.arms import ARMS
 from mlx_ep.benchmark.samples import LEAST_SAMPLES
 from mlx_ep.benchmark.shapes import DTYPES, MODES, NAMED_LAYERS, default_dtype
-from mlx_ep.config import Runner
+from mlx_ep.config import RunnerName
 
 TOKENS = "1,4,16,64,256,1024,4096"
 
@@ -198,11 +198,11 @@ def chosen_arms(
     return arms, []
 
 
-def chosen_runners(text: str) -> list[Runner]:
+def chosen_runners(text: str) -> list[RunnerName]:
     """Raises:
     ValueError: there is no such runner.
     """
-    known: dict[str, Runner] = {runner: runner for runner in get_args(Runner)}
+    known: dict[str, RunnerName] = {runner: runner for runner in get_args(RunnerName)}
     names = list(dict.fromkeys(text.split(",")))
     for name in names:
         if name not in known:

@@ -14,8 +14,8 @@ from jaxtyping import Float
 
 from mlx_ep.benchmark import legacy
 from mlx_ep.benchmark.arms import (
+    CallTraffic,
     LayerArm,
-    Traffic,
     build_arms,
     distinct_on_busiest,
     rank_weight_bytes,
@@ -27,7 +27,7 @@ from mlx_ep.benchmark.samples import (
     sample,
     slowest,
 )
-from mlx_ep.benchmark.shapes import LayerShape, Numbers
+from mlx_ep.benchmark.shapes import LayerShape, NumberFormat
 from mlx_ep.benchmark.tokens import TokenSource
 from mlx_ep.comm import GroupComm, gather_objects
 from mlx_ep.measure.machine import MemoryMark, check_memory
@@ -42,7 +42,7 @@ TOLERANCES = {mx.float32: 1e-4, mx.bfloat16: 3e-2, mx.float16: 5e-3}
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerPlan:
+class LayerRun:
     """What is measured.
 
     Attributes:
@@ -55,7 +55,7 @@ class LayerPlan:
     """
 
     shape: LayerShape
-    weights: Numbers
+    weights: NumberFormat
     arms: Sequence[str]
     runners: Sequence[str] = ("gather",)
     tokens: Sequence[int]
@@ -66,7 +66,7 @@ class LayerPlan:
     legacy: bool = False
 
 
-def check_layer(plan: LayerPlan, comm: GroupComm) -> None:
+def check_layer(plan: LayerRun, comm: GroupComm) -> None:
     """Every rank must call it; nothing is built.
 
     Raises:
@@ -80,7 +80,7 @@ def check_layer(plan: LayerPlan, comm: GroupComm) -> None:
     check_memory(comm, held + activation_bytes(plan), plan.memory_limit_gb)
 
 
-def activation_bytes(plan: LayerPlan) -> int:
+def activation_bytes(plan: LayerRun) -> int:
     """A bound on what the largest number of tokens needs beside the weights.
 
     Per (token, expert) pair a sorted copy of the token, the output and its float32 term
@@ -93,7 +93,7 @@ def activation_bytes(plan: LayerPlan) -> int:
 
 
 def measure_layer(
-    plan: LayerPlan, comm: GroupComm, report: Callable[[list[dict[str, Any]]], None]
+    plan: LayerRun, comm: GroupComm, report: Callable[[list[dict[str, Any]]], None]
 ) -> list[dict[str, Any]]:
     """The records of all points. Every rank must call it.
 
@@ -116,7 +116,7 @@ def measure_layer(
     counting = legacy.LegacyCount(plan.shape, dtype, comm) if plan.legacy else None
     records = []
     for num_tokens in plan.tokens:
-        point = Point(plan, comm, arms, source, num_tokens)
+        point = MeasuredPoint(plan, comm, arms, source, num_tokens)
         found = point.records()
         if counting is not None:
             ids = mx.array(source.expert_ids(num_tokens, comm.rank))
@@ -128,12 +128,12 @@ def measure_layer(
     return records
 
 
-class Point:
+class MeasuredPoint:
     """All arms at one number of tokens."""
 
     def __init__(
         self,
-        plan: LayerPlan,
+        plan: LayerRun,
         comm: GroupComm,
         arms: Sequence[LayerArm],
         source: TokenSource,
@@ -180,7 +180,9 @@ class Point:
             label = arm.label
             most = [max(rank[label][i] for rank in totals) for i in range(3)]
             found.append(
-                self._record(arm, samples, most[0], Traffic(*most[1:]), stages[label])
+                self._record(
+                    arm, samples, most[0], CallTraffic(*most[1:]), stages[label]
+                )
             )
         return found
 
@@ -189,7 +191,7 @@ class Point:
         arm: LayerArm,
         samples: dict[str, Any],
         memory_bytes: int,
-        traffic: Traffic,
+        traffic: CallTraffic,
         stages: dict[str, float],
     ) -> dict[str, Any]:
         own = samples[arm.label]

@@ -18,7 +18,7 @@ from mlx_lm.utils import load_model
 from mlx_ep.api import PreparedModel, parallelize, prepare
 from mlx_ep.benchmark.arms import ARM_STRATEGIES, SHARDED
 from mlx_ep.comm import GroupComm, agreed
-from mlx_ep.config import EPConfig, Runner
+from mlx_ep.config import EPConfig, RunnerName
 from mlx_ep.exchange import STRATEGIES
 from mlx_ep.loading import (
     Weights,
@@ -79,7 +79,7 @@ class ModelSource:
     name: str
     revision: str | None
     dummy: bool
-    runner: Runner
+    runner: RunnerName
     memory_limit_gb: float | None
     trust_remote_code: bool = False
 

@@ -8,10 +8,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from mlx_ep.benchmark.report import arm_label, point_label
+from mlx_ep.benchmark.report import Record, arm_label, point_label
 from mlx_ep.metrics import STAGES
-
-Record = Mapping[str, Any]
 
 
 def check_can_plot() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_ep.benchmark import legacy
-from mlx_ep.metrics import STAGES
+from mlx_ep.metrics import STAGES, markdown_table
 
 Record = Mapping[str, Any]
 
@@ -21,18 +21,6 @@ MODEL_HEADERS = (
     "phase", "arm", "tokens/s", "time", "quartiles", "/ tp", "collectives", "bytes",
     "MoE in communication", "memory", "samples",
 )  # fmt: skip
-
-
-def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table with aligned columns; the first two to the left."""
-    cells = [list(headers)] + [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    rule = ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    lines = [
-        [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in pairs]
-        for pairs in (enumerate(zip(row, widths, strict=True)) for row in cells)
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
 def arm_label(record: Record, runners: Sequence[str]) -> str:
@@ -66,7 +54,7 @@ def layer_table(records: Sequence[Record], runners: Sequence[str]) -> str:
             is_ep = record["arm"].startswith("ep")
             row.append(_number(record["legacy_3158"]["ratio"] if is_ep else None))
         rows.append(row)
-    return table(headers, rows)
+    return markdown_table(headers, rows, left=2)
 
 
 def point_label(record: Record) -> str:
@@ -97,7 +85,7 @@ def model_table(records: Sequence[Record]) -> str:
                 record["samples"],
             ]
         )
-    return table(MODEL_HEADERS, rows)
+    return markdown_table(MODEL_HEADERS, rows, left=2)
 
 
 def stage_table(records: Sequence[Record], runners: Sequence[str]) -> str:
@@ -111,7 +99,7 @@ def stage_table(records: Sequence[Record], runners: Sequence[str]) -> str:
         ]
         for record in records
     ]
-    return table(["", "us in each stage of", *STAGES, "all"], rows)
+    return markdown_table(["", "us in each stage of", *STAGES, "all"], rows, left=2)
 
 
 def write_json(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlx_ep.comm import Comm, broadcast_object, gather_objects
+from mlx_ep.tune import in_turn
 
 LEAST_SAMPLES = 3
 
@@ -72,11 +72,8 @@ def sample(
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for index in range(count):
         prepare(index)
-        for name, arm in arms.items():
-            comm.barrier()
-            start = time.perf_counter()
-            arm()
-            seconds[name].append(time.perf_counter() - start)
+        for name, (sample,) in in_turn(arms, before=comm.barrier).items():
+            seconds[name].append(sample)
     return seconds
 
 

@@ -17,7 +17,7 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 @dataclass(frozen=True)
-class Numbers:
+class NumberFormat:
     """How experts and tokens are held.
 
     Attributes:
@@ -40,7 +40,7 @@ def default_dtype() -> str:
 
 def make_weights(
     mode: str, bits: int | None, group_size: int | None, dtype: str
-) -> Numbers:
+) -> NumberFormat:
     """The packing that the flags say.
 
     Raises:
@@ -56,17 +56,17 @@ def make_weights(
                 raise ValueError(
                     f"--quantization {mode} has {name} {must}; got {given}."
                 )
-        return Numbers(fixed, dtype)
+        return NumberFormat(fixed, dtype)
     bits, group_size = bits or 4, group_size or 64
     if bits not in AFFINE_BITS or group_size not in AFFINE_GROUPS:
         raise ValueError(
             f"--quantization affine has --bits {_either(AFFINE_BITS)} and --group-size "
             f"{_either(AFFINE_GROUPS)}; got {bits} and {group_size}."
         )
-    return Numbers(Packing.affine(bits, group_size, dtype), dtype)
+    return NumberFormat(Packing.affine(bits, group_size, dtype), dtype)
 
 
-def make_shape(name: str, scale: int, weights: Numbers) -> LayerShape:
+def make_shape(name: str, scale: int, weights: NumberFormat) -> LayerShape:
     """The layer that the flags say.
 
     Args:
@@ -94,7 +94,7 @@ def make_shape(name: str, scale: int, weights: Numbers) -> LayerShape:
 
 
 def why_no_tensor_parallelism(
-    shape: LayerShape, weights: Numbers, num_ranks: int
+    shape: LayerShape, weights: NumberFormat, num_ranks: int
 ) -> str:
     """Why mlx-lm cannot split the layer over the ranks, or ""."""
     width, share = shape.expert_width, shape.expert_width / num_ranks
@@ -133,7 +133,7 @@ __all__ = [
     "MODES",
     "NAMED_LAYERS",
     "LayerShape",
-    "Numbers",
+    "NumberFormat",
     "default_dtype",
     "make_shape",
     "make_weights",

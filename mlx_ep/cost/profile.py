@@ -29,7 +29,7 @@ from mlx_ep.types import Packing
 VERSION = 1
 KINDS = ("published", "measured")
 
-Part = TypeVar("Part", "Profile", Link, CollectiveTable, MatrixCost)
+ProfilePart = TypeVar("ProfilePart", "Profile", Link, CollectiveTable, MatrixCost)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,9 @@ def from_json(content: Any) -> Profile:
     return replace(profile, sources=sources)
 
 
-def _read(kind: type[Part], content: Any, path: str, sources: dict[str, str]) -> Part:
+def _read(
+    kind: type[ProfilePart], content: Any, path: str, sources: dict[str, str]
+) -> ProfilePart:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path.rstrip('.')} must be an object; got {content!r}.")
     known = {item.name: item for item in fields(kind) if item.name != "sources"}

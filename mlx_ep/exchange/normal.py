@@ -19,7 +19,7 @@ from mlx_ep.exchange.base import (
 from mlx_ep.rows import (
     Movement,
     Mover,
-    RowPlan,
+    RowRoutes,
     pad_routing,
     routing_from_words,
     routing_words,
@@ -41,7 +41,7 @@ class NormalExchange:
     """
 
     request: ExchangeRequest
-    rows: RowPlan
+    rows: RowRoutes
     movement: Movement
     slot_ids: Int32[mx.array, "M K"]
     gates: Float32[mx.array, "M K"]

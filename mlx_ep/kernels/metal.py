@@ -8,7 +8,7 @@ import mlx.core as mx
 from jaxtyping import Float, Float32, Int32
 
 from mlx_ep.kernels.loader import kernel
-from mlx_ep.kernels.records import Activation, Projection, RoutePlan
+from mlx_ep.kernels.records import Activation, Projection, RouteTables
 
 MAX_RANKS = 32  # the ranks of a token are the bits of a word
 # MLX passes arrays of fewer elements in another address space.
@@ -38,7 +38,7 @@ def route_plan(
     *,
     num_ranks: int,
     num_slots: int,
-) -> RoutePlan:
+) -> RouteTables:
     """Counts, offsets and stable positions of pairs and rows; no host sync.
 
     Args:
@@ -56,8 +56,8 @@ def route_plan(
     if num_ranks > MAX_RANKS:
         raise ValueError(f"The plan's kernel takes at most 32 ranks; got {num_ranks}.")
     if not expert_ids.size:
-        return RoutePlan.of_nothing(expert_ids.shape, num_slots, num_ranks)
-    shapes = RoutePlan.shapes(expert_ids.shape, num_slots, num_ranks)
+        return RouteTables.of_nothing(expert_ids.shape, num_slots, num_ranks)
+    shapes = RouteTables.shapes(expert_ids.shape, num_slots, num_ranks)
     inputs = ("expert_ids", "expert_ranks", "expert_slots")
     body = (
         f"route_plan({', '.join((*inputs, *shapes))}, expert_ids_shape[0], "
@@ -74,7 +74,7 @@ def route_plan(
         grid=(num_threads, 1, 1),
         threadgroup=(min(128, num_threads), 1, 1),
     )
-    return RoutePlan(*outputs)
+    return RouteTables(*outputs)
 
 
 def pack_rows(
@@ -88,7 +88,7 @@ def pack_rows(
 
     Args:
         x: the tokens.
-        row_tokens: the token of each row, as in `RoutePlan`.
+        row_tokens: the token of each row, as in `RouteTables`.
         count: rows to pack, at most M; on the device.
 
     Raises:

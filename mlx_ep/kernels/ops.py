@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 from jaxtyping import Float, Float32, Int32
 
-from mlx_ep.kernels.records import Activation, Projection, RoutePlan
+from mlx_ep.kernels.records import Activation, Projection, RouteTables
 
 CLAMP_LIMIT = 7.0  # of gpt-oss
 CLAMP_SLOPE = 1.702
@@ -18,7 +18,7 @@ def route_plan(
     *,
     num_ranks: int,
     num_slots: int,
-) -> RoutePlan:
+) -> RouteTables:
     """Counts, offsets and stable positions of pairs and rows; no host sync.
 
     Args:
@@ -33,7 +33,7 @@ def route_plan(
     num_tokens, per_token = expert_ids.shape
     num_pairs = num_tokens * per_token
     if not num_pairs:
-        return RoutePlan.of_nothing(expert_ids.shape, num_slots, num_ranks)
+        return RouteTables.of_nothing(expert_ids.shape, num_slots, num_ranks)
     none = expert_ids < 0
     replica = mx.arange(num_tokens)[:, None] % expert_ranks.shape[1]
     slots = mx.where(none, num_slots, expert_slots[expert_ids, replica]).reshape(-1)
@@ -55,7 +55,7 @@ def route_plan(
     tokens = mx.broadcast_to(mx.arange(num_tokens)[:, None], on_rank.shape)
     row_tokens = mx.full((capacity + 1,), -1, dtype=mx.int32)
     row_tokens[mx.where(on_rank, token_rows, capacity)] = tokens.astype(mx.int32)
-    return RoutePlan(
+    return RouteTables(
         slot_counts,
         _offsets(slot_counts),
         positions.astype(mx.int32),
@@ -77,7 +77,7 @@ def pack_rows(
 
     Args:
         x: the tokens.
-        row_tokens: the token of each row, as in `RoutePlan`.
+        row_tokens: the token of each row, as in `RouteTables`.
         count: rows to pack, at most M; on the device.
     """
     if not x.shape[0]:

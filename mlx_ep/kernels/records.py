@@ -16,7 +16,7 @@ BITS = (4, 8)
 MXFP4_GROUP_SIZE = 32
 
 
-class RoutePlan(NamedTuple):
+class RouteTables(NamedTuple):
     """Where every (token, expert) pair and every (token, rank) row goes.
 
     A row is one token on one rank, however many of its experts live there. R is
@@ -63,7 +63,7 @@ class RoutePlan(NamedTuple):
     @classmethod
     def of_nothing(
         cls, shape: tuple[int, ...], num_slots: int, num_ranks: int
-    ) -> RoutePlan:
+    ) -> RouteTables:
         """The plan of no pairs, with ids of the given [T, K] where T or K is 0."""
         shapes = cls.shapes(shape, num_slots, num_ranks)
         fields = {name: mx.zeros(size, mx.int32) for name, size in shapes.items()}

@@ -2,7 +2,7 @@
 
 from mlx_ep.measure.checks import (
     Check,
-    Sizes,
+    CheckedLayer,
     check_collectives,
     check_experts,
     check_kernels,
@@ -10,7 +10,7 @@ from mlx_ep.measure.checks import (
 
 __all__ = [
     "Check",
-    "Sizes",
+    "CheckedLayer",
     "check_collectives",
     "check_experts",
     "check_kernels",

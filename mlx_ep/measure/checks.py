@@ -6,7 +6,6 @@ of both.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_ep.comm import Comm
 from mlx_ep.kernels import Projection, metal, ops
-from mlx_ep.tune import TOLERANCE, ExpertsProblem, Layer, measure
+from mlx_ep.tune import TOLERANCE, ExpertsProblem, Layer, in_turn, measure
 from mlx_ep.types import to_host
 
 REPEATS = 5
@@ -58,7 +57,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class CheckedLayer:
     """The layer that kernels are checked with; Qwen3-30B-A3B by default.
 
     Attributes:
@@ -75,7 +74,7 @@ class Sizes:
 # ---------------------------------------------------------------- kernels
 
 
-def check_kernels(sizes: Sizes = Sizes()) -> Iterator[Check]:
+def check_kernels(sizes: CheckedLayer = CheckedLayer()) -> Iterator[Check]:
     """Every kernel against its twin in mx ops, on this machine's GPU."""
     for num_tokens in sizes.tokens:
         ids = _slot_ids(num_tokens, sizes)
@@ -86,7 +85,7 @@ def check_kernels(sizes: Sizes = Sizes()) -> Iterator[Check]:
             yield from _check_experts(ids, sizes, packing)
 
 
-def _slot_ids(num_tokens: int, sizes: Sizes) -> mx.array:
+def _slot_ids(num_tokens: int, sizes: CheckedLayer) -> mx.array:
     """Distinct slots for every token; its last choice lives elsewhere."""
     random = np.random.default_rng(num_tokens)
     order = np.argsort(random.random((num_tokens, sizes.slots)), axis=1)
@@ -95,7 +94,7 @@ def _slot_ids(num_tokens: int, sizes: Sizes) -> mx.array:
     return mx.array(ids)
 
 
-def _check_plan(ids: mx.array, sizes: Sizes) -> Iterator[Check]:
+def _check_plan(ids: mx.array, sizes: CheckedLayer) -> Iterator[Check]:
     slots = mx.arange(sizes.slots, dtype=mx.int32)[:, None]
     # A second replica of each expert, on the other rank.
     experts = mx.concatenate([slots, (slots + sizes.slots // 2) % sizes.slots], axis=1)
@@ -108,7 +107,9 @@ def _check_plan(ids: mx.array, sizes: Sizes) -> Iterator[Check]:
     yield _compare(f"route_plan {tuple(ids.shape)}", run, 0.0)
 
 
-def _check_movement(ids: mx.array, sizes: Sizes, dtype: mx.Dtype) -> Iterator[Check]:
+def _check_movement(
+    ids: mx.array, sizes: CheckedLayer, dtype: mx.Dtype
+) -> Iterator[Check]:
     num_tokens, top_k = ids.shape
     key = mx.random.key(1)
     x = mx.random.normal((num_tokens, sizes.width), key=key).astype(dtype)
@@ -134,7 +135,7 @@ def _check_movement(ids: mx.array, sizes: Sizes, dtype: mx.Dtype) -> Iterator[Ch
     )
 
 
-def _check_experts(ids: mx.array, sizes: Sizes, packing: str) -> Iterator[Check]:
+def _check_experts(ids: mx.array, sizes: CheckedLayer, packing: str) -> Iterator[Check]:
     own = (ids >= 0)[..., None]
     x = mx.random.normal((ids.shape[0], sizes.width), key=mx.random.key(2))
     x = x.astype(mx.bfloat16)
@@ -198,7 +199,7 @@ def _compare(
 # ---------------------------------------------------------------- experts
 
 
-def check_experts(sizes: Sizes = Sizes()) -> Iterator[Check]:
+def check_experts(sizes: CheckedLayer = CheckedLayer()) -> Iterator[Check]:
     """Every way to run experts that is possible here, against float32."""
     for dtype, bits in ((mx.float32, 4), (mx.bfloat16, 4), (mx.bfloat16, None)):
         switch = SwitchGLU(sizes.width, sizes.expert_width, sizes.slots)
@@ -269,15 +270,15 @@ def _numbers(rank: int, size: int) -> np.ndarray:
 
 def _timed(run: Callable[[], list[mx.array]]) -> tuple[float, list[mx.array]]:
     """The fastest of some calls, after one that is not counted, and its result."""
-    result: list[mx.array] = []
-    seconds = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        result = run()
+    results: list[list[mx.array]] = []
+
+    def call() -> None:
+        results[:] = [run()]
         # sync: what is timed ends here.
-        mx.eval(result)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:]), result
+        mx.eval(results)
+
+    _, *seconds = in_turn({"": call}, rounds=REPEATS + 1)[""]
+    return min(seconds), results[0]
 
 
 def _difference(got: mx.array, expected: mx.array) -> float:

@@ -8,7 +8,6 @@ are its own times.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +19,8 @@ import mlx.nn as nn
 from mlx_ep.comm import Comm, broadcast_object
 from mlx_ep.cost.records import CollectiveTable, MatrixCost
 from mlx_ep.rows import uses_metal
+from mlx_ep.tune.timing import Timed, in_turn
 from mlx_ep.types import MXFP4, Packing
-
-Call = Callable[[], Any]
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 HEAD = 64  # of the positions
@@ -30,7 +28,7 @@ COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Amounts:
     """How much is computed, so that it takes longer than starting and waiting for it.
 
     Attributes:
@@ -49,11 +47,11 @@ class Sizes:
     keys: int
 
 
-ON_CPU = Sizes(4, 4, 1 << 25, 256, 64, 512)
-ON_METAL = Sizes(64, 64, 1 << 28, 4096, 1024, 4096)  # not tried yet
+ON_CPU = Amounts(4, 4, 1 << 25, 256, 64, 512)
+ON_METAL = Amounts(64, 64, 1 << 28, 4096, 1024, 4096)  # not tried yet
 
 
-def sizes() -> Sizes:
+def sizes() -> Amounts:
     """For the device that MLX computes on."""
     return ON_METAL if uses_metal() else ON_CPU
 
@@ -72,25 +70,17 @@ class Timer:
     longest: float = 0.4
     most: int = 25
 
-    def median(self, call: Call) -> float:
+    def median(self, call: Timed) -> float:
         """Seconds of a call that returns when its work is done."""
         call()
-        self.comm.barrier()
-        start = time.perf_counter()
-        call()
-        first = time.perf_counter() - start
+        (first,) = in_turn({"": call}, before=self.comm.barrier)[""]
         wanted = int(self.seconds / max(first, 1e-6))
         count = self.agreed(min(self.most, max(3, wanted)))
-        found = []
-        for _ in range(count):
-            self.comm.barrier()
-            start = time.perf_counter()
-            call()
-            found.append(time.perf_counter() - start)
-        return statistics.median(found)
+        samples = in_turn({"": call}, rounds=count, before=self.comm.barrier)
+        return statistics.median(samples[""])
 
-    def series(self, calls: Sequence[tuple[float, Call]]) -> list[tuple[float, float]]:
-        """Sizes with their medians, as long as the next one is not too long."""
+    def series(self, calls: Sequence[tuple[float, Timed]]) -> list[tuple[float, float]]:
+        """Amounts with their medians, as long as the next one is not too long."""
         found: list[tuple[float, float]] = []
         for size, call in calls:
             # At worst a call takes as much longer as it is larger; the best of such
@@ -251,7 +241,7 @@ def _wait() -> None:
     (mx.ones((1,)) + 1).item()
 
 
-def _evaluated(function: Callable[[mx.array], mx.array], x: mx.array) -> Call:
+def _evaluated(function: Callable[[mx.array], mx.array], x: mx.array) -> Timed:
     def run() -> None:
         # sync: this is what is timed.
         mx.eval(function(x))

@@ -12,9 +12,10 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_ep.cost.profile import cost_key
 from mlx_ep.cost.records import MatrixCost
 from mlx_ep.experts import RUNNERS, expert_weights, options
-from mlx_ep.measure.costs import ROWS, Call, Timer, sizes
+from mlx_ep.measure.costs import ROWS, Timer, sizes
 from mlx_ep.metrics import Counters
 from mlx_ep.rows import Option
+from mlx_ep.tune.timing import Timed
 from mlx_ep.types import Packing, Rows
 
 NARROWER = 4  # the second expert width, which tells apart what does not grow with it
@@ -113,7 +114,7 @@ def _expert_cost(
 
 def _experts_call(
     option: Option, switch: nn.Module, rows: int, slots: int, dtype: mx.Dtype
-) -> Call:
+) -> Timed:
     """A call in which each of so many rows visits each of the first slots."""
     parts = expert_weights(switch)
     assert parts is not None

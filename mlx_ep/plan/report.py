@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_ep.loading.estimate import ModelOutline, RankNeed, Workload
-from mlx_ep.metrics import format_bytes
+from mlx_ep.metrics import aligned, format_bytes
 
 
 def needs_table(needs: Sequence[RankNeed]) -> str:
@@ -42,23 +42,6 @@ def needs_table(needs: Sequence[RankNeed]) -> str:
             )
         )
     return aligned(rows, left=(7, 8)) + "\n(GB = 10^9 bytes)"
-
-
-def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
-    """Columns, two spaces apart; numbers to the right.
-
-    Args:
-        left: columns that are words.
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if index in left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def _gigabytes(num_bytes: int) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mlx_ep.cost.profile import Profile, find_profile, read_profile, slowest
 from mlx_ep.cost.shape import ModelShape
 from mlx_ep.cost.step import prefill_seconds, step_cost
-from mlx_ep.plan.report import aligned
+from mlx_ep.metrics import aligned
 from mlx_ep.tune.cache import cache_folder
 
 # What is called what: the cost model's arms, for a person.

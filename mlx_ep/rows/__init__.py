@@ -7,7 +7,7 @@ kernels. Which movement runs is decided for each call by `mlx_ep.tune`.
 
 from mlx_ep.rows.device import MetalMovement, has_one_rank_per_expert
 from mlx_ep.rows.host import OpsMovement
-from mlx_ep.rows.movement import Job, Movement, RowPlan
+from mlx_ep.rows.movement import Job, Movement, RowRoutes
 from mlx_ep.rows.mover import (
     MOVEMENTS,
     OPS,
@@ -35,7 +35,7 @@ __all__ = [
     "uses_metal",
     "Job",
     "Movement",
-    "RowPlan",
+    "RowRoutes",
     "MetalMovement",
     "has_one_rank_per_expert",
     "OpsMovement",

@@ -11,7 +11,7 @@ from jaxtyping import Float, Float32, Int32
 
 from mlx_ep.kernels import metal
 from mlx_ep.placement import Placement
-from mlx_ep.rows.movement import RowPlan
+from mlx_ep.rows.movement import RowRoutes
 from mlx_ep.types import TokenCounts, to_host
 
 
@@ -52,7 +52,7 @@ class MetalMovement:
         placement: Placement,
         rank: int,
         tokens: TokenCounts,
-    ) -> RowPlan:
+    ) -> RowRoutes:
         """See `Movement.plan_rows`.
 
         Raises:
@@ -90,7 +90,7 @@ class MetalMovement:
         )
         own_sums = int(leaving.sum()) + mx.arange(tokens.per_rank[rank])[:, None]
         is_own = mx.array(np.arange(num_ranks) == rank)
-        return RowPlan(
+        return RowRoutes(
             send_counts=tuple(leaving.tolist()),  # on host
             recv_counts=tuple(coming.tolist()),  # on host
             arriving=runs([(peer, rank) for peer in others]),
@@ -101,7 +101,7 @@ class MetalMovement:
         )
 
     def pack(
-        self, x: Float[mx.array, "T D"], plan: RowPlan, num_rows: int
+        self, x: Float[mx.array, "T D"], plan: RowRoutes, num_rows: int
     ) -> Float[mx.array, "M D"]:
         """See `Movement.pack`."""
         rows: DeviceRows = plan.own
@@ -117,7 +117,7 @@ class MetalMovement:
         self,
         own: Float32[mx.array, "T D"],
         back: Float[mx.array, "M D"],
-        plan: RowPlan,
+        plan: RowRoutes,
         rank: int,
     ) -> Float32[mx.array, "T D"]:
         """See `Movement.add_rows`; `own` and `back` are read where they are."""

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int32
 
 from mlx_ep.placement import Placement
-from mlx_ep.rows.movement import RowPlan
+from mlx_ep.rows.movement import RowRoutes
 from mlx_ep.rows.pack import Packing, pack, tokens_in_ranks
 from mlx_ep.rows.sums import add_to, weighted_sum
 from mlx_ep.types import TokenCounts, to_host
@@ -24,7 +24,7 @@ class OpsMovement:
         placement: Placement,
         rank: int,
         tokens: TokenCounts,
-    ) -> RowPlan:
+    ) -> RowRoutes:
         """See `Movement.plan_rows`."""
         num_ranks = len(tokens.per_rank)
         # sync: how many rows go where decides the shapes of what is exchanged.
@@ -35,7 +35,7 @@ class OpsMovement:
         arriving = by_home[:, :, rank].copy()
         arriving[rank] = False
         packing = pack(leaving)
-        return RowPlan(
+        return RowRoutes(
             send_counts=packing.counts,
             recv_counts=tuple(arriving.sum(axis=1).tolist()),  # on host
             arriving=mx.array(np.flatnonzero(arriving.reshape(-1)).astype(np.int32)),
@@ -43,7 +43,7 @@ class OpsMovement:
         )
 
     def pack(
-        self, x: Float[mx.array, "T D"], plan: RowPlan, num_rows: int
+        self, x: Float[mx.array, "T D"], plan: RowRoutes, num_rows: int
     ) -> Float[mx.array, "M D"]:
         """See `Movement.pack`."""
         packing: Packing = plan.own
@@ -59,7 +59,7 @@ class OpsMovement:
         self,
         own: Float32[mx.array, "T D"],
         back: Float[mx.array, "M D"],
-        plan: RowPlan,
+        plan: RowRoutes,
         rank: int,
     ) -> Float32[mx.array, "T D"]:
         """See `Movement.add_rows`."""

@@ -19,7 +19,7 @@ Job = Literal["rows", "ranks", "pairs"]
 
 
 @dataclass(frozen=True)
-class RowPlan:
+class RowRoutes:
     """Which rows leave a rank, and which arrive. Its own tokens' rows for itself stay.
 
     Attributes:
@@ -54,7 +54,7 @@ class Movement(Protocol):
         placement: Placement,
         rank: int,
         tokens: TokenCounts,
-    ) -> RowPlan:
+    ) -> RowRoutes:
         """Which rows leave `rank` and which arrive there. One host sync.
 
         Args:
@@ -67,7 +67,7 @@ class Movement(Protocol):
         ...
 
     def pack(
-        self, x: Float[mx.array, "T D"], plan: RowPlan, num_rows: int
+        self, x: Float[mx.array, "T D"], plan: RowRoutes, num_rows: int
     ) -> Float[mx.array, "M D"]:
         """The rows that leave, rank-major, then anything: `num_rows` in all."""
         ...
@@ -76,7 +76,7 @@ class Movement(Protocol):
         self,
         own: Float32[mx.array, "T D"],
         back: Float[mx.array, "M D"],
-        plan: RowPlan,
+        plan: RowRoutes,
         rank: int,
     ) -> Float32[mx.array, "T D"]:
         """Each token's sum over ranks: `own` is this rank's, `back` that of the others.

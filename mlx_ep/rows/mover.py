@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_ep.placement import Placement
 from mlx_ep.rows.device import MetalMovement
 from mlx_ep.rows.host import OpsMovement
-from mlx_ep.rows.movement import Job, Movement, RowPlan
+from mlx_ep.rows.movement import Job, Movement, RowRoutes
 from mlx_ep.rows.option import Option, uses_metal
 
 MOVEMENTS: dict[str, Callable[[], Movement]] = {
@@ -78,7 +78,7 @@ class OnDevice:
     def __init__(self, movement: Movement, device: mx.DeviceType) -> None:
         self.movement, self.device = movement, device
 
-    def plan_rows(self, *args: Any) -> RowPlan:
+    def plan_rows(self, *args: Any) -> RowRoutes:
         with mx.stream(self.device):
             return self.movement.plan_rows(*args)
 

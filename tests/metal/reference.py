@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_ep.kernels import Activation, Projection, RoutePlan
+from mlx_ep.kernels import Activation, Projection, RouteTables
 
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
@@ -21,7 +21,7 @@ def route_plan(
     num_ranks: int,
     num_slots: int,
 ) -> dict[str, list]:
-    """The fields of a RoutePlan, by sorting lists."""
+    """The fields of a RouteTables, by sorting lists."""
     num_tokens, per_token = expert_ids.shape
     pairs = [
         (int(expert_slots[e]), t, k)
@@ -56,7 +56,7 @@ def route_plan(
     }
 
 
-def as_lists(plan: RoutePlan) -> dict[str, list]:
+def as_lists(plan: RouteTables) -> dict[str, list]:
     return {name: np.array(x).tolist() for name, x in plan._asdict().items()}
 
 

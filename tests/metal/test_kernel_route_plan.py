@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_ep.kernels import RoutePlan, metal, ops
+from mlx_ep.kernels import RouteTables, metal, ops
 from tests.metal import host, reference
 
 
@@ -20,7 +20,7 @@ def plan(
     ranks: list[int] | list[list[int]],
     slots: list[int] | list[list[int]],
     num_ranks: int,
-) -> RoutePlan:
+) -> RouteTables:
     """With the maps [E], or [E R] with replicas."""
     maps = [np.array(m, np.int32).reshape(len(m), -1) for m in (ranks, slots)]
     return module.route_plan(
@@ -44,7 +44,7 @@ def check(
 
 
 def test_hand_worked(module: ModuleType) -> None:
-    """The example of RoutePlan's docstring."""
+    """The example of RouteTables's docstring."""
     got = plan(module, np.array([[2, 0], [2, -1]]), [0, 0, 1, 1], [0, 1, 2, 3], 2)
     assert reference.as_lists(got) == {
         "slot_counts": [1, 0, 2, 0],

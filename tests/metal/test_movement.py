@@ -23,7 +23,7 @@ from mlx_ep.rows import (
     Mover,
     OpsMovement,
     Option,
-    RowPlan,
+    RowRoutes,
     has_one_rank_per_expert,
     movement_of,
     movement_options,
@@ -55,7 +55,7 @@ def everyone(case: Case) -> mx.array:
 def check_rank(movement: Movement, case: Case, placement: Placement, rank: int) -> None:
     """Plan, pack and sum of one rank, against the movement by ops."""
     tokens, num_ranks = TokenCounts(case.tokens), placement.num_ranks
-    plans: list[RowPlan] = [
+    plans: list[RowRoutes] = [
         m.plan_rows(everyone(case), placement, rank, tokens) for m in (OPS, movement)
     ]
     expected, got = plans

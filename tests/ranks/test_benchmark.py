@@ -25,7 +25,7 @@ LAYER_ARMS = ("single", "tp", "ep-replicated", "ep-gathered", "ep-all-to-all")
 
 
 def plan_of(**changes):
-    from mlx_ep.benchmark.layer import LayerPlan
+    from mlx_ep.benchmark.layer import LayerRun
     from mlx_ep.benchmark.samples import Budget
     from mlx_ep.benchmark.shapes import make_shape, make_weights
 
@@ -39,7 +39,7 @@ def plan_of(**changes):
         "budget": Budget(0.0, 2),
         "legacy": True,
     }
-    return LayerPlan(**values | changes)
+    return LayerRun(**values | changes)
 
 
 def build(group, plan):

@@ -12,7 +12,7 @@ from mlx_ep.comm import GroupComm
 from mlx_ep.exchange import Auto
 from mlx_ep.experts import switch_runner
 from mlx_ep.placement import Placement
-from mlx_ep.rows import Job, OpsMovement, Option, RowPlan, mover
+from mlx_ep.rows import Job, OpsMovement, Option, RowRoutes, mover
 from mlx_ep.tune import (
     Finding,
     MovementProblem,
@@ -119,7 +119,7 @@ def test_a_shared_width_is_moved_by_ops(monkeypatch: pytest.MonkeyPatch) -> None
 class WrongMovement(OpsMovement):
     """Each method is a little wrong."""
 
-    def pack(self, x: mx.array, plan: RowPlan, num_rows: int) -> mx.array:
+    def pack(self, x: mx.array, plan: RowRoutes, num_rows: int) -> mx.array:
         return super().pack(x, plan, num_rows)[::-1]
 
     def add_ranks(self, *args: object) -> mx.array:

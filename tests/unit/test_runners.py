@@ -23,6 +23,7 @@ from mlx_ep.experts import (
 from mlx_ep.experts import blas as blas_module
 from mlx_ep.metrics import Counters
 from mlx_ep.rows import Option
+from mlx_ep.tune import reference as warmup_reference
 from mlx_ep.types import Rows
 from tests.host_kernels import installed
 from tests.reference import moe_sum
@@ -126,6 +127,23 @@ def reference(switch: nn.Module, rows: Rows) -> np.ndarray:
 def make_rows(ids: mx.array, width: int, dtype: mx.Dtype = mx.float32) -> Rows:
     x = mx.random.normal((ids.shape[0], width), key=mx.random.key(1)).astype(dtype)
     return Rows(x, ids, mx.random.uniform(shape=ids.shape, key=mx.random.key(2)))
+
+
+@pytest.mark.parametrize(
+    "packing", [None, ("affine", 4, 64), ("mxfp4", 4, 32)], ids=str
+)
+@pytest.mark.parametrize("kind", [SwitchGLU, SwitchMLP])
+def test_the_warm_up_s_reference_is_right(
+    kind: type[nn.Module], packing: tuple[str, int, int] | None
+) -> None:
+    """What decides at warm-up whether a runner is right, against this file's oracle."""
+    switch = make_switch(packing=packing, kind=kind, bias=True)
+    ids = mx.array([[0, 1, -1], [2, 0, 1], [-1, 1, 2]], mx.int32)
+    rows = make_rows(ids, 128)
+    weights = expert_weights(switch)
+    assert weights is not None
+    got, expected = warmup_reference(weights, 3, rows), reference(switch, rows)
+    np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def check(switch: nn.Module, name: str, rows: Rows, tolerance: float) -> None:
