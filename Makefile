@@ -34,6 +34,7 @@ test-oracle: $(VENV)/.oracle
 
 fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzz_exchange
+	$(BIN)/python -m tests.fuzz_checkpoints
 
 clean:
 	rm -rf $(VENV) dist build

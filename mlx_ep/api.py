@@ -14,12 +14,18 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub.errors import StrictDataclassError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from mlx_ep import loading
-from mlx_ep.comm import Comm, GroupComm, agreed, gather_objects, raise_problems
+from mlx_ep.comm import (
+    Comm,
+    GroupComm,
+    agreed,
+    gather_objects,
+    raise_problems,
+    shortened,
+)
 from mlx_ep.config import EPConfig
 from mlx_ep.cost.attention import REPLICATED, AttentionChoice
 from mlx_ep.exchange import STRATEGIES
@@ -37,6 +43,7 @@ from mlx_ep.loading import (
     dense_part,
     disk_problems,
     find_model,
+    foreign_code,
     has_tokenizer,
     held_bytes,
     hub_commit,
@@ -200,7 +207,7 @@ def prepare(
         dense = dense_part(config, comm, weights.outline)
         prepared = PreparedModel(comm, config, weights, tokenizer)
     except ValueError as error:
-        problem = str(error)
+        problem = shortened(str(error))
     need = MemoryNeed(
         host=socket.gethostname(),
         num_bytes=prepared.weights.rank_bytes if prepared else 0,
@@ -276,12 +283,10 @@ def _load_tokenizer(
                 "Download the model again."
             )
         path = find_model(EMBEDDED_MODEL)
-    try:
+    with foreign_code(f"{path}: its tokenizer cannot be loaded"):
         return load_tokenizer(
             path, tokenizer_config, eos_token_ids=read_config(path).get("eos_token_id")
         )
-    except (OSError, KeyError, TypeError, StrictDataclassError) as error:
-        raise ValueError(f"{path}: its tokenizer cannot be loaded: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -305,7 +310,10 @@ class PreparedModel:
             self.weights.fetch.run(self.comm.rank)
         start = time.perf_counter()
         splitter = Splitter(self.attention, self.comm)
-        model, read_bytes = self.weights.build(splitter.change)
+        # Numbers are looked at when they are read: NaN on one rank ends all.
+        model, read_bytes = agreed(
+            self.comm, lambda: self.weights.build(splitter.change)
+        )
         seconds = time.perf_counter() - start
         placement = self.weights.placement
         model = _install(model, self.comm, placement, self.config, splitter)

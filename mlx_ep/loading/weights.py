@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import mlx.nn as nn
 
 from mlx_ep.config import EPConfig
+from mlx_ep.loading.caches import make_caches, run_shapes
 from mlx_ep.loading.checkpoint import Checkpoint, TensorReader, read_config
 from mlx_ep.loading.dummy import build_dummy, fill_dummy
+from mlx_ep.loading.foreign import check_counts, check_dtypes, foreign_code
 from mlx_ep.loading.hub.fetch import HubFetch, hub_fetch
 from mlx_ep.loading.local import (
     Change,
@@ -22,6 +25,22 @@ from mlx_ep.loading.local import (
 from mlx_ep.loading.plan import plan_load
 from mlx_ep.loading.sizes import choose_placement, held_bytes
 from mlx_ep.placement import Placement
+
+_TRIED_TOKENS = 8
+_COMPARED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tiktoken.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +54,8 @@ class Weights:
             evaluated; None: nothing.
         outline: makes the same model with nothing read and nothing evaluated.
         fetch: what of it has to come from the hub before `build`; None: nothing.
+        folder: of the model.
+        files: of the weights; none for random ones.
     """
 
     placement: Placement
@@ -42,6 +63,26 @@ class Weights:
     build: Callable[[Change | None], tuple[nn.Module, int]]
     outline: Callable[[], nn.Module]
     fetch: HubFetch | None = None
+    folder: Path = Path()
+    files: tuple[Path, ...] = ()
+
+    def digests(self) -> dict[str, str]:
+        """What ranks must have alike, by name of the file: SHA-256 in hex.
+
+        Of weight files the headers count, as a rank does not read other ranks' experts.
+        Files that are not there are left out. A few MB are read.
+        """
+        found = {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for name in _COMPARED
+            if (file := self.folder / name).is_file()
+        }
+        for file in self.files:
+            with file.open("rb") as stream:
+                prefix = stream.read(8)
+                header = stream.read(int.from_bytes(prefix, "little"))
+            found[file.name] = hashlib.sha256(prefix + header).hexdigest()
+        return found
 
 
 def checkpoint_weights(
@@ -56,8 +97,10 @@ def checkpoint_weights(
         ValueError: the folder, its configuration or its files are not in order, or
             the configuration's placement is not possible.
     """
-    model_class(read_config(path))
-    checkpoint = Checkpoint.open(path)
+    described = read_config(path)
+    model_class(described)
+    checkpoint = Checkpoint.open(path, described)
+    check_counts(described, checkpoint.tensors)
     num_experts = count_experts(checkpoint.config)
     whole = Placement.contiguous(num_experts, 1)
     # First of all, as it says what a checkpoint without known experts lacks.
@@ -70,6 +113,11 @@ def checkpoint_weights(
     else:
         rank_bytes = held_bytes(outline(checkpoint, placement, rank))
 
+    made = outline(checkpoint, placement, rank)
+    check_dtypes(made, checkpoint.tensors)
+    with foreign_code(f"{path}: its model cannot run"):
+        run_shapes(made, _TRIED_TOKENS, make_caches(made))
+
     def build(change: Change | None = None) -> tuple[nn.Module, int]:
         with TensorReader() as reader:
             model = load_local(checkpoint, placement, rank, reader, change)
@@ -81,6 +129,8 @@ def checkpoint_weights(
         build,
         lambda: outline(checkpoint, placement, rank),
         hub_fetch(checkpoint, placement, rank),
+        path,
+        tuple(sorted({info.file for info in checkpoint.tensors.values()})),
     )
 
 
@@ -98,6 +148,7 @@ def dummy_weights(
     """
     description = read_config(path)
     model_class(description)
+    check_counts(description)
     num_experts = count_experts(description)
     whole = Placement.contiguous(num_experts, 1)
     placement = choose_placement(
@@ -109,4 +160,4 @@ def dummy_weights(
         fill_dummy(model, placement, rank, change)
         return model, 0
 
-    return Weights(placement, held_bytes(model), build, lambda: model)
+    return Weights(placement, held_bytes(model), build, lambda: model, folder=path)
