@@ -31,6 +31,7 @@ test-oracle: $(VENV)/.oracle
 
 fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzz_exchange
+	$(BIN)/python -m tests.fuzz_checkpoints
 
 # Every way for a rank to fail, at every point of a run; over half an hour.
 fault: $(VENV)/.test

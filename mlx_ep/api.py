@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub.errors import StrictDataclassError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
@@ -26,6 +25,7 @@ from mlx_ep.comm import (
     host_id,
     note_progress,
     raise_problems,
+    shortened,
 )
 from mlx_ep.comm.symmetry import check_alike
 from mlx_ep.config import EPConfig
@@ -46,6 +46,7 @@ from mlx_ep.loading import (
     dense_part,
     disk_problems,
     find_model,
+    foreign_code,
     has_tokenizer,
     held_bytes,
     hub_commit,
@@ -214,7 +215,7 @@ def prepare(
         dense = dense_part(config, comm, weights.outline)
         prepared = PreparedModel(comm, config, weights, tokenizer)
     except ValueError as error:
-        problem = str(error)
+        problem = shortened(str(error))
     need = MemoryNeed(
         host=host_id(),
         num_bytes=prepared.weights.rank_bytes if prepared else 0,
@@ -231,7 +232,7 @@ def prepare(
     _check_placements(digests)
     check_alike(
         comm,
-        _config_facts(config) | model_facts(path, tokenizer, not dummy_weights),
+        _config_facts(config) | model_facts(path, tokenizer, weights.files),
         "All ranks must have the same configuration and the same files of the model; "
         "these differ:",
     )
@@ -304,12 +305,10 @@ def _load_tokenizer(
                 "Download the model again."
             )
         path = find_model(EMBEDDED_MODEL)
-    try:
+    with foreign_code(f"{path}: its tokenizer cannot be loaded"):
         return load_tokenizer(
             path, tokenizer_config, eos_token_ids=read_config(path).get("eos_token_id")
         )
-    except (OSError, KeyError, TypeError, StrictDataclassError) as error:
-        raise ValueError(f"{path}: its tokenizer cannot be loaded: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -335,7 +334,10 @@ class PreparedModel:
         note_progress("loading")
         start = time.perf_counter()
         splitter = Splitter(self.attention, self.comm)
-        model, read_bytes = self.weights.build(splitter.change)
+        # Numbers are looked at when they are read: NaN on one rank ends all.
+        model, read_bytes = agreed(
+            self.comm, lambda: self.weights.build(splitter.change)
+        )
         seconds = time.perf_counter() - start
         self._check_dense(model)
         placement = self.weights.placement

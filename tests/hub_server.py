@@ -193,7 +193,8 @@ def use_cache(folder: Path) -> None:
     As HF_HOME does it for a process that has not imported them yet.
     """
     constants.HF_HUB_CACHE = str(folder / "hub")
-    _cache_assets.HF_ASSETS_CACHE = str(folder / "assets")
+    constants.HF_ASSETS_CACHE = str(folder / "assets")
+    _cache_assets.HF_ASSETS_CACHE = constants.HF_ASSETS_CACHE
 
 
 _LOCK = """

@@ -8,6 +8,7 @@ from mlx_ep.loading.dense import (
     decide,
     dense_part,
 )
+from mlx_ep.loading.foreign import foreign_code
 from mlx_ep.loading.hub.fetch import DiskNeed, disk_problems
 from mlx_ep.loading.identity import dense_facts, model_facts
 from mlx_ep.loading.local import load_local
@@ -52,6 +53,7 @@ __all__ = [
     "dummy_weights",
     "expert_sizes",
     "find_model",
+    "foreign_code",
     "has_tokenizer",
     "held_bytes",
     "hub_commit",

@@ -1,14 +1,10 @@
-"""A checkpoint folder on disk: what it holds, and reading parts of it.
-
-The safetensors format: 8 bytes little-endian header length, a JSON header that gives
-each tensor's dtype, shape and byte range, then the tensors.
-"""
+"""A checkpoint folder on disk: what it holds, and reading parts of it."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,46 +16,25 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.utils import load_config
 
+from mlx_ep.comm import shortened
+from mlx_ep.loading.foreign import foreign_code
+from mlx_ep.loading.headers import (
+    DTYPES,
+    TensorInfo,
+    quoted,
+    read_header,
+    unique_tensors,
+)
 from mlx_ep.loading.hub.ranges import Span
 from mlx_ep.loading.hub.sparse import Journal
 from mlx_ep.models import stack_shape
 from mlx_ep.placement import runs
-
-# As mlx.core.load maps them: MLX keeps the 8-bit floats as their bits.
-DTYPES: dict[str, mx.Dtype] = {
-    "BOOL": mx.bool_,
-    "U8": mx.uint8,
-    "I8": mx.int8,
-    "F8_E4M3": mx.uint8,
-    "F8_E8M0": mx.uint8,
-    "U16": mx.uint16,
-    "I16": mx.int16,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "U32": mx.uint32,
-    "I32": mx.int32,
-    "F32": mx.float32,
-    "U64": mx.uint64,
-    "I64": mx.int64,
-}
 
 _READ_BYTES = 32 << 20  # one read call; several run at once
 _NUM_READERS = 4
 # Spans with gaps are read one by one from this length on; shorter ones together with
 # the gaps, which a disk reads anyway.
 _MIN_SPAN_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies: `num_bytes` bytes from `offset` of `file` on."""
-
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -71,14 +46,17 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
+    def open(cls, path: Path, config: dict[str, Any] | None = None) -> Checkpoint:
         """Read the headers of a checkpoint and check that all its bytes are there.
+
+        Args:
+            config: of `read_config`, where it was read already.
 
         Raises:
             ValueError: config.json or a weight file is missing, unreadable or shorter
                 than its header says.
         """
-        config = read_config(path)
+        config = read_config(path) if config is None else config
         files = sorted(path.glob("model*.safetensors"))
         _check_index(path, files)
         if not files:
@@ -86,10 +64,10 @@ class Checkpoint:
                 f"{path} has a config.json but no model*.safetensors. Download the "
                 "weights, or use --dummy-weights to run the architecture alone."
             )
+        tensors = unique_tensors(map(read_header, files))
         infos = (
             replace(info, shape=stack_shape(config, info.name, info.shape))
-            for file in files
-            for info in _read_header(file)
+            for info in tensors.values()
         )
         return cls(path, config, {info.name: info for info in infos})
 
@@ -108,11 +86,13 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path} has no config.json: a model folder holds config.json, a tokenizer "
             "and model*.safetensors."
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from None
+    except (ValueError, RecursionError, OSError) as error:
+        why = shortened(str(error), 200)
+        raise ValueError(f"{file} is not valid JSON: {why}.") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file} must hold a JSON object.")
-    return load_config(path)
+    with foreign_code(f"{path / 'generation_config.json'} is not in order"):
+        return load_config(path)
 
 
 def _check_index(path: Path, files: Sequence[Path]) -> None:
@@ -121,49 +101,22 @@ def _check_index(path: Path, files: Sequence[Path]) -> None:
     if not index_file.exists():
         return
     try:
-        named = set(json.loads(index_file.read_text())["weight_map"].values())
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index_file} is not a valid index: {error!r}.") from None
+        weight_map = json.loads(index_file.read_text())["weight_map"]
+        named = set(weight_map.values())
+        if not all(isinstance(name, str) for name in named):
+            raise TypeError("weight_map must give the name of a file for each tensor")
+    except (
+        ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError,
+    ) as error:  # fmt: skip
+        why = shortened(repr(error), 200)
+        raise ValueError(f"{index_file} is not a valid index: {why}.") from None
     missing = sorted(named - {file.name for file in files})
     if missing:
+        names = ", ".join(map(quoted, missing[:3])) + (" ..." if missing[3:] else "")
         raise ValueError(
             f"{path} lacks {len(missing)} of the {len(named)} weight files that its "
-            f"index names: {', '.join(missing[:3])}{' ...' if missing[3:] else ''}. "
+            f"index names: {names}. "
             "Download the model again."
-        )
-
-
-def _read_header(file: Path) -> Iterator[TensorInfo]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError(
-                f"{file} is truncated: it has {size} bytes, its header alone needs "
-                f"{8 + length}. Download the file again."
-            )
-        try:
-            header = json.loads(stream.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise ValueError(
-                f"{file} is not a safetensors file: its header is not JSON."
-            ) from None
-    header.pop("__metadata__", None)
-    end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
-    if size < end:
-        raise ValueError(
-            f"{file} is truncated: it has {size} bytes, its header says {end}. "
-            "Download the file again."
-        )
-    for name, tensor in header.items():
-        start, stop = tensor["data_offsets"]
-        yield TensorInfo(
-            name,
-            file,
-            tensor["dtype"],
-            tuple(tensor["shape"]),
-            8 + length + start,
-            stop - start,
         )
 
 
@@ -280,11 +233,6 @@ class TensorReader:
         Args:
             dtype: of the result; None: the tensor's.
         """
-        if info.dtype not in DTYPES:
-            raise ValueError(
-                f"{info.file}: tensor {info.name} has dtype {info.dtype}, which MLX "
-                f"cannot hold; it can {', '.join(DTYPES)}."
-            )
         self.check(info, spans)
         total = sum(count for _, count in spans)
         array = mx.zeros((total,), mx.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from mlx_ep.types import to_host
 _FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "tokenizer.model", "tiktoken.model", "chat_template.jinja", "chat_template.json",
     "model.safetensors.index.json",
 )  # fmt: skip
 _MOST_HEADER = 128 << 20  # bytes of a safetensors header that is read
 
 
-def model_facts(path: Path, tokenizer: Any, with_weights: bool) -> dict[str, str]:
+def model_facts(
+    path: Path, tokenizer: Any, weight_files: Sequence[Path]
+) -> dict[str, str]:
     """The identity of a model folder: of its small files, headers, stop tokens.
 
     Paths and dates may differ between hosts; contents may not.
@@ -32,16 +35,16 @@ def model_facts(path: Path, tokenizer: Any, with_weights: bool) -> dict[str, str
     Args:
         path: the folder.
         tokenizer: as loaded, with what the flags changed.
-        with_weights: whether its checkpoint is read.
+        weight_files: of its checkpoint; none where that is not read. Of these the
+            headers count: no rank reads other ranks' experts.
     """
     facts = {"mlx_lm": version("mlx-lm"), "mlx_ep": version("mlx-ep")}
     for name in _FILES:
         file = path / name
         if file.is_file():
             facts[name] = digest(_content(file))
-    if with_weights:
-        for file in sorted(path.glob("*.safetensors")):
-            facts[f"header of {file.name}"] = digest(_header(file))
+    for file in sorted(weight_files):
+        facts[f"header of {file.name}"] = digest(_header(file))
     facts["stop tokens"] = " ".join(map(str, sorted(tokenizer.eos_token_ids)))
     facts["chat template"] = digest(str(getattr(tokenizer, "chat_template", None)))
     return facts

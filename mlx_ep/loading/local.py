@@ -9,6 +9,7 @@ local experts alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -20,7 +21,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_model
 
-from mlx_ep.loading.checkpoint import DTYPES, Checkpoint, TensorInfo, TensorReader
+from mlx_ep.comm import shortened
+from mlx_ep.loading.checkpoint import Checkpoint, TensorReader
+from mlx_ep.loading.foreign import EXPERT_COUNTS, check_numbers, foreign_code
+from mlx_ep.loading.headers import DTYPES, TensorInfo
 from mlx_ep.loading.widths import (
     cut_axis,
     holds_parts,
@@ -42,16 +46,10 @@ from mlx_ep.models import (
 )
 from mlx_ep.placement import Placement
 
+_MODEL_TYPE = re.compile(r"[\w.-]{1,100}")
+
 # Something done to a model whose parameters are not evaluated yet.
 Change = Callable[[nn.Module], None]
-
-# What mlx-lm's configurations call the number of experts.
-_EXPERT_COUNT_FIELDS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-)
 
 
 def model_class(config: dict[str, Any]) -> type[nn.Module]:
@@ -68,10 +66,18 @@ def model_class(config: dict[str, Any]) -> type[nn.Module]:
         )
     if "model_type" not in config:
         raise ValueError("config.json must name a model_type.")
-    found, _ = _get_classes(dict(config))
+    kind = config["model_type"]
+    if not (isinstance(kind, str) and _MODEL_TYPE.fullmatch(kind)):
+        raise ValueError(
+            "config.json must name a model_type of letters, digits, - and _; got "
+            f"{shortened(repr(kind), 100)}."
+        )
+    with foreign_code(f"config.json does not describe a model of type {kind}"):
+        found, _ = _get_classes(dict(config))
     if reason := why_not_here(found):
         raise ValueError(reason)
-    stack_quantization(found, config)
+    with foreign_code(f"config.json does not describe a model of type {kind}"):
+        stack_quantization(found, config)
     return found
 
 
@@ -92,15 +98,11 @@ def build_model(config: dict[str, Any]) -> nn.Module:
     Raises:
         ValueError: config.json lacks a value that the model needs.
     """
-    found, args_class = _get_classes(dict(config))
-    try:
+    kind = shortened(repr(config.get("model_type")), 100)
+    with foreign_code(f"config.json does not describe a model of type {kind}"):
+        found, args_class = _get_classes(dict(config))
         # A copy: some from_dict change what they are given.
         return stack_experts(found(args_class.from_dict(deepcopy(config))))
-    except (TypeError, KeyError) as error:
-        raise ValueError(
-            f"config.json does not describe a model of type {config['model_type']}: "
-            f"{error}."
-        ) from error
 
 
 def load_local(
@@ -123,8 +125,9 @@ def load_local(
         change(model)
     for name in classes.read_by_mlx:
         reader.check(checkpoint.tensors[name])
-    for parameter in dict(tree_flatten(model.parameters())).values():
+    for name, parameter in dict(tree_flatten(model.parameters())).items():
         mx.eval(parameter)  # sync: loading
+        check_numbers(name, parameter)
     mx.clear_cache()
     reader.bytes_read += sum(
         info.num_bytes
@@ -138,8 +141,13 @@ def outline(checkpoint: Checkpoint, placement: Placement, rank: int) -> nn.Modul
     """As `load_local`, with nothing read and nothing evaluated.
 
     It has the shapes and dtypes that the model of `rank` will have, and no numbers.
+
+    Raises:
+        ValueError: the checkpoint's tensors are not those of the model: what is
+            missing, too many or of another shape.
     """
-    with _ShapeReader() as reader:
+    what = f"{checkpoint.path}: config.json and weights do not meet"
+    with foreign_code(what), _ShapeReader() as reader:
         return _lazy_model(checkpoint, placement, rank, reader)[0]
 
 
@@ -319,7 +327,7 @@ def _expert_count(model: nn.Module, placement: Placement, rank: int) -> Iterator
     """The model's configuration says, for a while, that it has L experts, not E."""
     changed: list[tuple[Any, str]] = []
     for args in _configurations(model):
-        for name in _EXPERT_COUNT_FIELDS:
+        for name in EXPERT_COUNTS:
             if getattr(args, name, None) == placement.num_experts:
                 changed.append((args, name))
                 setattr(args, name, max(placement.num_slots(rank), 1))

@@ -10,6 +10,7 @@ import mlx.core as mx
 import psutil
 
 from mlx_ep.loading.checkpoint import Checkpoint
+from mlx_ep.loading.headers import quoted
 from mlx_ep.metrics import format_bytes
 from mlx_ep.models import expert_tensor
 from mlx_ep.placement import Placement
@@ -50,6 +51,11 @@ def plan_load(checkpoint: Checkpoint, placement: Placement, rank: int) -> LoadPl
         elif found.expert is None:
             expert += len(own) * (info.num_bytes // placement.num_experts)
             seen.update(range(placement.num_experts))
+        elif found.expert >= placement.num_experts:
+            raise ValueError(
+                f"{info.file}: tensor {quoted(info.name)} is of expert {found.expert}; "
+                f"config.json says that there are {placement.num_experts}, from 0 on."
+            )
         else:
             seen.add(found.expert)
             expert += info.num_bytes if found.expert in own else 0

@@ -9,8 +9,10 @@ from pathlib import Path
 import mlx.nn as nn
 
 from mlx_ep.config import EPConfig
+from mlx_ep.loading.caches import make_caches, run_shapes
 from mlx_ep.loading.checkpoint import Checkpoint, TensorReader, read_config
 from mlx_ep.loading.dummy import build_dummy, fill_dummy
+from mlx_ep.loading.foreign import check_counts, check_dtypes, foreign_code
 from mlx_ep.loading.hub.fetch import HubFetch, hub_fetch
 from mlx_ep.loading.local import (
     Change,
@@ -22,6 +24,8 @@ from mlx_ep.loading.local import (
 from mlx_ep.loading.plan import plan_load
 from mlx_ep.loading.sizes import choose_placement, held_bytes
 from mlx_ep.placement import Placement
+
+_TRIED_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Weights:
             evaluated; None: nothing.
         outline: makes the same model with nothing read and nothing evaluated.
         fetch: what of it has to come from the hub before `build`; None: nothing.
+        files: of the weights; none for random ones.
     """
 
     placement: Placement
@@ -42,6 +47,7 @@ class Weights:
     build: Callable[[Change | None], tuple[nn.Module, int]]
     outline: Callable[[], nn.Module]
     fetch: HubFetch | None = None
+    files: tuple[Path, ...] = ()
 
 
 def checkpoint_weights(
@@ -56,8 +62,10 @@ def checkpoint_weights(
         ValueError: the folder, its configuration or its files are not in order, or
             the configuration's placement is not possible.
     """
-    model_class(read_config(path))
-    checkpoint = Checkpoint.open(path)
+    described = read_config(path)
+    model_class(described)
+    checkpoint = Checkpoint.open(path, described)
+    check_counts(described, checkpoint.tensors)
     num_experts = count_experts(checkpoint.config)
     whole = Placement.contiguous(num_experts, 1)
     # First of all, as it says what a checkpoint without known experts lacks.
@@ -70,6 +78,11 @@ def checkpoint_weights(
     else:
         rank_bytes = held_bytes(outline(checkpoint, placement, rank))
 
+    made = outline(checkpoint, placement, rank)
+    check_dtypes(made, checkpoint.tensors)
+    with foreign_code(f"{path}: its model cannot run"):
+        run_shapes(made, _TRIED_TOKENS, make_caches(made))
+
     def build(change: Change | None = None) -> tuple[nn.Module, int]:
         with TensorReader() as reader:
             model = load_local(checkpoint, placement, rank, reader, change)
@@ -81,6 +94,7 @@ def checkpoint_weights(
         build,
         lambda: outline(checkpoint, placement, rank),
         hub_fetch(checkpoint, placement, rank),
+        tuple(sorted({info.file for info in checkpoint.tensors.values()})),
     )
 
 
@@ -98,6 +112,7 @@ def dummy_weights(
     """
     description = read_config(path)
     model_class(description)
+    check_counts(description)
     num_experts = count_experts(description)
     whole = Placement.contiguous(num_experts, 1)
     placement = choose_placement(

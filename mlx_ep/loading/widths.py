@@ -22,7 +22,8 @@ from mlx_lm.models.switch_layers import (
     SwitchMLP,
 )
 
-from mlx_ep.loading.checkpoint import Checkpoint, TensorInfo
+from mlx_ep.loading.checkpoint import Checkpoint
+from mlx_ep.loading.headers import TensorInfo
 from mlx_ep.models import MoESite, expert_tensor, find_moe_sites
 from mlx_ep.placement import Part
 

@@ -21,7 +21,7 @@ from mlx_ep.loading.hub.ranges import RangeSet, Span, bridge_gaps, pieces
 from mlx_ep.loading.hub.remote import RemoteFile
 from mlx_ep.loading.hub.repository import HubFolder, WeightFile
 from mlx_ep.loading.hub.retries import Retries
-from mlx_ep.loading.hub.sparse import Journal, SparseFile
+from mlx_ep.loading.hub.sparse import Journal, SparseFile, Waiting
 from mlx_ep.metrics import format_bytes
 from mlx_ep.models import expert_tensor
 from mlx_ep.placement import Placement, runs
@@ -148,6 +148,7 @@ class HubFetch:
             ExitStack() as stack,
         ):
             jobs, blobs = [], []
+            waited: dict[int, Waiting] = {}
             for file, spans in files.items():
                 blob = stack.enter_context(closing(self.folder.open_blob(file)))
                 remote = self.folder.remote(file, retries)
@@ -161,6 +162,7 @@ class HubFetch:
                 done = retries.for_each(_Job.run, jobs)
                 jobs = [job for job, is_done in zip(jobs, done) if not is_done]
                 if jobs:  # another process is at them
+                    waited.setdefault(id(jobs[0]), jobs[0].waiting()).say()
                     time.sleep(_SECONDS_BETWEEN_TRIES)
             retries.for_each(SparseFile.verify, blobs)
 
@@ -228,6 +230,10 @@ class _Job:
         finally:
             self.blob.unlock(self.piece)
         return True
+
+    def waiting(self) -> Waiting:
+        """For the process that fetches it now."""
+        return Waiting(self.blob, self.piece)
 
     def _fetch(self, span: Span) -> None:
         committed = written = span.start

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -34,6 +35,7 @@ from huggingface_hub import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm
 
+from mlx_ep.comm import shortened
 from mlx_ep.loading.hub.errors import HubError, offline_problem
 from mlx_ep.loading.hub.ranges import Span
 from mlx_ep.loading.hub.remote import RemoteFile
@@ -55,6 +57,10 @@ SMALL_FILES = [
 _RECORD = "mlx_ep_hub.json"
 _NUMBERED = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WEIGHT_NAME = re.compile(r"model[\w.-]{0,200}\.safetensors")
+_MOST_FILE_BYTES = 1 << 44  # 16 TiB; the hub's limit is 200 GB
 # The user waits, and nothing has begun: a few seconds, not minutes.
 _FIRST_ATTEMPTS = 4
 
@@ -89,21 +95,31 @@ class HubFolder:
 
     @classmethod
     def of(cls, path: Path) -> HubFolder | None:
-        """What a folder says of itself; None for an ordinary model folder.
+        """What a folder of ours says of itself; None for an ordinary model folder.
+
+        A record counts in the folders that `open_repository` makes, and nowhere else:
+        it names files that are written to, and a model folder is not to be trusted.
 
         Raises:
             ValueError: it says something else than this version writes.
         """
+        file = path / _RECORD
+        root = _assets_root().resolve()
+        folder = path.resolve()
+        parts = folder.relative_to(root).parts if folder.is_relative_to(root) else ()
+        if len(parts) != 4 or parts[1:3] != ("ranges", "commits"):
+            return None
         try:
-            record = json.loads((path / _RECORD).read_text())
-            files = tuple(WeightFile(**file) for file in record["files"])
-            return cls(path, record["repository"], record["commit"], files)
+            if not stat.S_ISREG(file.lstat().st_mode):
+                raise ValueError("not a regular file")
+            record = json.loads(file.read_text())
+            return cls(folder, *_checked_record(record, parts[0], parts[3]))
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise ValueError(
-                f"{path / _RECORD} is not what mlx_ep writes ({error!r}). Remove the "
-                "folder; what was fetched is not in it."
+                f"{file} is not what mlx_ep writes ({shortened(str(error), 200)}). "
+                "Remove the folder; what was fetched is not in it."
             ) from error
 
     def blob(self, file: WeightFile) -> Path:
@@ -119,6 +135,68 @@ class HubFolder:
     def remote(self, file: WeightFile, retries: Retries) -> RemoteFile:
         url = hf_hub_url(self.repository, file.name, revision=self.commit)
         return RemoteFile(url, file.size, file.etag, retries)
+
+
+def _assets_root() -> Path:
+    return Path(constants.HF_ASSETS_CACHE) / "mlx_ep"
+
+
+def _checked_record(
+    record: Any, namespace: str, commit: str
+) -> tuple[str, str, tuple[WeightFile, ...]]:
+    """Repository, commit and files of a record, each as it must be.
+
+    Args:
+        namespace: the name of the repository's folder.
+        commit: that of the commit's folder.
+
+    Raises:
+        ValueError: one of them is not.
+    """
+    if not isinstance(record, dict) or set(record) != {"repository", "commit", "files"}:
+        raise ValueError("it must hold repository, commit and files")
+    repository = record["repository"]
+    if not (isinstance(repository, str) and _REPOSITORY.fullmatch(repository)):
+        raise ValueError("repository must be OWNER/NAME")
+    if repository.replace("/", "--") != namespace:
+        raise ValueError(f"repository must be that of the folder, {namespace}")
+    if record["commit"] != commit or not _COMMIT.fullmatch(commit):
+        raise ValueError("commit must be the hash that the folder is called by")
+    files = record["files"]
+    if not isinstance(files, list) or not files:
+        raise ValueError("files must be a list")
+    found = []
+    for entry in files:
+        if not isinstance(entry, dict) or set(entry) != {"name", "size", "etag"}:
+            raise ValueError("a file must have name, size and etag")
+        found.append(checked_file(entry["name"], entry["size"], entry["etag"]))
+    if len({file.name for file in found}) < len(found):
+        raise ValueError("no file may be named twice")
+    return repository, commit, tuple(found)
+
+
+def checked_file(name: Any, size: Any, etag: Any) -> WeightFile:
+    """A weight file, whose name, size and hash become those of files on this disk.
+
+    Raises:
+        ValueError: one of them cannot be that of a weight file.
+    """
+    if not (isinstance(name, str) and _WEIGHT_NAME.fullmatch(name)):
+        raise ValueError(
+            f"a weight file must be called {WEIGHT_FILES}; got "
+            f"{shortened(repr(name), 100)}"
+        )
+    if type(size) is not int or not 0 <= size <= _MOST_FILE_BYTES:
+        raise ValueError(
+            f"the size of {name} must be a number of bytes; got "
+            f"{shortened(repr(size), 100)}"
+        )
+    if not (isinstance(etag, str) and _HASH.fullmatch(etag)):
+        raise ValueError(
+            f"the hash of {name} must be SHA-256 or that of a git blob; got "
+            f"{shortened(repr(etag), 100)}"
+        )
+    return WeightFile(name, size, etag)
 
 
 def open_repository(repository: str, revision: str | None) -> Path:
@@ -179,23 +257,24 @@ def has_all_weights(snapshot: Path) -> bool:
 def _list_files(repository: str, commit: str) -> tuple[WeightFile, ...]:
     if constants.HF_HUB_OFFLINE:
         raise HubError(offline_problem("The weights are"))
-    files = tuple(
-        WeightFile(
-            entry.path,
-            entry.size,
-            entry.lfs.sha256 if entry.lfs is not None else entry.blob_id,
-        )
+    entries = [
+        entry
         for entry in HfApi().list_repo_tree(repository, revision=commit)
         if isinstance(entry, RepoFile)
         and fnmatch(entry.path, WEIGHT_FILES)
         and "/" not in entry.path
-    )
-    # It becomes the name of a file.
-    if unknown := [file for file in files if not _HASH.fullmatch(file.etag)]:
-        raise HubError(
-            f"the hub must list SHA-256 or git hashes; {unknown[0].name} has "
-            f"{unknown[0].etag!r}. Use --download full."
+    ]
+    try:
+        files = tuple(
+            checked_file(
+                entry.path,
+                entry.size,
+                entry.lfs.sha256 if entry.lfs is not None else entry.blob_id,
+            )
+            for entry in entries
         )
+    except ValueError as error:
+        raise HubError(f"the hub's listing: {error}. Use --download full.") from error
     if not files:
         raise HubError(
             f"it has no {WEIGHT_FILES}. Use a repository with safetensors files, or "
@@ -207,7 +286,9 @@ def _list_files(repository: str, commit: str) -> tuple[WeightFile, ...]:
 def _link_files(snapshot: Path, folder: HubFolder) -> None:
     """Make the model folder out of links to what is elsewhere."""
     for file in snapshot.rglob("*"):
-        if not file.is_dir() and not fnmatch(file.name, WEIGHT_FILES):
+        # A record is ours to write: what a repository calls so is left out.
+        is_other = fnmatch(file.name, WEIGHT_FILES) or file.name == _RECORD
+        if not file.is_dir() and not is_other:
             _link(folder.path / file.relative_to(snapshot), file)
     for weights in folder.files:
         whole = snapshot / weights.name
@@ -237,7 +318,7 @@ def _write_record(folder: HubFolder) -> None:
     }
     text = json.dumps(record, indent=1)
     file = folder.path / _RECORD
-    if file.exists() and file.read_text() == text:
+    if file.is_file() and not file.is_symlink() and file.read_text() == text:
         return
     temporary = Path(mkdtemp(dir=folder.path)) / _RECORD
     temporary.write_text(text)

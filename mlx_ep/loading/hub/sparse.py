@@ -18,6 +18,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
+import struct
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -31,6 +34,10 @@ _JOURNAL = ".ranges"
 _LOCK = ".lock"
 _HASH_BYTES = 8 << 20
 _SECONDS_BETWEEN_TRIES = 0.02
+SECONDS_OF_SILENCE = 5.0  # of waiting for another process
+_SPAN = re.compile(r"(\d{1,18}) (\d{1,18})")
+# A file of ours is never a link: what one points to would be written over.
+_OPEN = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Journal:
@@ -74,7 +81,7 @@ class Journal:
 
     def _append(self, text: str) -> None:
         # One write on a descriptor that appends: lines of processes do not mix.
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | _OPEN, 0o644)
         try:
             os.write(descriptor, f"{text} {crc32(text.encode()):08x}\n".encode())
         finally:
@@ -97,9 +104,8 @@ class Journal:
                 self.is_verified = text == "verified"
                 if not self.is_verified:
                     self._present = RangeSet()
-            else:
-                start, _, stop = text.partition(" ")
-                self._present.add(Span(int(start), int(stop)))
+            elif match := _SPAN.fullmatch(text):
+                self._present.add(Span(int(match[1]), int(match[2])))
 
 
 class SparseFile:
@@ -119,7 +125,7 @@ class SparseFile:
         blob.parent.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(blob)
         self._lock_file = os.open(
-            blob.with_name(blob.name + _LOCK), os.O_RDWR | os.O_CREAT, 0o644
+            blob.with_name(blob.name + _LOCK), os.O_RDWR | _OPEN, 0o644
         )
         # Behind the file's end: to make it and to check it whole.
         self._whole = Span(size, size + 1)
@@ -130,7 +136,7 @@ class SparseFile:
             self.unlock(self._whole)
 
     def _open(self) -> int:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(self.path, os.O_RDWR | _OPEN, 0o644)
         if os.fstat(descriptor).st_size != self.size:
             # New, or not made to its end: what a journal says of it is not so.
             self.journal.discard()
@@ -149,6 +155,7 @@ class SparseFile:
                 processes that wait for each other's files for a deadlock.
         """
         flags = fcntl.LOCK_EX | fcntl.LOCK_NB
+        waiting = Waiting(self, span)
         while True:
             try:
                 fcntl.lockf(self._lock_file, flags, span.num_bytes, span.start)
@@ -156,10 +163,17 @@ class SparseFile:
             except BlockingIOError:
                 if not wait:
                     return False
+                waiting.say()
                 time.sleep(_SECONDS_BETWEEN_TRIES)
 
     def unlock(self, span: Span) -> None:
         fcntl.lockf(self._lock_file, fcntl.LOCK_UN, span.num_bytes, span.start)
+
+    def holder(self, span: Span) -> int | None:
+        """The process that has locked part of `span`; None: no other does."""
+        wanted = _flock(fcntl.F_WRLCK, span.start, span.num_bytes)
+        kind, pid = _flock_fields(fcntl.fcntl(self._lock_file, fcntl.F_GETLK, wanted))
+        return None if kind == fcntl.F_UNLCK else pid
 
     def missing(self, spans: Sequence[Span]) -> list[Span]:
         """The parts of `spans` that are not on disk."""
@@ -203,6 +217,53 @@ class SparseFile:
             )
         finally:
             self.unlock(self._whole)
+
+
+class Waiting:
+    """Says who is waited for, when that takes long: a stopped process keeps its locks.
+
+    Args:
+        file: part of which another process has locked.
+        span: that part.
+    """
+
+    def __init__(self, file: SparseFile, span: Span) -> None:
+        self._file, self._span = file, span
+        self._since = time.monotonic()
+        self._next = SECONDS_OF_SILENCE
+
+    def say(self) -> None:
+        """A line on stderr after a few seconds, then after twice as many each."""
+        waited = time.monotonic() - self._since
+        if waited < self._next:
+            return
+        self._next = 2 * waited
+        holder = self._file.holder(self._span)
+        who = "another process" if holder is None else f"process {holder}"
+        print(
+            f"waiting for {who}, which has been fetching {self._file.path} for "
+            f"{waited:.0f} s. If it hangs, end it: what it fetched is kept.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+# struct flock, of 64-bit Linux and of macOS.
+_FLOCK = "qqihh" if sys.platform == "darwin" else "hhqqi4x"
+
+
+def _flock(kind: int, start: int, count: int) -> bytes:
+    if sys.platform == "darwin":
+        return struct.pack(_FLOCK, start, count, 0, kind, os.SEEK_SET)
+    return struct.pack(_FLOCK, kind, os.SEEK_SET, start, count, 0)
+
+
+def _flock_fields(answer: bytes) -> tuple[int, int]:
+    """Kind of lock, and the process that has it."""
+    fields = struct.unpack(_FLOCK, answer)
+    return (
+        (fields[3], fields[2]) if sys.platform == "darwin" else (fields[0], fields[4])
+    )
 
 
 def _hash(descriptor: int, size: int, etag: str) -> str:
