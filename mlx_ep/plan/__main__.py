@@ -6,12 +6,11 @@ The exit code is 1 where a rank's memory is too small.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from mlx_ep import cli
 from mlx_ep.loading.caches import cache_growth
 from mlx_ep.loading.estimate import rank_outline
 from mlx_ep.loading.sizes import held_bytes
@@ -75,14 +74,19 @@ def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
     try:
+        if args.json is not None and str(args.json) != "-":
+            cli.check_output("--json", args.json)
+        if args.write_placement is not None:
+            cli.check_output("--write-placement", args.write_placement)
         plan = make_plan(args)
         if args.write_placement:
             write_placement(args.write_placement, plan.placement)
     except ValueError as error:
         parser.error(str(error))
-    print(plan_text(plan, args.model))
-    if args.json:
-        Path(args.json).write_text(json.dumps(plan_json(plan), indent=2) + "\n")
+    if str(args.json) != "-":
+        print(plan_text(plan, args.model))
+    if args.json is not None:
+        cli.write_json(args.json, plan_json(plan))
     if not plan.fits:
         sys.exit(1)
 
