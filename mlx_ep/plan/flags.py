@@ -33,6 +33,13 @@ def make_parser() -> cli.Parser:
         type=cli.positive,
         help="How many Macs (default: as many as --memory).",
     )
+    cluster.add_argument(
+        "--hostfile",
+        type=Path,
+        metavar="FILE",
+        help="A hostfile of mlx.launch: as many ranks as it has hosts, each asked by "
+        "ssh for its memory unless --memory says it.",
+    )
     cli.add_config_flags(cluster, [*cli.PLACEMENT, "attention"])
     cluster.add_argument(
         "--write-placement",

@@ -201,7 +201,7 @@ OVERLAY = [
 BENCHMARK = [
     ("", "required: LEVEL"),
     ("layers", "invalid choice: 'layers'"),
-    ("layer --shape x", "got x"),
+    ("layer --shape x", "got 'x'"),
     ("layer --tokens 0", "--tokens must be whole numbers from 1 on"),
     ("layer --scale 0", "must be 1 or more, got 0"),
     ("layer --skew -1", "must be 0 or more, got -1"),
