@@ -143,15 +143,12 @@ def _writes(file: Path, comm: Comm) -> bool:
     hosts = gather_objects(comm, host_id())
     writes = hosts.index(hosts[comm.rank]) == comm.rank
 
-    def check() -> None:
-        if writes and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
-            raise ValueError(
-                "--prompt-cache-file must be a file in a folder that can be written; "
-                f"got {file}."
-            )
+    def check() -> bool:
+        if writes:
+            cli.check_output("--prompt-cache-file", file)
+        return writes
 
-    agreed(comm, check)
-    return writes
+    return agreed(comm, check)
 
 
 if __name__ == "__main__":

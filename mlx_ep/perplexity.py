@@ -124,6 +124,7 @@ def make_parser() -> cli.Parser:
         default=8,
         help="Sequences that run at once.",
     )
+    cli.add_json_flag(parser, "the results")
     cli.add_ep_flags(parser)
     parser.finishers.append(lambda args: cli.check_strategy(args.config))
     return parser
@@ -137,14 +138,29 @@ def _perplexity(args: argparse.Namespace, comm: Comm) -> None:
     with cli.usage_errors():
         shipped = files("mlx_ep") / "embedded" / "jargon.txt"
         file = args.text or shipped
+        cli.check_outputs(args, comm)
         text = cli.on_rank_0(lambda: file.read_text("utf-8"), comm, "--text")
         prepared = cli.prepare_model(args, comm)
         tokens = prepared.tokenizer.encode(text)
         sequences = cut(tokens, args.sequence_length, args.num_samples)
     model, _ = prepared.load()
-    cli.print_reports(model, comm, args.config)
+    cli.print_reports(model, comm, args.config, cli.beside(args))
     found = perplexity(model, sequences, args.batch_size)
-    if comm.rank == 0:
+    if comm.rank != 0:
+        return
+    if args.json is not None:
+        record = {
+            "model": args.model,
+            "ranks": comm.size,
+            "perplexity": found.value,
+            "standard_error": found.standard_error,
+            "tokens": found.num_tokens,
+            "sequences": len(sequences),
+            "tokens_per_second": found.num_tokens / found.seconds,
+            "peak_memory_gb": mx.get_peak_memory() / 1e9,
+        }
+        cli.write_json(args.json, record)
+    if str(args.json) != "-":
         print(f"Perplexity: {found.value:.3f} ± {found.standard_error:.3f}")
         print(f"Tokens: {found.num_tokens}, in {len(sequences)} sequences")
         print(f"Tokens per second: {found.num_tokens / found.seconds:.0f}")

@@ -54,7 +54,9 @@ MAY_IMPORT = {
         "types", "comm", "cost", "experts", "kernels", "loading", "metrics", "rows",
         "tune",
     },
-    "cli": {"types", "api", "comm", "config", "exchange", "loading"},
+    "cli": {
+        "types", "api", "comm", "config", "exchange", "loading", "rows", "tune",
+    },
     # The commands.
     "generate": {
         "types", "api", "cli", "comm", "data_parallel", "loading", "metrics",

@@ -12,10 +12,15 @@ from collections.abc import Sequence
 from tests.ranks import run_commands
 
 _PROGRAM = """
-import contextlib, io, json, sys
+import contextlib, io, json, sys, traceback
 from importlib import import_module
 command, module = sys.argv[1:3]
 main = import_module(module).main
+if sys.argv[4:] == ["no weights"]:
+    from mlx_ep.api import PreparedModel
+    def refuse(prepared):
+        raise AssertionError("weights are read")
+    PreparedModel.load = refuse
 outcomes = []
 for argv in json.loads(sys.argv[3]):
     sys.argv = [command, *argv]
@@ -25,6 +30,9 @@ for argv in json.loads(sys.argv[3]):
             main()
         except SystemExit as error:
             code = error.code
+        except BaseException:  # what a user would see as a traceback
+            traceback.print_exc()
+            code = 1
     outcomes.append([code, errors.getvalue()])
 print(json.dumps(outcomes))
 """
@@ -36,15 +44,18 @@ def outcomes_of(
     command: str = "mlx_ep.generate",
     module: str | None = None,
     env: dict[str, str] | None = None,
+    reads: bool = True,
 ) -> list[list[tuple[int, str]]]:
     """Per command line and rank: the exit code and what was printed.
 
     Args:
         module: where its `main` is; None: a module of the command's name.
         env: further variables of the ranks.
+        reads: whether weights may be read.
     """
     lines = json.dumps(list(map(list, command_lines)))
     argv = [sys.executable, "-c", _PROGRAM, command, module or command, lines]
+    argv += [] if reads else ["no weights"]
     ranks = []
     for outcome in run_commands(num_ranks, argv, timeout=120, env=env):
         assert outcome.returncode == 0, outcome.stderr

@@ -189,10 +189,19 @@ def run_e2e(args: argparse.Namespace, comm: GroupComm) -> None:
 
 def check_plot(args: argparse.Namespace, comm: GroupComm) -> None:
     """Raises:
-    ValueError: on every rank: rank 0 cannot draw.
+    ValueError: on every rank: rank 0 cannot draw, or not write --json or --plot.
     """
-    if args.plot is not None:
-        agreed(comm, lambda: plot.check_can_plot() if comm.rank == 0 else None)
+
+    def check() -> None:
+        if str(args.json) == "-":  # where the tables go
+            raise ValueError("--json must be a file; got -.")
+        if args.json is not None and comm.rank == 0:
+            cli.check_output("--json", args.json)
+        if args.plot is not None and comm.rank == 0:
+            plot.check_can_plot()
+            cli.check_output("--plot", args.plot, (".png", ".pdf", ".svg"))
+
+    agreed(comm, check)
 
 
 def printer(comm: GroupComm) -> Callable[[str], None]:

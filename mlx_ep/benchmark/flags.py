@@ -152,7 +152,10 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         help="Most samples of each arm at one point (default: %(default)s).",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="Of tokens and routing (default: 0)."
+        "--seed",
+        type=cli.at_least(0),
+        default=0,
+        help="Of tokens and routing (default: 0).",
     )
     parser.add_argument(
         "--pin",
@@ -161,7 +164,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--memory-limit-gb",
-        type=float,
+        type=cli.above_zero,
         help="Most GB a rank may hold (default: what the device offers).",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="Write the records.")

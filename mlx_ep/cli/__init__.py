@@ -15,6 +15,8 @@ from mlx_ep.cli.flags import (
     check_strategy,
 )
 from mlx_ep.cli.generation import (
+    KV_BITS,
+    KV_GROUP_SIZES,
     add_cache_flags,
     add_sampling_flags,
     cache_options,
@@ -22,7 +24,15 @@ from mlx_ep.cli.generation import (
     seed_ranks,
     shared_sampler,
 )
-from mlx_ep.cli.inputs import on_rank_0, read_text
+from mlx_ep.cli.inputs import (
+    add_json_flag,
+    beside,
+    check_output,
+    check_outputs,
+    on_rank_0,
+    read_text,
+    write_json,
+)
 from mlx_ep.cli.parser import (
     Parser,
     UsageError,
@@ -55,6 +65,8 @@ __all__ = [
     "add_model_flags",
     "add_ranks_flag",
     "check_strategy",
+    "KV_BITS",
+    "KV_GROUP_SIZES",
     "add_cache_flags",
     "add_sampling_flags",
     "cache_options",
@@ -67,6 +79,11 @@ __all__ = [
     "check_sampling",
     "PromptCache",
     "read_prompt_cache",
+    "add_json_flag",
+    "beside",
+    "check_output",
+    "check_outputs",
+    "write_json",
     "on_rank_0",
     "read_text",
     "prepare_model",

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
+import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_ep.api import PreparedModel
+from mlx_ep.loading import EMBEDDED_MODEL
 from mlx_ep.loading.caches import CacheQuantization, cache_bytes, run_shapes
+from mlx_ep.rows.option import uses_metal
+from mlx_ep.tune.agree import backend_variable, forced_backend
 
 
 def check_cache_flags(args: argparse.Namespace) -> None:
@@ -20,6 +25,29 @@ def check_cache_flags(args: argparse.Namespace) -> None:
         raise ValueError(
             "--kv-bits does not go with --max-kv-size: mlx-lm cannot quantize a cache "
             f"that rotates; got {args.kv_bits} and {args.max_kv_size}. Leave one out."
+        )
+
+
+def check_here(args: argparse.Namespace) -> None:
+    """What the flags of model and expert parallelism ask of this rank's machine.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    backend = forced_backend([backend_variable()], args.config.backend)
+    if not uses_metal() and (backend == "metal" or args.config.runner == "metal"):
+        flag = "--runner metal" if args.config.runner == "metal" else "--backend metal"
+        if backend_variable() == "metal":
+            flag = "MLX_EP_BACKEND=metal"
+        raise ValueError(
+            f"{flag} needs a GPU on which MLX computes through Metal; here it computes "
+            f"on {mx.default_device()}. Leave it out."
+        )
+    is_here = args.model == EMBEDDED_MODEL or Path(args.model).expanduser().exists()
+    if args.revision is not None and is_here:
+        raise ValueError(
+            f"--revision is of a hub repository; --model {args.model} is on this disk. "
+            "Leave it out."
         )
 
 
@@ -47,7 +75,7 @@ def check_cache(args: argparse.Namespace, prepared: PreparedModel) -> None:
     if args.kv_bits is not None:
         # Behind a token more than a group, so that there is something to quantize.
         quantization = CacheQuantization(args.kv_bits, args.kv_group_size, 0)
-        cache_bytes(prepared.weights.outline(), 64, quantization)
+        cache_bytes(prepared.weights.outline(), 64, quantization)  # tells by raising
 
 
 def check_sampling(

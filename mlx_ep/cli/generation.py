@@ -17,6 +17,10 @@ from mlx_ep.cli.parser import at_least, at_least_zero, fraction, half, positive,
 from mlx_ep.comm import Comm, broadcast_object
 from mlx_ep.types import Sampler
 
+# What mlx.core.quantize takes.
+KV_BITS = (2, 3, 4, 5, 6, 8)
+KV_GROUP_SIZES = (32, 64, 128)
+
 
 def add_sampling_flags(
     parser: argparse.ArgumentParser, by_default: int | None = None
@@ -77,12 +81,12 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
         "--max-kv-size", type=positive, help="Most tokens the KV cache keeps."
     )
     group.add_argument(
-        "--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="Quantize the KV cache."
+        "--kv-bits", type=int, choices=KV_BITS, help="Quantize the KV cache."
     )
     group.add_argument(
         "--kv-group-size",
         type=int,
-        choices=(32, 64, 128),
+        choices=KV_GROUP_SIZES,
         default=64,
         help="Numbers that share a scale, with --kv-bits.",
     )

@@ -1,11 +1,14 @@
-"""What a command reads from the user: on rank 0 alone, and known to all."""
+"""What a command reads and writes: on rank 0 alone, and known to all."""
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mlx_ep.comm import Comm, broadcast_object
 
@@ -65,3 +68,61 @@ def read_text(text: str | None, file: Path | None, comm: Comm, flag: str) -> str
     else:
         source = "The standard input" if text == "-" else flag
     return str(on_rank_0(read, comm, source))
+
+
+def check_output(flag: str, file: Path, endings: Sequence[str] = ()) -> None:
+    """Whether a file can be written when what goes into it is there.
+
+    Args:
+        flag: that names it.
+        endings: its name must have one of them; none: any.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    folder = file.absolute().parent
+    target = file if file.exists() else folder
+    if file.is_dir() or not folder.is_dir() or not os.access(target, os.W_OK):
+        raise ValueError(
+            f"{flag} must be a file in a folder that can be written; got {file}."
+        )
+    if endings and file.suffix.lower() not in endings:
+        raise ValueError(f"{flag} must end in {', '.join(endings)}; got {file}.")
+
+
+def check_outputs(args: argparse.Namespace, comm: Comm) -> None:
+    """--json on rank 0, where the command has it; "-" is the standard output.
+
+    Raises:
+        ValueError: on every rank: the file cannot be written.
+    """
+
+    def check() -> None:
+        if args.json is not None and str(args.json) != "-":
+            check_output("--json", args.json)
+
+    on_rank_0(check, comm, "--json")
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a command's --json; "-" is the standard output."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    if str(file) == "-":
+        print(text, end="", flush=True)
+    else:
+        file.write_text(text, encoding="utf-8")
+
+
+def add_json_flag(parser: argparse._ActionsContainer, what: str) -> None:
+    """--json FILE."""
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help=f"Write {what} as JSON; '-' is the standard output.",
+    )
+
+
+def beside(args: argparse.Namespace) -> TextIO:
+    """Where reports go: the standard output, unless --json has that."""
+    return sys.stderr if str(args.json) == "-" else sys.stdout

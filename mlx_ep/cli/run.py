@@ -16,9 +16,10 @@ from typing import Any, NoReturn, TextIO
 import mlx.nn as nn
 
 from mlx_ep.api import PreparedModel, prepare
+from mlx_ep.cli.checks import check_here
 from mlx_ep.cli.parser import Parser, UsageError
 from mlx_ep.cli.say import one_line_warnings
-from mlx_ep.comm import Comm, GroupComm, init
+from mlx_ep.comm import Comm, GroupComm, agreed, init
 from mlx_ep.comm.launch import start_channel
 from mlx_ep.comm.liveness import fail_with, guard, joined_texts
 from mlx_ep.comm.symmetry import check_alike
@@ -119,8 +120,10 @@ def prepare_model(
         tokenizer_config: further arguments of the tokenizer; the flags go first.
 
     Raises:
-        ValueError: as `mlx_ep.api.prepare`.
+        ValueError: as `mlx_ep.api.prepare`; also where the flags ask for what there is
+            not on a rank.
     """
+    agreed(comm, lambda: check_here(args))
     return prepare(
         args.model,
         comm,

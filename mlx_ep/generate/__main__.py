@@ -28,6 +28,7 @@ def _generate(args: argparse.Namespace, comm: Comm) -> None:
 def _one(args: argparse.Namespace, comm: Comm) -> None:
     """One prompt, streamed to the standard output."""
     with cli.usage_errors():
+        cli.check_outputs(args, comm)
         text = cli.read_text(args.prompt, args.prompt_file, comm, "--prompt")
         cache = read_cache(args, comm)
         args.model = args.model or (cache.model if cache else EMBEDDED_MODEL)
@@ -44,11 +45,11 @@ def _one(args: argparse.Namespace, comm: Comm) -> None:
     timings = model.expert_parallel.group.timings
     timings.enabled = args.timings
     if args.verbose:
-        cli.print_reports(model, comm, args.config)
+        cli.print_reports(model, comm, args.config, cli.beside(args))
     options = cli.cache_options(args) | reuse_options(args, model, draft, cache)
     stream(args, comm, model, tokenizer, prompt, options)
     if args.timings:
-        _print_timings(timings, comm, sys.stdout)
+        _print_timings(timings, comm, cli.beside(args))
 
 
 def _many(args: argparse.Namespace, comm: Comm) -> None:

@@ -36,6 +36,7 @@ def make_parser() -> cli.Parser:
         default=True,
         help="True or T; False or F: print the response only.",
     )
+    cli.add_json_flag(parser, "text, token counts and speeds of --prompt")
     parser.add_argument(
         "--timings",
         action="store_true",
@@ -148,6 +149,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             "--output is where the answers to --prompts-file go; got --output without "
             "it. Give both."
+        )
+    if args.json is not None and args.prompts_file is not None:
+        raise ValueError(
+            "--json is of one prompt; the answers to --prompts-file are JSON lines: "
+            "give --output instead."
         )
     if args.resume and args.output is None:
         raise ValueError(

@@ -29,14 +29,14 @@ def stream(
 
     def say(text: str = "", end: str = "\n") -> None:
         if comm.rank == 0:
-            print(text, end=end, flush=True)
+            print(text, end=end, flush=True, file=cli.beside(args))
 
     def note(text: str = "") -> None:
         if args.verbose:
             say(text)
 
     note("=" * 10)
-    is_empty = True
+    pieces = []
     responses = stream_generate(
         model,
         tokenizer,
@@ -48,10 +48,23 @@ def stream(
     )
     for response in note_decode(responses):
         say(response.text, end="")
-        is_empty = is_empty and not response.text
+        pieces.append(response.text)
     say()
     note("=" * 10)
-    if is_empty:
+    if args.json is not None and comm.rank == 0:
+        record = {
+            "model": args.model,
+            "ranks": comm.size,
+            "text": "".join(pieces),
+            "finish_reason": response.finish_reason,
+            "prompt_tokens": response.prompt_tokens,
+            "prompt_tokens_per_second": response.prompt_tps,
+            "generation_tokens": response.generation_tokens,
+            "generation_tokens_per_second": response.generation_tps,
+            "peak_memory_gb": response.peak_memory,
+        }
+        cli.write_json(args.json, record)
+    if not any(pieces):
         note("No text generated for this prompt")
         return
     note(

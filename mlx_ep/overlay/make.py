@@ -145,7 +145,9 @@ def _make_on_hosts(args: argparse.Namespace, comm: Comm) -> str:
                 ranks=args.ranks,
             )
         except OSError as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(
+                f"--output must be a folder that can be written: {error}."
+            ) from error
         return str(made)
 
     folder = agreed(comm, make)

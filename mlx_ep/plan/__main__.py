@@ -6,12 +6,13 @@ The exit code is 1 where a rank's memory is too small.
 
 from __future__ import annotations
 
-import json
+import shlex
 import sys
 from dataclasses import asdict
-from pathlib import Path
+from textwrap import fill
 from typing import Any
 
+from mlx_ep import cli
 from mlx_ep.loading.caches import cache_growth
 from mlx_ep.loading.estimate import rank_outline
 from mlx_ep.loading.sizes import held_bytes
@@ -38,27 +39,43 @@ def plan_text(plan: Plan, name: str) -> str:
         "",
         needs_table(needs),
     ]
-    if needs[0].memory is None:
-        lines += ["Whether that fits: --memory with the GB of each rank."]
-    elif plan.fits:
-        lines += [f"It fits. Run with: {_run_flags(plan)}"]
-    else:
+    if needs[0].memory is not None and not plan.fits:
         lines += ["It does not fit. What would, each by itself:"]
         lines += [f"  - {sentence}" for sentence in plan.advice]
+    else:
+        has_memory = needs[0].memory is not None
+        verdict = "It fits." if has_memory else "Whether that fits: --memory GB,GB,..."
+        lines += [f"{verdict} To run it:", "", _command(plan.launch)]
+    if workload.sequences > 1:
+        lines += [
+            f"(with --prompts-file FILE --batch-size {workload.sequences} for several "
+            "sequences)"
+        ]
     if plan.speeds:
         text = speeds_text(plan.speeds, plan.profiles, workload.context)
         lines += ["", text]
     else:
         lines += ["", f"Speeds: {plan.no_speeds}."]
-    return "\n".join(lines)
+    return "\n".join(map(_wrapped, "\n".join(lines).split("\n")))
 
 
-def _run_flags(plan: Plan) -> str:
-    memory = ",".join(f"{(need.memory or 0) / 1e9:g}" for need in plan.needs)
-    return (
-        f"--memory {memory} --context {plan.workload.context} "
-        f"--attention {plan.workload.attention}"
-    )
+def _wrapped(line: str) -> str:
+    """A sentence in lines of 79 characters; tables and commands stay as they are."""
+    if len(line) <= 79 or "  " in line.strip():
+        return line
+    indent = "    " if line.startswith("  - ") else ""
+    return fill(line, 79, subsequent_indent=indent, break_long_words=False)
+
+
+def _command(words: list[str]) -> str:
+    """One command to copy, in lines that fit a terminal."""
+    lines, line = [], "   "
+    for word in map(shlex.quote, words):
+        if len(line) + len(word) > 76:
+            lines.append(line + " \\")
+            line = "       "
+        line += f" {word}"
+    return "\n".join([*lines, line])
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -66,6 +83,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     content = needs_json(plan.model, plan.needs, plan.workload)
     content["fits"] = plan.fits if plan.needs[0].memory is not None else None
     content["advice"] = plan.advice
+    content["launch"] = plan.launch
     content["profiles"] = [profile.name for profile in plan.profiles]
     content["predicted"] = [asdict(speed) for speed in plan.speeds]
     return content
@@ -75,14 +93,19 @@ def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
     try:
+        if args.json is not None and str(args.json) != "-":
+            cli.check_output("--json", args.json)
+        if args.write_placement is not None:
+            cli.check_output("--write-placement", args.write_placement)
         plan = make_plan(args)
         if args.write_placement:
             write_placement(args.write_placement, plan.placement)
     except ValueError as error:
         parser.error(str(error))
-    print(plan_text(plan, args.model))
-    if args.json:
-        Path(args.json).write_text(json.dumps(plan_json(plan), indent=2) + "\n")
+    if str(args.json) != "-":
+        print(plan_text(plan, args.model))
+    if args.json is not None:
+        cli.write_json(args.json, plan_json(plan))
     if not plan.fits:
         sys.exit(1)
 

@@ -5,39 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mlx_ep.loading.caches import cache_bytes
 from mlx_ep.loading.estimate import (
     ModelOutline,
     RankNeed,
     Workload,
-    rank_needs,
     rank_outline,
 )
 from mlx_ep.loading.working import working_memory
 from mlx_ep.metrics import format_bytes
 from mlx_ep.placement import Placement
+from mlx_ep.plan.split import Split, SplitOf
 
 _CONTEXT_STEP = 256  # tokens by which mlx-lm's caches grow
 
 
 def advice(
-    model: ModelOutline,
-    placement: Placement,
-    needs: Sequence[RankNeed],
-    workload: Workload,
+    model: ModelOutline, split: Split, workload: Workload, split_of: SplitOf
 ) -> list[str]:
-    """Sentences, each a way by itself; none where everything fits.
+    """Sentences, each a way by itself.
 
     Args:
-        needs: of `placement` and `workload`, with the memory of every rank.
+        split: that does not fit, of `workload`, with the memory of every rank.
+        split_of: how another workload would be split, with the same flags.
     """
+    placement, needs = split.placement, split.needs
     short = [need for need in needs if need.missing_bytes > 0]
-    if not short:
-        return []
     found = [_memory(short), _more_ranks(model, placement, needs, workload)]
-    found += [_context(model, placement, needs, workload)]
+    found += [_context(workload, split_of)]
     if workload.attention != "tensor" and placement.num_ranks > 1:
-        found.append(_tensor(model, placement, needs, workload))
+        found.append(_tensor(workload, split_of))
     return [sentence for sentence in found if sentence]
 
 
@@ -84,22 +80,15 @@ def _more_ranks(
     )
 
 
-def _context(
-    model: ModelOutline,
-    placement: Placement,
-    needs: Sequence[RankNeed],
-    workload: Workload,
-) -> str:
-    """The longest context that fits every rank, by bisection."""
-    room = min((n.memory or 0) - n.total_bytes + n.cache_bytes for n in needs)
-    made = rank_outline(model, placement, 0, workload.attention)
+def _context(workload: Workload, split_of: SplitOf) -> str:
+    """A context that fits every rank while the next step does not, by bisection.
+
+    Experts are shared out for each context anew, as the command would.
+    """
     low, high = 0, workload.context // _CONTEXT_STEP
     while low < high:
         middle = (low + high + 1) // 2
-        held = cache_bytes(
-            made, middle * _CONTEXT_STEP, workload.quantization, workload.step
-        )
-        if workload.sequences * held <= room:
+        if split_of(replace(workload, context=middle * _CONTEXT_STEP)).fits:
             low = middle
         else:
             high = middle - 1
@@ -108,20 +97,13 @@ def _context(
     return f"A smaller context: {low * _CONTEXT_STEP} tokens fit."
 
 
-def _tensor(
-    model: ModelOutline,
-    placement: Placement,
-    needs: Sequence[RankNeed],
-    workload: Workload,
-) -> str:
-    memory = [need.memory or 0 for need in needs]
-    split = replace(workload, attention="tensor")
+def _tensor(workload: Workload, split_of: SplitOf) -> str:
     try:
-        found = rank_needs(model, placement, split, memory)
+        found = split_of(replace(workload, attention="tensor"))
     except ValueError:  # the model cannot be split so, which is no advice
         return ""
-    most = max(need.total_bytes for need in found)
-    if any(need.missing_bytes > 0 for need in found):
+    most = max(need.total_bytes for need in found.needs)
+    if not found.fits:
         return (
             f"--attention tensor takes less, at most {format_bytes(most)} a rank, and "
             "is not enough by itself."

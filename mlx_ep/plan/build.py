@@ -6,16 +6,19 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from mlx_ep.cli.hosts import read_hostfile
 from mlx_ep.config import EPConfig
 from mlx_ep.cost.attention import choose_attention
 from mlx_ep.cost.profile import Profile
-from mlx_ep.loading import choose_placement, find_model, model_shape
+from mlx_ep.loading import find_model, model_shape
 from mlx_ep.loading.caches import CacheQuantization
 from mlx_ep.loading.estimate import ModelOutline, RankNeed, Workload, rank_needs
 from mlx_ep.models.tensor_parallel import plan_split
 from mlx_ep.placement import Placement
 from mlx_ep.plan.advice import advice
+from mlx_ep.plan.launch_line import launch_line, memory_of
 from mlx_ep.plan.speeds import Speed, calibrated_profile, predict, profiles_of
+from mlx_ep.plan.split import Split, SplitOf, split_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Plan:
 
     Attributes:
         advice: what would fit, where it does not.
+        launch: the words of a command that runs it.
         reason: of the attention that was chosen.
         profiles: of every rank, that the speeds are predicted from.
         no_speeds: why there are none.
@@ -35,6 +39,7 @@ class Plan:
     workload: Workload
     needs: list[RankNeed]
     advice: list[str]
+    launch: list[str]
     reason: str = ""
     profiles: Sequence[Profile] = ()
     no_speeds: str = ""
@@ -51,26 +56,19 @@ def make_plan(args: argparse.Namespace) -> Plan:
     Raises:
         ValueError: the model, or what is asked of it, is not possible.
     """
+    _ask_hosts(args)
     num_ranks = _num_ranks(args)
     path = find_model(args.model, args.revision, download="ranges")
     model = ModelOutline.open(path)
     config = EPConfig(
         memory=args.memory,
-        context=args.context if args.memory else 0,
         placement_file=args.placement_file,
         ep_size=args.ep_size,
-    )
-    whole = Placement.contiguous(model.num_experts, 1)
-    placement = choose_placement(
-        config,
-        model.num_experts,
-        num_ranks,
-        lambda: model.make(whole, 0),
-        must_fit=False,
     )
     memory = None
     if args.memory is not None:
         memory = [int(gigabytes * 1e9) for gigabytes in args.memory]
+    split = split_of(model, config, num_ranks, memory)
     workload = Workload(
         context=args.context,
         sequences=args.sequences,
@@ -79,10 +77,33 @@ def make_plan(args: argparse.Namespace) -> Plan:
         ),
         step=args.prefill_step_size,
     )
-    workload, needs, reason = _attention(model, placement, workload, memory, args)
-    hints = [] if memory is None else advice(model, placement, needs, workload)
-    plan = Plan(model, placement, workload, needs, hints, reason)
+    workload, found, reason = _attention(model, split, workload, args.attention)
+    hints = []
+    if memory is not None and not found.fits:
+        hints = advice(model, found, workload, split)
+    line = launch_line(args, workload, num_ranks, found.context)
+    placement, needs = found.placement, found.needs
+    plan = Plan(model, placement, workload, needs, hints, line, reason)
     return _with_speeds(plan, args)
+
+
+def _ask_hosts(args: argparse.Namespace) -> None:
+    """Put the number of hosts, and their memory, in the place of flags not given.
+
+    Raises:
+        ValueError: they do not fit the flags, or cannot be asked.
+    """
+    if args.hostfile is None:
+        return
+    hosts = read_hostfile(args.hostfile)
+    if args.ranks not in (None, len(hosts.ranks)):
+        raise ValueError(
+            f"--hostfile has {len(hosts.ranks)} hosts, a rank on each; got --ranks "
+            f"{args.ranks}. Leave --ranks out."
+        )
+    args.ranks = len(hosts.ranks)
+    if args.memory is None:
+        args.memory = memory_of(hosts)
 
 
 def _num_ranks(args: argparse.Namespace) -> int:
@@ -97,32 +118,29 @@ def _num_ranks(args: argparse.Namespace) -> int:
 
 
 def _attention(
-    model: ModelOutline,
-    placement: Placement,
-    workload: Workload,
-    memory: Sequence[int] | None,
-    args: argparse.Namespace,
-) -> tuple[Workload, list[RankNeed], str]:
-    """The workload with its attention, what the ranks need then, and why."""
-    if args.attention != "auto":
-        workload = replace(workload, attention=args.attention)
-        return workload, rank_needs(model, placement, workload, memory), ""
-    needs = {"replicated": rank_needs(model, placement, workload, memory)}
-    split = plan_split(model.make(placement, 0), placement.num_ranks)
+    model: ModelOutline, split: SplitOf, workload: Workload, wish: str
+) -> tuple[Workload, Split, str]:
+    """The workload with its attention, its split, and why."""
+    if wish != "auto":
+        workload = replace(workload, attention=wish)
+        return workload, split(workload), ""
+    found = {"replicated": split(workload)}
+    placement = found["replicated"].placement
+    parts = plan_split(model.make(placement, 0), placement.num_ranks)
     tensor = replace(workload, attention="tensor")
-    if not split.problem:
-        needs["tensor"] = rank_needs(model, placement, tensor, memory)
+    if not parts.problem:
+        found["tensor"] = split(tensor)
     choice = choose_attention(
         "auto",
         num_ranks=placement.num_ranks,
-        problem=split.problem,
-        split_bytes=split.whole_bytes,
-        collectives=split.collectives,
-        fits_replicated=_fits(needs["replicated"]),
-        fits_tensor="tensor" in needs and _fits(needs["tensor"]),
+        problem=parts.problem,
+        split_bytes=parts.whole_bytes,
+        collectives=parts.collectives,
+        fits_replicated=found["replicated"].fits,
+        fits_tensor="tensor" in found and found["tensor"].fits,
     )
     chosen = tensor if choice.attention == "tensor" else workload
-    return chosen, needs[choice.attention], choice.reason
+    return chosen, found[choice.attention], choice.reason
 
 
 def _fits(needs: Sequence[RankNeed]) -> bool:

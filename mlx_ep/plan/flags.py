@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mlx_ep import cli
 from mlx_ep.cost.profile import shipped_profiles
 from mlx_ep.loading.caches import PREFILL_STEP
@@ -31,9 +33,17 @@ def make_parser() -> cli.Parser:
         type=cli.positive,
         help="How many Macs (default: as many as --memory).",
     )
+    cluster.add_argument(
+        "--hostfile",
+        type=Path,
+        metavar="FILE",
+        help="A hostfile of mlx.launch: as many ranks as it has hosts, each asked by "
+        "ssh for its memory unless --memory says it.",
+    )
     cli.add_config_flags(cluster, [*cli.PLACEMENT, "attention"])
     cluster.add_argument(
         "--write-placement",
+        type=Path,
         metavar="FILE",
         help="Write the placement as a file for --placement.",
     )
@@ -54,17 +64,19 @@ def make_parser() -> cli.Parser:
     use.add_argument(
         "--kv-bits",
         type=int,
+        choices=cli.KV_BITS,
         help="Bits of a quantized KV cache, as of mlx_lm.generate.",
     )
     use.add_argument(
         "--kv-group-size",
         type=int,
+        choices=cli.KV_GROUP_SIZES,
         default=64,
         help="With --kv-bits.",
     )
     use.add_argument(
         "--quantized-kv-start",
-        type=int,
+        type=cli.at_least(0),
         default=0,
         help="With --kv-bits: from this token on.",
     )
@@ -88,5 +100,5 @@ def make_parser() -> cli.Parser:
         f"{', '.join(shipped_profiles())}.",
     )
     speeds.add_argument("--link", help="Of the profile (default: its first).")
-    parser.add_argument("--json", metavar="FILE", help="Write everything as JSON.")
+    cli.add_json_flag(parser, "everything")
     return parser

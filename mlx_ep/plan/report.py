@@ -16,12 +16,12 @@ def needs_table(needs: Sequence[RankNeed]) -> str:
             "rank",
             "dense",
             "experts",
-            "KV cache",
+            "KV",
             "working",
             "total",
             "memory",
             "",
-            "experts held",
+            "held",
         )
     ]
     for need in needs:
@@ -38,10 +38,12 @@ def needs_table(needs: Sequence[RankNeed]) -> str:
                 *map(_gigabytes, cells),
                 "-" if need.memory is None else _gigabytes(need.memory),
                 _verdict(need),
-                need.experts.removeprefix("experts "),
+                _short(need.experts),
             )
         )
-    return aligned(rows, left=(7, 8)) + "\n(GB = 10^9 bytes)"
+    return (
+        aligned(rows, left=(7, 8)) + "\n(GB, 10^9 bytes; held: experts of every layer)"
+    )
 
 
 def _gigabytes(num_bytes: int) -> str:
@@ -49,11 +51,17 @@ def _gigabytes(num_bytes: int) -> str:
     return f"{gigabytes:.2f}" if gigabytes >= 0.1 else f"{gigabytes:.4f}"
 
 
+def _short(experts: str) -> str:
+    """``0..7`` of "experts 0..7 (8 of 16 per layer)"."""
+    held = experts.removeprefix("experts ")
+    return held if "width" in held else held.partition(" (")[0]
+
+
 def _verdict(need: RankNeed) -> str:
     if need.memory is None:
         return ""
     if need.missing_bytes > 0:
-        return f"{format_bytes(need.missing_bytes)} TOO MUCH"
+        return f"lacks {format_bytes(need.missing_bytes)}"
     return "fits"
 
 

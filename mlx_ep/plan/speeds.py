@@ -161,9 +161,19 @@ def speeds_text(
             "Predicted, not measured: the cost model (docs/cost-model.md) with the "
             f"profile {', '.join(sorted(sources))}. Together, all wait for the "
             f"slowest, with the same number of experts on every rank. A prompt of "
-            f"{prompt} tokens.",
+            f"{prompt} tokens. {_fence(profiles)}",
             verdict(speeds),
         ]
+    )
+
+
+def _fence(profiles: Sequence[Profile]) -> str:
+    """What each collective waits for, which decides decoding on several Macs."""
+    if all(profile.kind == "measured" for profile in profiles):
+        return "The fence between GPU and CPU is that of the calibration."
+    return (
+        "Each collective pays Metal's default fence between GPU and CPU "
+        "(MLX_METAL_FAST_SYNCH is not assumed: it can hang a Mac)."
     )
 
 
