@@ -68,7 +68,8 @@ MAY_IMPORT = {
     "perplexity": {"types", "cli", "comm"},
     "overlay": {"api", "cli", "comm", "config", "loading"},
     "plan": {
-        "cli", "config", "cost", "loading", "metrics", "models", "placement", "tune",
+        "cli", "config", "cost", "loading", "metrics", "models", "placement",
+        "simulate", "tune",
     },
     "simulate": {"types", "config", "cost", "exchange", "loading"},
     "benchmark": {

@@ -19,6 +19,7 @@ from mlx_ep.metrics import format_bytes
 from mlx_ep.placement import Placement, write_placement
 from mlx_ep.plan.build import Plan, make_plan
 from mlx_ep.plan.flags import make_parser
+from mlx_ep.plan.load import check_load_flags, make_load, print_load
 from mlx_ep.plan.report import needs_json, needs_table, workload_lines
 from mlx_ep.plan.speeds import speeds_text
 
@@ -75,6 +76,9 @@ def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
     try:
+        check_load_flags(args)
+        if args.simulate is not None:
+            return print_load(make_load(args), args.json)
         plan = make_plan(args)
         if args.write_placement:
             write_placement(args.write_placement, plan.placement)
