@@ -27,7 +27,7 @@ from mlx_ep.comm import Comm, gather_objects
 from mlx_ep.cost.profile import Profile, from_json, slowest, to_json, write_profile
 from mlx_ep.cost.profile_table import profile_table
 from mlx_ep.cost.records import Link, MatrixCost
-from mlx_ep.loading import memory_limit
+from mlx_ep.loading import find_model, memory_limit
 from mlx_ep.measure.costs import (
     PACKINGS,
     Timer,
@@ -39,6 +39,8 @@ from mlx_ep.measure.costs import (
 from mlx_ep.measure.experts import expert_costs
 from mlx_ep.measure.machine import pin_ranks
 from mlx_ep.rows import uses_metal
+from mlx_ep.simulate.measure_bundle import write_bundle
+from mlx_ep.simulate.model import ModelSizes, read_model
 from mlx_ep.tune import share_cores
 from mlx_ep.tune.cache import cache_folder
 
@@ -63,6 +65,28 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="Where the profile goes (default: a file for this cluster in the user's "
         "cache folder).",
+    )
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="DIR",
+        help="Instead of a profile, time the kernels of --model on this machine and "
+        "write a bundle of mlx_ep.simulate: DIR/<hardware>/<model>/<dtype>/tp1.",
+    )
+    parser.add_argument(
+        "--model",
+        help="With --bundle: a model folder, its config.json, or a hub repository.",
+    )
+    parser.add_argument(
+        "--model-name",
+        metavar="NAME",
+        help="With --bundle: what cluster files call it (default: as --model, or the "
+        "folder's name).",
+    )
+    parser.add_argument(
+        "--hardware",
+        metavar="NAME",
+        help="With --bundle: what cluster files call this machine (default: its chip).",
     )
     parser.add_argument(
         "--packings",
@@ -311,6 +335,31 @@ def cluster_file(comm: Comm) -> Path:
     return cache_folder() / "profiles" / f"{comm.transport}-{comm.size}-{digest}.json"
 
 
+def _bundle_model(args: argparse.Namespace, comm: Comm) -> ModelSizes | None:
+    """The model of ``--bundle``; None: a profile is asked for.
+
+    Raises:
+        ValueError: flags do not go together, or the model is not known.
+    """
+    if args.bundle is None:
+        for name in ("model", "model_name", "hardware"):
+            if getattr(args, name) is not None:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} goes with --bundle.")
+        return None
+    if args.model is None or comm.size > 1 or args.output is not None:
+        raise ValueError(
+            "--bundle needs --model and one rank, and goes without --output; got "
+            f"--model {args.model}, {comm.size} ranks and --output {args.output}."
+        )
+    if args.bundle.is_file():
+        raise ValueError(f"--bundle must be a folder; {args.bundle} is a file.")
+    path = find_model(args.model, None, download="ranges")
+    folder = Path(args.model).expanduser()
+    name = args.model_name or (folder.name if folder.exists() else args.model)
+    return read_model(name, path / "config.json")
+
+
 def main() -> None:
     def body(args: argparse.Namespace, comm: Comm) -> None:
         with cli.usage_errors():
@@ -318,8 +367,18 @@ def main() -> None:
             widths = chosen_widths(args.widths, args.quick)
             if args.output is not None and args.output.is_dir():
                 raise ValueError(f"--output must be a file; {args.output} is a folder.")
+            sizes = _bundle_model(args, comm)
             if args.pin:
                 pin_ranks(comm)
+        if sizes is not None:
+            timer = Timer(comm, seconds=0.05, longest=0.2, most=9)
+            if args.quick:
+                timer = Timer(comm, seconds=0.01, longest=0.02, most=3)
+            dtype = "bfloat16" if uses_metal() else "float32"
+            hardware = args.hardware or "-".join(chip().split())
+            made = write_bundle(args.bundle, timer, sizes, dtype, hardware, args.quick)
+            print(f"written to {made}", flush=True)
+            return
         profile = calibrate(comm, packings, widths, args.quick)
         file = args.output or cluster_file(comm)
         if comm.rank == 0:

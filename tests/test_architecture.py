@@ -66,13 +66,16 @@ MAY_IMPORT = {
     "launch": {"cli"},
     "__main__": {"cli"},
     "doctor": {"cli", "comm", "measure", "metrics", "rows", "tune"},
-    "calibrate": {"cli", "comm", "cost", "loading", "measure", "rows", "tune"},
+    "calibrate": {
+        "cli", "comm", "cost", "loading", "measure", "rows", "simulate", "tune",
+    },
     "perplexity": {"types", "cli", "comm"},
     "overlay": {"api", "cli", "comm", "config", "loading"},
     "plan": {
-        "cli", "config", "cost", "loading", "metrics", "models", "placement", "tune",
+        "cli", "config", "cost", "loading", "metrics", "models", "placement",
+        "simulate", "tune",
     },
-    "simulate": {"types", "config", "cost", "exchange", "loading"},
+    "simulate": {"types", "config", "cost", "exchange", "loading", "measure"},
     "benchmark": {
         "types", "api", "cli", "comm", "config", "cost", "data_parallel", "exchange",
         "loading", "measure", "metrics", "models", "moe", "placement", "tune",

@@ -100,5 +100,27 @@ def make_parser() -> cli.Parser:
         f"{', '.join(shipped_profiles())}.",
     )
     speeds.add_argument("--link", help="Of the profile (default: its first).")
+    load = parser.add_argument_group("simulated load")
+    load.add_argument(
+        "--simulate",
+        type=Path,
+        metavar="TRACE",
+        help="Serve these requests (JSON lines of mlx_ep.simulate) on 1, 2, 4 .. "
+        "--ranks Macs of every --chip, in every way, in simulated time.",
+    )
+    load.add_argument(
+        "--price",
+        metavar="CHIP=NUMBER[,...]",
+        help="Of one Mac, for --simulate.",
+    )
+    load.add_argument(
+        "--most-ttft",
+        type=cli.at_least_zero,
+        metavar="MS",
+        help="Mean that the pick must keep; the cheapest that does is picked.",
+    )
+    load.add_argument(
+        "--most-tpot", type=cli.at_least_zero, metavar="MS", help="Likewise."
+    )
     cli.add_json_flag(parser, "everything")
     return parser

@@ -159,6 +159,26 @@ def fit(
     return best[1], _simulated(measured, engine)
 
 
+def simulated_with(
+    measured: Observed,
+    engine: Engine | None,
+    settings: Settings | None = None,
+    kv_tokens: int = 1 << 24,
+    costs: StepCosts = _START,
+) -> Observed:
+    """The requests of a recording as an engine serves them.
+
+    Args:
+        engine: that has not run; None: one with these settings, blocks and costs.
+    """
+    if engine is None:
+        trace = trace_of(measured, None)
+        engine, _ = _run(trace, settings or Settings(), kv_tokens, costs)
+    else:
+        engine.run()
+    return _simulated(measured, engine)
+
+
 def _simulated(measured: Observed, engine: Engine) -> Observed:
     requests = sorted(engine.requests, key=lambda request: request.index)
     ends = [engine.times_of(request) for request in requests]

@@ -68,13 +68,32 @@ def kv_pool(
             f"{settings.memory_utilization:g}); use more devices or memory",
         )
     token_bytes = model.kv_token_bytes(settings.kv_itemsize) / (tp * pp)
+    try:
+        return kv_blocks(
+            limit, weights, token_bytes, settings, settings.memory_utilization
+        )
+    except ValueError as error:
+        raise fields.fail("npu_mem.mem_size", str(error)) from error
+
+
+def kv_blocks(
+    limit: float | int,
+    weights: int,
+    token_bytes: float | int,
+    settings: Settings,
+    utilization: float | int,
+) -> KvPool:
+    """The pool beside the weights of a device that may hold `limit` bytes.
+
+    Raises:
+        ValueError: not one block fits.
+    """
     block_bytes = token_bytes * settings.block_size
     blocks = int((limit - weights) // block_bytes)
     if not blocks:
-        raise fields.fail(
-            "npu_mem.mem_size",
+        raise ValueError(
             f"leaves no KV block beside the weights' {weights / GIB:.2f} GiB; use "
-            "more memory",
+            "more memory"
         )
     return KvPool(
         num_blocks=blocks,
@@ -82,5 +101,5 @@ def kv_pool(
         block_bytes=block_bytes,
         pool_bytes=limit - weights,
         weight_bytes=weights,
-        utilization=settings.memory_utilization,
+        utilization=utilization,
     )

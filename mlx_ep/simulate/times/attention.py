@@ -91,7 +91,7 @@ class _Grid:
         self._fill(times, 1, beyond=True)
         self._fill(times, 2, beyond=True)
         self._fill(times, 0, beyond=True)
-        self._times = times
+        self._times, self._least = times, float(np.nanmin(times))
         self._lists = [axis.tolist() for axis in self._axes]  # on host
 
     def _fill(self, times: np.ndarray, axis: int, beyond: bool) -> None:
@@ -134,9 +134,10 @@ class _Grid:
                 i, j, k = (low + side for side, (low, _) in zip(corner, sides))
                 line = line + weight * self._times[i, j, k]
         if len(line) == 1:
-            return np.full(np.shape(keys), line[0])
+            return np.full(np.shape(keys), max(line[0], self._least))
         low, upper = bracket(self._axes[3], keys)
-        return np.asarray(line[low] * (1 - upper) + line[low + 1] * upper)  # on host
+        found = line[low] * (1 - upper) + line[low + 1] * upper
+        return np.asarray(np.maximum(found, self._least))  # on host
 
 
 _CORNERS = list(np.ndindex(2, 2, 2))

@@ -49,19 +49,23 @@ class Line:
         self.times = np.bincount(place, weights=table[:, 1]) / counts
         self._grid = self.grid.tolist()  # on host
         self._times = self.times.tolist()  # on host
+        # Noise may fall at the end of a table, and would fall on beyond it.
+        self._least = float(self.times.min())
 
     def at(self, value: float | int) -> float:
         """The time of one number."""
         low, weight = bracket_one(self._grid, value)
         if not weight:
             return float(self._times[low])
-        return float(self._times[low] * (1 - weight) + self._times[low + 1] * weight)
+        found = self._times[low] * (1 - weight) + self._times[low + 1] * weight
+        return float(max(found, self._least))
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         low, weight = bracket(self.grid, values)
         if len(self.grid) == 1:
             return self.times[low]
-        return self.times[low] * (1 - weight) + self.times[low + 1] * weight
+        found = self.times[low] * (1 - weight) + self.times[low + 1] * weight
+        return np.asarray(np.maximum(found, self._least))  # on host
 
 
 def sum_of_lines(lines: Sequence[tuple[float, Line]]) -> Line:
@@ -102,7 +106,8 @@ class Surface:
         if len(self.tokens) > 1:
             above = self._at(low + 1, np.maximum(experts, least))
             below = below * (1 - weight) + above * weight
-        return below * np.minimum(experts / least, 1.0)
+        found = np.maximum(below, self.times.min())
+        return found * np.minimum(experts / least, 1.0)
 
     def _at(self, row: np.ndarray, experts: np.ndarray) -> np.ndarray:
         low, weight = bracket(self.experts, experts)

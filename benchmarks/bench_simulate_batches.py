@@ -1,0 +1,199 @@
+"""How far is a simulated batch from the same batch run here?
+
+The embedded model answers batches of prompts on one rank, as ``mlx_ep.generate
+--prompts-file`` does (mlx-lm's BatchGenerator), and the times of all tokens are noted.
+`mlx_ep.simulate calibrate` fits step costs to some batches, and others, of other sizes
+and lengths, are predicted: their throughput and time per token. Batches to fit and to
+predict run in turn, several times; the median of each request's times counts.
+
+    python -m benchmarks.bench_simulate_batches --check
+    mlx_ep.calibrate --widths 256,256 --output profile.json
+    python -m benchmarks.bench_simulate_batches --profile profile.json --check
+
+With ``--profile`` the same batches are also predicted by the cost model from a profile
+that `mlx_ep.calibrate` measured here. Target: 10 % for throughput and time per token.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+from mlx_lm.generate import BatchGenerator
+
+from benchmarks.harness import Target, arguments, finish, heading, table
+from mlx_ep.loading import find_model
+from mlx_ep.loading.checkpoint import read_config
+from mlx_ep.simulate.calibrate import fit, simulated_with, trace_of
+from mlx_ep.simulate.flags import make_parser
+from mlx_ep.simulate.measured import Observed
+from mlx_ep.simulate.run import open_cluster, prepare
+from mlx_ep.simulate.settings import Settings
+
+# Prompts, tokens of each, tokens of each answer.
+FITTED = ((4, 64, 80), (16, 64, 64), (8, 256, 48))
+PREDICTED = ((6, 128, 96), (12, 48, 72))
+POOL = 1 << 24
+GAP = 1e3  # s between batches of one recording, so that they do not meet
+LIMIT = 10.0
+
+
+def run_batch(model: Any, shape: tuple[int, int, int]) -> np.ndarray:
+    """``[prompts, 2]`` s from the start to the first and to the last token."""
+    count, length, outputs = shape
+    chosen = random.Random(length)
+    prompts = [
+        [chosen.randrange(20, 1000) for _ in range(length)] for _ in range(count)
+    ]
+    generator = BatchGenerator(model, max_tokens=outputs, prefill_batch_size=count)
+    started = time.perf_counter()
+    uids = generator.insert(prompts, [outputs] * count)
+    times = np.zeros((count, 2))
+    left = count
+    while left:
+        _, responses = generator.next()
+        now = time.perf_counter() - started
+        for response in responses:
+            row = times[uids.index(response.uid)]
+            row[0] = row[0] or now
+            row[1] = now
+            left -= response.finish_reason is not None
+    generator.close()
+    return times
+
+
+def recording(
+    shapes: Sequence[tuple[int, int, int]], times: Sequence[np.ndarray]
+) -> Observed:
+    """Batches one after another, as if one server had been asked for them."""
+    parts: list[list[Any]] = [[], [], [], [], []]
+    for index, ((count, length, outputs), found) in enumerate(zip(shapes, times)):
+        start = index * GAP
+        columns = (
+            [length] * count,
+            [outputs] * count,
+            [start] * count,
+            start + found[:, 0],
+            start + found[:, 1],
+        )
+        for part, column in zip(parts, columns):
+            part.extend(column)
+    return Observed(*(np.array(part) for part in parts))
+
+
+def settings_of(shapes: Sequence[tuple[int, int, int]]) -> Settings:
+    """mlx-lm's way: a batch of prompts whole, and no captured graphs."""
+    return Settings(
+        max_num_seqs=max(count for count, _, _ in shapes),
+        max_num_batched_tokens=0,
+        enable_prefix_caching=False,
+        async_scheduling=False,
+        graphs=False,
+    )
+
+
+def figures(batch: Observed) -> tuple[float, float]:
+    """Tokens per second, and ms per token behind the first."""
+    start = batch.arrival.min()
+    rate = batch.outputs.sum() / (batch.last.max() - start)
+    return float(rate), float(batch.metrics["TPOT"].mean() * 1e3)
+
+
+def by_profile(
+    profile: Path, config: dict[str, Any], measured: Observed, shape: tuple[int, ...]
+) -> Observed:
+    """One batch by the cost model."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "models").mkdir()
+        (folder / "models" / "embedded.json").write_text(json.dumps(config))
+        instance = {
+            "model_name": "embedded",
+            "hardware": str(profile.resolve()),
+            "npu_mem": {"mem_size": 64, "mem_bw": 1, "mem_latency": 0},
+            "pd_type": None,
+            "max_num_batched_tokens": 0,
+        }
+        node = {
+            "num_instances": 1,
+            "cpu_mem": {"mem_size": 1, "mem_bw": 1, "mem_latency": 0},
+            "instances": [instance],
+        }
+        cluster = {"num_nodes": 1, "link_bw": 1, "link_latency": 0, "nodes": [node]}
+        (folder / "c.json").write_text(json.dumps(cluster))
+        line = {"input_toks": shape[1], "output_toks": shape[2], "arrival_time_ns": 0}
+        trace = folder / "t.jsonl"
+        trace.write_text((json.dumps(line) + "\n") * shape[0])
+        argv = ["--cluster-config", str(folder / "c.json"), "--dataset", str(trace)]
+        argv += ["--dtype", "float32", "--no-async-scheduling"]
+        args = make_parser().parse_args(argv)
+        engine = prepare(args, open_cluster(args), trace_of(measured, None))
+    return simulated_with(measured, engine)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = arguments(__doc__ or "", samples=7)
+    parser.add_argument("--profile", type=Path, metavar="FILE")
+    args = parser.parse_args(argv)
+    print(heading("Simulated batches beside the same batches run here"))
+    path = find_model("jargon-moe", None, download="ranges")
+    model, _ = mlx_lm.load(str(path))
+    shapes = [*FITTED, *PREDICTED]
+    samples = 2 if args.quick else args.samples
+    found: list[list[np.ndarray]] = [[] for _ in shapes]
+    for shape in shapes:  # warm-up
+        run_batch(model, shape)
+    for _ in range(samples):
+        for place, shape in enumerate(shapes):
+            found[place].append(run_batch(model, shape))
+    times = [np.median(samples, axis=0) for samples in found]
+    fitted = recording(FITTED, times[: len(FITTED)])
+    settings = settings_of(shapes)
+    costs, _ = fit(fitted, trace_of(fitted, None), settings, POOL, len(fitted))
+    print(f"fitted to {FITTED}: {costs}\n")
+    rows, records, targets = [], [], []
+    config = read_config(path)
+    for shape, own in zip(PREDICTED, times[len(FITTED) :]):
+        measured = recording([shape], [own])
+        ways = {"fit": simulated_with(measured, None, settings, POOL, costs)}
+        if args.profile:
+            ways["profile"] = by_profile(args.profile, config, measured, shape)
+        rate, tpot = figures(measured)
+        for way, predicted in ways.items():
+            our_rate, our_tpot = figures(predicted)
+            wrong = [100 * (our_rate / rate - 1), 100 * (our_tpot / tpot - 1)]
+            rows.append(
+                [
+                    f"{shape[0]} prompts of {shape[1]}, {shape[2]} tokens, {way}",
+                    f"{rate:.1f}",
+                    f"{our_rate:.1f}",
+                    f"{wrong[0]:+.1f} %",
+                    f"{tpot:.2f}",
+                    f"{our_tpot:.2f}",
+                    f"{wrong[1]:+.1f} %",
+                ]
+            )
+            records.append({"shape": shape, "way": way, "errors_percent": wrong})
+            for name, error in zip(("throughput", "time per token"), wrong):
+                title = f"{shape[0]} prompts, {way}, {name}, %"
+                targets.append(Target(title, abs(error), LIMIT))
+    columns = ["batch", "tok/s", "simulated", "", "ms/token", "simulated", ""]
+    print(table(columns, rows))
+    worst = max(targets, key=lambda target: target.value)
+    mx.clear_cache()
+    return finish(
+        args, records, targets, f"at most {worst.value:.1f} % off: {worst.name}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
