@@ -27,6 +27,7 @@ from mlx_ep.comm import (
     note_progress,
     raise_problems,
 )
+from mlx_ep.comm.symmetry import check_alike
 from mlx_ep.config import EPConfig
 from mlx_ep.cost.attention import REPLICATED, AttentionChoice
 from mlx_ep.exchange import STRATEGIES
@@ -41,6 +42,7 @@ from mlx_ep.loading import (
     checkpoint_weights,
     choose_placement,
     decide,
+    dense_facts,
     dense_part,
     disk_problems,
     find_model,
@@ -50,6 +52,7 @@ from mlx_ep.loading import (
     keep_part,
     memory_limit,
     memory_problems,
+    model_facts,
     read_config,
 )
 from mlx_ep.metrics import Counters, RankReport, peak_resident_bytes
@@ -163,6 +166,9 @@ def parallelize(
     if reason := why_not_here(type(model)):
         raise ValueError(reason)
     comm = GroupComm(group or mx.distributed.init())
+    check_alike(
+        comm, _config_facts(config), "All ranks must have the same configuration:"
+    )
     sites = find_moe_sites(stack_experts(model))
     placement = _agreed_placement(model, sites[0].num_experts, comm, config)
     splitter = Splitter(agree_attention(model, comm, config), comm)
@@ -223,6 +229,12 @@ def prepare(
     raise_problems(problems)
     _check_commits(gather_objects(comm, commit))
     _check_placements(digests)
+    check_alike(
+        comm,
+        _config_facts(config) | model_facts(path, tokenizer, not dummy_weights),
+        "All ranks must have the same configuration and the same files of the model; "
+        "these differ:",
+    )
     choice, memory_needs = decide(
         config, [DensePart(*p) for p in parts], [MemoryNeed(*need) for need in needs]
     )
@@ -230,6 +242,14 @@ def prepare(
     raise_problems(disk_problems([DiskNeed(*need) for need in disk_needs]))
     assert prepared is not None
     return replace(prepared, attention=choice)
+
+
+def _config_facts(config: EPConfig) -> dict[str, str]:
+    """What of a configuration must be alike; a host's own limits and paths need not."""
+    own = ("memory_limit_gb", "placement_file", "download")
+    return {
+        name: str(value) for name, value in asdict(config).items() if name not in own
+    }
 
 
 def _agreed_placement(
@@ -317,6 +337,7 @@ class PreparedModel:
         splitter = Splitter(self.attention, self.comm)
         model, read_bytes = self.weights.build(splitter.change)
         seconds = time.perf_counter() - start
+        self._check_dense(model)
         placement = self.weights.placement
         model = _install(model, self.comm, placement, self.config, splitter)
         report = RankReport(
@@ -331,6 +352,20 @@ class PreparedModel:
         model.expert_parallel.reports = [RankReport(**r) for r in reports]
         note_progress("running")
         return model, self.tokenizer
+
+    def _check_dense(self, model: nn.Module) -> None:
+        """Raises:
+        ValueError: on every rank: what each has whole is not the same.
+        """
+        if self.attention.attention != "replicated":
+            return  # no rank has it whole
+        switches = [site.switch for site in find_moe_sites(model)]
+        check_alike(
+            self.comm,
+            dense_facts(model, switches),
+            "All ranks must hold the same weights outside of the routed experts; "
+            "download or copy the model again where these differ:",
+        )
 
 
 def _install(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from mlx_ep import cli
-from mlx_ep.comm import Comm, agree, gather_objects, note_prefill
+from mlx_ep.comm import Comm, agreed, gather_objects, host_id, note_prefill
 
 
 def make_parser() -> cli.Parser:
@@ -141,15 +140,17 @@ def _writes(file: Path, comm: Comm) -> bool:
     Raises:
         ValueError: on every rank: a rank that writes could not.
     """
-    hosts = gather_objects(comm, socket.gethostname())
+    hosts = gather_objects(comm, host_id())
     writes = hosts.index(hosts[comm.rank]) == comm.rank
-    problem = ""
-    if writes and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
-        problem = (
-            "--prompt-cache-file must be a file in a folder that can be written; got "
-            f"{file}."
-        )
-    agree(comm, problem)
+
+    def check() -> None:
+        if writes and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+            raise ValueError(
+                "--prompt-cache-file must be a file in a folder that can be written; "
+                f"got {file}."
+            )
+
+    agreed(comm, check)
     return writes
 
 

@@ -48,8 +48,12 @@ class _Level(argparse.ArgumentParser):
             raise UsageError(message)
         rank = rank_of_environment()
         where = f" (rank {rank})" if rank else ""
-        line = " ".join(message.split())
-        self.exit(2, f"{self.prog}{where}: error: {line} (--help lists all flags)\n")
+        # One line, and below it what the ranks have (`mlx_ep.comm.symmetry`).
+        text, *rows = message.split("\n|")
+        line = " ".join(text.split())
+        table = "".join(f"|{row}\n" for row in rows)
+        hint = "(--help lists all flags)"
+        self.exit(2, f"{self.prog}{where}: error: {line} {hint}\n{table}")
 
 
 class Parser(_Level):

@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import mlx.nn as nn
@@ -20,7 +21,17 @@ from mlx_ep.cli.say import one_line_warnings
 from mlx_ep.comm import Comm, GroupComm, init
 from mlx_ep.comm.launch import start_channel
 from mlx_ep.comm.liveness import fail_with, guard, joined_texts
+from mlx_ep.comm.symmetry import check_alike
 from mlx_ep.config import EPConfig
+
+# What a host may have of its own: places of files, whose contents are compared, and
+# what rank 0 alone reads or all take from it.
+_OWN_FLAGS = {
+    "model", "draft_model", "adapter_path", "output", "prompt", "prompts_file",
+    "prompt_file", "prompt_cache_file", "placement_file", "memory_limit_gb", "download",
+    "log_level", "verbose", "config",
+}  # fmt: skip
+_DIFFERENT_FLAGS = "All ranks must have the same flags; these differ:"
 
 
 def run(
@@ -32,12 +43,23 @@ def run(
         args, comm = _start(parser)
         try:
             with guard(comm.group):
+                with usage_errors():
+                    check_alike(comm, flag_facts(args), _DIFFERENT_FLAGS)
                 body(args, comm)
                 # mlx-lm begins the step after the last token too: a rank that left now
                 # would take its part of that step's collectives away from the others.
                 comm.barrier()
         except UsageError as error:  # every rank is here, with the same text
             _exit_by_usage(parser, str(error), comm.rank)
+
+
+def flag_facts(args: argparse.Namespace) -> dict[str, str]:
+    """The flags that must be alike on all ranks, with their values."""
+    return {
+        f"--{name.replace('_', '-')}": str(value)
+        for name, value in sorted(vars(args).items())
+        if name not in _OWN_FLAGS and not isinstance(value, (Path, EPConfig))
+    }
 
 
 def _start(parser: Parser) -> tuple[argparse.Namespace, GroupComm]:

@@ -96,7 +96,9 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'mlx_ep.comm' has no attribute {name!r}")
-    return getattr(import_module(f"mlx_ep.comm.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # which would take any name for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'mlx_ep.comm' has no attribute {name!r}")
+        return getattr(import_module(f"mlx_ep.comm.{_HOMES[name]}"), name)

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32, Int32, Integer
 
 from mlx_ep.metrics import Counters
 from mlx_ep.rows import OPS, Movement, with_zero_row
@@ -115,7 +115,7 @@ def run_slots(
     return with_zero_row(outputs)[mx.array(pairs.position)]
 
 
-def local_pairs(slot_ids: Int32[mx.array, "M K"], counters: Counters) -> Pairs:
+def local_pairs(slot_ids: Integer[mx.array, "M K"], counters: Counters) -> Pairs:
     """The pairs of this rank, on the host, counted."""
     # sync: how many pairs are this rank's decides the shapes of what it computes.
     pairs = group_by_slot(to_host(slot_ids).astype(np.int32, copy=False))

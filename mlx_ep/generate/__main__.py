@@ -7,7 +7,7 @@ import sys
 from typing import TextIO
 
 from mlx_ep import cli
-from mlx_ep.comm import Comm, gather_objects
+from mlx_ep.comm import Comm, broadcast_object, gather_objects
 from mlx_ep.generate.batch import answer_all, plan_batch
 from mlx_ep.generate.flags import make_parser
 from mlx_ep.generate.reuse import find_draft, read_cache, reuse_options
@@ -37,7 +37,9 @@ def _one(args: argparse.Namespace, comm: Comm) -> None:
         draft = find_draft(args, prepared.tokenizer, comm)
         tokens_of = prompt_tokens if cache is None else tokens_after_cache
         prompt = tokens_of(args, prepared.tokenizer, [user_message(text)])
-    model, tokenizer = prepared.load()
+        # A template may name the day, and midnight falls between the ranks.
+        prompt = broadcast_object(comm, prompt)
+        model, tokenizer = prepared.load()
     cli.seed_ranks(args.seed, prepared)
     timings = model.expert_parallel.group.timings
     timings.enabled = args.timings
@@ -58,7 +60,7 @@ def _many(args: argparse.Namespace, comm: Comm) -> None:
             return
         prepared = cli.prepare_model(args, comm)
         batch.check(args, prepared)
-    model, tokenizer = prepared.load()
+        model, tokenizer = prepared.load()
     cli.seed_ranks(args.seed, prepared)
     timings = model.expert_parallel.group.timings
     timings.enabled = args.timings

@@ -9,6 +9,7 @@ from mlx_ep.loading.dense import (
     dense_part,
 )
 from mlx_ep.loading.hub.fetch import DiskNeed, disk_problems
+from mlx_ep.loading.identity import dense_facts, model_facts
 from mlx_ep.loading.local import load_local
 from mlx_ep.loading.plan import (
     LoadPlan,
@@ -35,6 +36,8 @@ __all__ = [
     "agree_attention",
     "decide",
     "dense_part",
+    "dense_facts",
+    "model_facts",
     "EMBEDDED_MODEL",
     "OVERLAY_FILE",
     "Checkpoint",
