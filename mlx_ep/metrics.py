@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlx_ep.types import to_host
 
-Value = TypeVar("Value")
+Evaluated = TypeVar("Evaluated")
 
 # The stages of a MoE layer; `wait` is until the slowest rank is there too.
 STAGES = ("route", "assign", "dispatch", "experts", "combine", "wait")
@@ -139,10 +139,10 @@ class StageTimings:
     def run(
         self,
         stage: str,
-        function: Callable[..., Value],
+        function: Callable[..., Evaluated],
         *args: object,
         barrier: Callable[[], None] | None = None,
-    ) -> Value:
+    ) -> Evaluated:
         """``function(*args)``, as a stage of a layer that has begun.
 
         Timed, its arguments are evaluated at the cost of the stage, and what it

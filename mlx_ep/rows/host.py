@@ -10,7 +10,7 @@ from jaxtyping import Float, Float32, Int32
 
 from mlx_ep.placement import Placement
 from mlx_ep.rows.movement import RowRoutes
-from mlx_ep.rows.pack import Packing, pack, tokens_in_ranks
+from mlx_ep.rows.pack import RowOrder, pack, tokens_in_ranks
 from mlx_ep.rows.sums import add_to, weighted_sum
 from mlx_ep.types import TokenCounts, to_host
 
@@ -46,7 +46,7 @@ class OpsMovement:
         self, x: Float[mx.array, "T D"], plan: RowRoutes, num_rows: int
     ) -> Float[mx.array, "M D"]:
         """See `Movement.pack`."""
-        packing: Packing = plan.own
+        packing: RowOrder = plan.own
         if not num_rows or not len(x):
             return mx.zeros((num_rows, x.shape[1]), x.dtype)
         tokens = packing.tokens
@@ -63,7 +63,7 @@ class OpsMovement:
         rank: int,
     ) -> Float32[mx.array, "T D"]:
         """See `Movement.add_rows`."""
-        packing: Packing = plan.own
+        packing: RowOrder = plan.own
         total: mx.array | None = None
         bounds = list(accumulate(plan.send_counts))[:-1]
         for peer, chunk in enumerate(mx.split(back, bounds)):

@@ -59,7 +59,7 @@ def tokens_in_ranks(
     return mx.stack(ranks, axis=1)
 
 
-class Packing(NamedTuple):
+class RowOrder(NamedTuple):
     """Which rows leave this rank, rank-major, and where each token's rows are.
 
     Tokens t0 (for r1), t1 (for r0 and r1) and t2 (for r0) give
@@ -79,12 +79,12 @@ class Packing(NamedTuple):
     positions: Int32[np.ndarray, "P T"]
 
 
-def pack(token_in_rank: Bool[np.ndarray, "T P"]) -> Packing:
+def pack(token_in_rank: Bool[np.ndarray, "T P"]) -> RowOrder:
     """The packing of the (token, rank) pairs that are set."""
     by_rank = token_in_rank.T
     _, tokens = np.nonzero(by_rank)
     positions = np.where(by_rank, by_rank.cumsum(axis=1) - 1, -1)
-    return Packing(
+    return RowOrder(
         tokens=tokens.astype(np.int32),
         counts=tuple(by_rank.sum(axis=1).tolist()),  # on host
         positions=positions.astype(np.int32),
