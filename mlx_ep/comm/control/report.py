@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,3 +50,10 @@ def render_report(
         lines.append(f"[mlx_ep] stacks of rank {rank}:")
         lines += words.splitlines()[:MOST_STACK_LINES]
     return "\n".join(lines)
+
+
+def signal_text(rank: int, number: int) -> str:
+    """What happened to a rank that got a signal."""
+    if number == signal.SIGINT:
+        return f"rank {rank} was interrupted (Ctrl-C)"
+    return f"rank {rank} was told to end ({signal.Signals(number).name})"

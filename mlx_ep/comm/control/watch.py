@@ -23,18 +23,18 @@ import selectors
 import signal
 import socket
 import sys
-import threading
 import time
 from collections import deque
 from contextlib import suppress
-
-import psutil
 
 from mlx_ep.comm.control.frames import RefusedError
 from mlx_ep.comm.control.hub import LATECOMERS, Hub, Message, ended_without_a_word
 from mlx_ep.comm.control.limits import Limits
 from mlx_ep.comm.control.meeting import Meeting, remove_meeting, write_meeting
 from mlx_ep.comm.control.progress import ProgressPage
+from mlx_ep.comm.control.rank import RankProcess, read_config
+from mlx_ep.comm.control.report import signal_text
+from mlx_ep.comm.control.say import Sayer
 from mlx_ep.comm.control.seek import Seeker
 from mlx_ep.comm.control.wire import Door, Wire
 
@@ -45,9 +45,7 @@ SIGNAL_GRACE = 0.5  # seconds for Python's handler to run after a signal
 LEAVE_GRACE = 1.0  # seconds for the rank to leave by itself after that
 KILL_AFTER = 0.5  # seconds for the rank to end by itself
 STACKS_AFTER = 0.25  # seconds for the stacks to be written
-SAY_LIMIT = 0.5  # seconds for the last words, whose reader may be gone
 HANDLED = 0  # a wake-up byte; the others are the numbers of signals
-WITHOUT_LIMIT = ("starting", "loading", "warmup")  # phases that may hold the lock
 
 
 class Watch:
@@ -56,27 +54,21 @@ class Watch:
     def __init__(
         self, link: socket.socket, wake: socket.socket, page: int, stacks: int
     ) -> None:
-        self._link, self._wake, self._stacks_file = link, wake, stacks
+        self._link, self._wake = link, wake
         self._page = ProgressPage(page)
         self._selector = selectors.DefaultSelector()
-        self._buffer = b""
-        config = self._first_line()
+        config, self._buffer = read_config(link)
+        link.setblocking(False)
+        wake.setblocking(False)
         self._rank, self._size = config["rank"], config["size"]
-        self._pid, self._launcher = config["pid"], config["launcher"]
-        self._dump_signal = config["dump_signal"]
         self._limits = Limits(**config["limits"])
-        self._instance = f"process {self._pid} on {socket.gethostname()}"
-        self._process: psutil.Process | None = None
-        with suppress(psutil.NoSuchProcess):  # it can have died before this line
-            self._process = psutil.Process(self._pid)
+        self._process = RankProcess(config, self._limits, self._page, stacks)
+        self._instance = f"process {config['pid']} on {socket.gethostname()}"
         self._is_guarded = True  # until the group exists, then by `guard`
         self._is_rank_gone = self._is_left = self._is_joined = False
-        self._is_stopped = False
         self._signal: tuple[int, float] | None = None  # number, deadline
         self._heeded: set[int] = set()
         self._grace: tuple[Message, float] | None = None  # a failure that may follow
-        self._silent_beat, self._silent_for = 0.0, 0.0
-        self._has_told_silence = False
         self._stacks_at = math.inf
         self._unsent: list[Message] = []
         self._inbox: deque[Message] = deque()
@@ -87,7 +79,8 @@ class Watch:
         self._hub: Hub | None = None
         self._seeker: Seeker | None = None
         self._meeting = Meeting("late")
-        self._sayer: threading.Thread | None = None
+        self._sayer = Sayer()
+        self._say = self._sayer.say
         self._selector.register(link, selectors.EVENT_READ, self._on_link)
         self._selector.register(wake, selectors.EVENT_READ, self._on_wake)
         if self._rank == 0:
@@ -115,22 +108,9 @@ class Watch:
                 self._hear_hub(self._inbox.popleft())
         if self._meeting.kind == "file" and self._rank == 0:
             remove_meeting(self._meeting.path)
-        if self._sayer is not None:
-            self._sayer.join(SAY_LIMIT)
+        self._sayer.finish()
 
     # The rank -------------------------------------------------------------------------
-
-    def _first_line(self) -> Message:
-        while b"\n" not in self._buffer:
-            data = self._link.recv(65536)
-            if not data:
-                sys.exit(0)
-            self._buffer += data
-        line, self._buffer = self._buffer.split(b"\n", 1)
-        self._link.setblocking(False)
-        self._wake.setblocking(False)
-        config: Message = json.loads(line)
-        return config
 
     def _on_link(self) -> None:
         try:
@@ -293,10 +273,7 @@ class Watch:
             self._is_joined = True
             self._tell_rank(message)
         elif kind == "stacks" and not self._is_rank_gone:
-            with suppress(OSError):
-                os.ftruncate(self._stacks_file, 0)
-                if self._dump_signal and not self._is_stopped:
-                    os.kill(self._pid, self._dump_signal)
+            self._process.ask_for_stacks()
             self._stacks_at = time.monotonic() + STACKS_AFTER
         elif kind == "stacks":
             self._tell_hub({"kind": "stacks", "text": "(its process is gone)"})
@@ -310,20 +287,9 @@ class Watch:
     # Time -----------------------------------------------------------------------------
 
     def _beat(self) -> None:
+        beat = {"kind": "beat"} | self._process.describe(time.monotonic())
         if self._is_rank_gone:
-            beat: Message = {"kind": "beat", "stopped": False}
-        else:
-            beat = {"kind": "beat", "stopped": self._is_stopped}
-        place, now = self._page.read(), time.monotonic()
-        beat |= {
-            "phase": place.phase or "starting",
-            "step": place.step,
-            "layer": place.layer,
-            "stage": place.stage,
-            "since": now - place.since if place.since else 0.0,
-            "interpreter": self._silent_for,
-            "count": place.count,
-        }
+            beat["stopped"] = False
         self._tell_hub(beat)
         if self._hub is not None:
             self._hub.beat()
@@ -350,29 +316,19 @@ class Watch:
             self._end(text, 2)
         if now >= self._stacks_at:
             self._stacks_at = math.inf
-            self._tell_hub({"kind": "stacks", "text": self._read_stacks()})
+            self._tell_hub({"kind": "stacks", "text": self._process.read_stacks()})
         if now >= self._kill_at and not self._is_rank_gone:
             self._kill_at = math.inf
-            # Also a stopped process ends by it.
-            if os.getppid() == self._pid:
-                with suppress(ProcessLookupError):
-                    os.kill(self._pid, signal.SIGKILL)
+            self._process.kill()
 
     def _look_at_rank(self, seconds: float) -> None:
-        if os.getppid() != self._pid:  # its end of the link may live on in a child
+        if self._process.is_gone:
             self._rank_is_gone()
             return
-        if self._process is None:
-            return
-        with suppress(psutil.Error):
-            status = self._process.status()
-            self._is_stopped = status in (
-                psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP,
-            )  # fmt: skip
-            if self._launcher and self._process.ppid() != self._launcher:
-                self._launcher = None
-                self._fail(f"rank {self._rank} has lost its launcher; it was killed", 1)
-        if self._is_stopped or self._code is not None:
+        problem = self._process.look(seconds)
+        if problem and self._code is None:
+            self._fail(problem, 1)
+        if self._process.is_stopped or self._code is not None:
             return
         if not self._is_joined and self._hub is None:
             self._starting_for += seconds
@@ -382,18 +338,6 @@ class Watch:
                     f"rank {self._rank} could not reach rank 0 within "
                     f"{self._limits.starting:g} s ({trouble}); is a firewall on?", 1
                 )  # fmt: skip
-        place = self._page.read()
-        self._silent_for += seconds
-        if place.beat != self._silent_beat:
-            self._silent_beat, self._silent_for = place.beat, 0.0
-        limit = self._limits.interpreter
-        is_silent = self._silent_for > limit and place.phase not in WITHOUT_LIMIT
-        if is_silent and not self._has_told_silence:
-            self._has_told_silence = True
-            self._fail(
-                f"the interpreter of rank {self._rank} has not answered for {limit:g} "
-                "s: something holds its lock", 1
-            )  # fmt: skip
 
     def _look_at_hub(self, seconds: float) -> None:
         wire = self._hub_wire
@@ -434,35 +378,6 @@ class Watch:
             return self._hub.is_done
         is_told = self._seeker is None and self._is_rank_gone and self._code is not None
         return is_told or time.monotonic() >= self._quit_at
-
-    def _read_stacks(self) -> str:
-        with suppress(OSError):
-            text = os.pread(self._stacks_file, 32768, 0).decode(errors="replace")
-            if text:
-                return text
-        return "(stopped)" if self._is_stopped else "(no answer)"
-
-    def _say(self, words: str, end: str = "\n") -> None:
-        """Prints without waiting: whoever reads it may be gone, or stopped."""
-        if not words:
-            return
-        before = self._sayer
-
-        def write() -> None:
-            if before is not None:
-                before.join()
-            with suppress(OSError):
-                os.write(2, (words + end).encode())
-
-        self._sayer = threading.Thread(target=write, daemon=True)
-        self._sayer.start()
-
-
-def signal_text(rank: int, number: int) -> str:
-    """What happened to a rank that got a signal."""
-    if number == signal.SIGINT:
-        return f"rank {rank} was interrupted (Ctrl-C)"
-    return f"rank {rank} was told to end ({signal.Signals(number).name})"
 
 
 def main() -> None:
