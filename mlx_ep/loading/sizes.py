@@ -14,7 +14,13 @@ from mlx_ep.loading.caches import PREFILL_STEP, cache_bytes
 from mlx_ep.loading.widths import named_projections, width_problem
 from mlx_ep.loading.working import working_memory
 from mlx_ep.models import find_moe_sites
-from mlx_ep.placement import ExpertSizes, Placement, place, read_placement
+from mlx_ep.placement import (
+    ExpertSizes,
+    Placement,
+    place,
+    read_placement,
+    with_replicas,
+)
 
 _INPUT_NAMES = ("down_proj", "fc2")
 
@@ -53,6 +59,24 @@ def expert_sizes(model: nn.Module) -> ExpertSizes:
     )
 
 
+def experts_per_token(model: nn.Module) -> int:
+    """K, as the model's configuration calls it; 8 where no usual name is found."""
+    args = getattr(model, "args", None)
+    for owner in (args, getattr(args, "text_config", None)):
+        for name in (
+            "num_experts_per_tok",
+            "moe_topk",
+            "top_k",
+            "num_experts_per_token",
+        ):
+            found = (
+                owner.get(name) if isinstance(owner, dict) else getattr(owner, name, 0)
+            )
+            if isinstance(found, int) and found > 0:
+                return found
+    return 8
+
+
 def choose_placement(
     config: EPConfig,
     num_experts: int,
@@ -63,7 +87,7 @@ def choose_placement(
     """The placement that a configuration asks for; alike where its inputs are alike.
 
     Args:
-        config: its `memory`, `context`, `placement_file`, `ep_size`.
+        config: its `memory`, `replica_memory`, `context`, `placement_file`, `ep_size`.
         num_experts: E.
         num_ranks: P.
         outline: makes the model with all experts, without numbers; only asked for
@@ -86,7 +110,8 @@ def choose_placement(
             f"partial_sum adds up; got strategy {config.strategy} and reduction "
             f"{config.reduction}. Leave --ep out, or use those."
         )
-    if config.memory is None and not is_parted:
+    has_replicas = config.replica_bytes != 0
+    if config.memory is None and not is_parted and not has_replicas:
         return Placement.contiguous(num_experts, num_ranks)
     model = outline()
     if is_parted and (problem := width_problem(model)):
@@ -97,12 +122,31 @@ def choose_placement(
     sizes, memory, reserved = expert_sizes(model), None, 0
     if config.memory is not None:
         memory = [int(gigabytes * 1e9) for gigabytes in config.memory]
-    if config.memory is not None and config.context:
+    if (config.memory is not None or has_replicas) and config.context:
         working = working_memory(model, min(config.context, PREFILL_STEP))
         reserved = cache_bytes(model, config.context) + working.fixed
         # Rows of an expert come with the expert.
         each = working.of(1, num_experts) - working.fixed
         sizes = replace(sizes, expert_bytes=sizes.expert_bytes + each)
+    if config.replica_bytes is None and memory is None:
+        raise ValueError(
+            "--replica-memory auto fills what the ranks have left: say with --memory "
+            "how many GB each may hold."
+        )
+    if has_replicas:
+        base = place(
+            sizes,
+            num_ranks,
+            memory=memory,
+            reserved_bytes=reserved,
+            must_fit=must_fit,
+        )
+        taken = sizes.dense_bytes + reserved
+        free = None if memory is None else [max(n - taken, 0) for n in memory]
+        per_token = experts_per_token(model)
+        return with_replicas(
+            base, sizes.expert_bytes, per_token, config.replica_bytes, free
+        )
     return place(
         sizes,
         num_ranks,

@@ -27,7 +27,7 @@ from mlx_ep.exchange import (
 from mlx_ep.experts import Runner, run_experts, run_slots
 from mlx_ep.metrics import Counters, StageTimings
 from mlx_ep.placement import Placement
-from mlx_ep.rows import Mover, limit_to_capacity
+from mlx_ep.rows import Mover, limit_to_capacity, serving_slots
 from mlx_ep.types import Routing, Rows, TokenCounts, to_host
 
 
@@ -220,10 +220,13 @@ class ExpertGroup:
         self.timings.begin(x)
         stage = self.timings.run
         ids, gates = stage("route", self._limited, routing)
-        local = self.placement.local_slots
-        slot_ids = stage("assign", local, ids, self.comm.rank)
+        slot_ids = stage("assign", self._own_slots, ids)
         rows = Rows(x, slot_ids, gates)
         return stage("experts", run_slots, rows, runner, self.counters)
+
+    def _own_slots(self, expert_ids: mx.array) -> mx.array:
+        served = serving_slots(expert_ids, self.placement)
+        return self.placement.slots.local_slots(served, self.comm.rank)
 
     def sum_parts(self, part: Shaped[mx.array, ...]) -> Shaped[mx.array, ...]:
         """The sum of the ranks' parts; ends the layer that `local_slot_outputs` began.

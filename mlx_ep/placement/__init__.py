@@ -10,6 +10,7 @@ from mlx_ep.placement.replicas import (
     RankRoom,
     balance,
     balance_while_it_pays,
+    with_replicas,
 )
 from mlx_ep.placement.shares import ExpertSizes, apportion, place
 
@@ -31,5 +32,6 @@ __all__ = [
     "read_placement",
     "rebalance_experts",
     "runs",
+    "with_replicas",
     "write_placement",
 ]
