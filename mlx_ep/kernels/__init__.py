@@ -4,6 +4,6 @@
 and says what a kernel computes; `metal` needs Metal.
 """
 
-from mlx_ep.kernels.records import Activation, Projection, RoutePlan
+from mlx_ep.kernels.records import Activation, Projection, ReplicaTables, RoutePlan
 
-__all__ = ["Activation", "Projection", "RoutePlan"]
+__all__ = ["Activation", "Projection", "ReplicaTables", "RoutePlan"]

@@ -215,14 +215,14 @@ class Placement:
             slots = np.array([of_expert[e] for e in flat], np.int32)
             return slots.reshape(expert_ids.shape)
         ranks = self.choice.rows(expert_ids)
-        return np.where(ranks < 0, -1, self._slot_table[ranks, expert_ids])
+        return np.where(ranks < 0, -1, self.slot_table[ranks, expert_ids])
 
     @cached_property
     def _slot_numbers(self) -> list[list[int]]:
-        return self._slot_table.tolist()  # on host
+        return self.slot_table.tolist()  # on host
 
     @cached_property
-    def _slot_table(self) -> Int32[np.ndarray, "P E"]:
+    def slot_table(self) -> Int32[np.ndarray, "P E"]:
         """Per rank the slot of each expert, counted through all ranks; -1: none."""
         table = np.full((self.num_ranks, self.num_experts), -1, np.int32)
         first = 0

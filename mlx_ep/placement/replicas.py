@@ -216,7 +216,7 @@ class _Copies:
         else:
             counts = _counts(num_experts, ranks, sum(expert_bytes))
         self.ranks, self.objective = ranks, objective
-        self.room = np.array([rank.num_bytes for rank in ranks], np.int64)
+        self.room = np.array([r.num_bytes for r in ranks], np.int64)  # on host
         self.room -= np.array(counts, np.int64) * sum(expert_bytes)
         self.most = np.array(
             [num_experts if rank.slots is None else rank.slots for rank in ranks]
