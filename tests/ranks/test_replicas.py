@@ -5,9 +5,6 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-
-from tests.cases import routing_cases
-from tests.ranks import run_ranks
 from test_exchange import (
     E,
     K,
@@ -19,6 +16,9 @@ from test_exchange import (
     runner_of,
     tolerance,
 )
+
+from tests.cases import routing_cases
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.requires("ranks")
 
@@ -113,7 +113,7 @@ def test_mixture_of_experts() -> None:
 
 
 def answers_on_rank(group, num_prompts, max_tokens, runs):
-    """Per run: greedy tokens, pairs computed here, pairs routed, copies on all ranks."""
+    """Per run: greedy tokens, pairs computed here and routed, copies on all ranks."""
     import mlx_ep
     from mlx_ep import EPConfig
     from mlx_ep.loading import find_model
