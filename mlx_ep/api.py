@@ -63,7 +63,7 @@ from mlx_ep.models import (
 )
 from mlx_ep.models.blocks import BlockState
 from mlx_ep.models.tensor_parallel import connect
-from mlx_ep.moe import ExpertGroup
+from mlx_ep.moe import ExpertGroup, RoutingRecorder
 from mlx_ep.placement import Placement
 from mlx_ep.rows import MovesRows
 from mlx_ep.tune import Layer, ModelPolicy, Wish, tune
@@ -92,6 +92,16 @@ class ExpertParallel:
     @property
     def counters(self) -> Counters:
         return self.group.counters
+
+    def recorder(self) -> RoutingRecorder:
+        """A recorder of this rank's routing, connected to the MoE layers, not started.
+
+        Where ranks have tokens of their own, each records its own.
+        """
+        made = RoutingRecorder(len(self.blocks), self.group.placement)
+        for layer, block in enumerate(self.blocks):
+            block.group = replace(self.group, observe=made.observer(layer))
+        return made
 
     @property
     def per_slot_reasons(self) -> list[str]:

@@ -125,7 +125,9 @@ class EPConfig:
             weights and the KV cache of `context` tokens, as long as copies pay. With
             them a decode step reads fewer experts on its busiest rank.
         placement_file: a file that says which rank holds which expert, see
-            `mlx_ep.placement.file`. Every rank reads its own copy.
+            `mlx_ep.placement.file`; or a record of routing (.npz), see
+            `mlx_ep.placement.record`, by which experts and copies are placed. Every
+            rank reads its own copy.
         ep_size: N, with strategy ``replicated``: the ranks form N groups of
             consecutive ranks; an expert belongs to a group, whose ranks share its
             width. None: as many groups as ranks, which hold whole experts.
@@ -223,7 +225,8 @@ class EPConfig:
     placement_file: Annotated[
         str | None,
         Flag(
-            help="A JSON file that says which rank holds which experts (docs/plan.md)",
+            help="A JSON file that says which rank holds which experts, or an .npz "
+            "that --record wrote, by which they are placed (docs/plan.md)",
             name="--placement",
             metavar="FILE",
         ),
@@ -289,7 +292,13 @@ class EPConfig:
                 "memory must be the GB of each rank, numbers above 0; got "
                 f"{self.memory}."
             )
-        if self.placement_file is not None and (self.memory or self.ep_size):
+        is_record = str(self.placement_file).endswith(".npz")
+        if is_record and self.ep_size:
+            raise ValueError(
+                "A record of routing places whole experts; it cannot be combined with "
+                "ep_size, which shares their width. Give one of them."
+            )
+        if self.placement_file and not is_record and (self.memory or self.ep_size):
             raise ValueError(
                 "placement_file says which rank holds which expert; it cannot be "
                 "combined with memory or ep_size, which do so too. Give one of them."
@@ -320,7 +329,8 @@ class EPConfig:
             )
         if self.replica_bytes == 0:
             return
-        if self.placement_file is not None or self.ep_size is not None:
+        is_file = self.placement_file and not self.placement_file.endswith(".npz")
+        if is_file or self.ep_size is not None:
             raise ValueError(
                 "replica_memory makes copies of whole experts; it cannot be combined "
                 "with ep_size, which shares their width, nor with placement_file, "

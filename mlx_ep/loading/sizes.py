@@ -16,9 +16,12 @@ from mlx_ep.loading.working import working_memory
 from mlx_ep.models import find_moe_sites
 from mlx_ep.placement import (
     ExpertSizes,
+    LayerLoad,
     Placement,
+    is_record,
     place,
     read_placement,
+    read_record,
     with_replicas,
 )
 
@@ -97,7 +100,10 @@ def choose_placement(
     Raises:
         ValueError: the configuration is not possible for this model and these ranks.
     """
-    if config.placement_file is not None:
+    record = None
+    if config.placement_file is not None and is_record(config.placement_file):
+        record = read_record(config.placement_file, num_experts)
+    elif config.placement_file is not None:
         return read_placement(config.placement_file, num_experts, num_ranks)
     is_parted = config.ep_size not in (None, num_ranks)
     if is_parted and (config.strategy, config.reduction) != (
@@ -111,7 +117,8 @@ def choose_placement(
             f"{config.reduction}. Leave --ep out, or use those."
         )
     has_replicas = config.replica_bytes != 0
-    if config.memory is None and not is_parted and not has_replicas:
+    is_plain = config.memory is None and not is_parted
+    if is_plain and not has_replicas and record is None:
         return Placement.contiguous(num_experts, num_ranks)
     model = outline()
     if is_parted and (problem := width_problem(model)):
@@ -133,7 +140,7 @@ def choose_placement(
             "--replica-memory auto fills what the ranks have left: say with --memory "
             "how many GB each may hold."
         )
-    if has_replicas:
+    if has_replicas or record is not None:
         base = place(
             sizes,
             num_ranks,
@@ -143,9 +150,17 @@ def choose_placement(
         )
         taken = sizes.dense_bytes + reserved
         free = None if memory is None else [max(n - taken, 0) for n in memory]
-        per_token = experts_per_token(model)
+        if record is not None:
+            load = record.whole_load()
+        else:
+            load = LayerLoad.uniform(num_experts, experts_per_token(model))
         return with_replicas(
-            base, sizes.expert_bytes, per_token, config.replica_bytes, free
+            base,
+            sizes.expert_bytes,
+            load,
+            config.replica_bytes,
+            free,
+            is_recorded=record is not None,
         )
     return place(
         sizes,

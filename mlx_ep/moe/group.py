@@ -57,6 +57,7 @@ class ExpertGroup:
         step: what the caller has agreed on for this step.
         timings: of each stage; off until asked for:
             ``with group.timings.measure() as timings: ...``.
+        observe: is given the routed ids of each call; see `RoutingRecorder.observer`.
     """
 
     comm: Comm
@@ -68,6 +69,7 @@ class ExpertGroup:
     sum_dtype: mx.Dtype | None = None
     step: Step = field(default_factory=Step)
     timings: StageTimings = field(default_factory=StageTimings)
+    observe: Callable[[mx.array], None] | None = None
 
     @classmethod
     def from_config(
@@ -174,6 +176,8 @@ class ExpertGroup:
         stage, barrier = self.timings.run, self.comm.barrier
         is_next = strategy.is_sharded or self.share_routing
         routing = stage("route", used, routing, barrier=barrier if is_next else None)
+        if self.observe is not None:
+            self.observe(routing.expert_ids)
         outputs = []
         rounds = self._rounds(x, routing, strategy)
         for x_part, request in rounds:
@@ -220,6 +224,8 @@ class ExpertGroup:
         self.timings.begin(x)
         stage = self.timings.run
         ids, gates = stage("route", self._limited, routing)
+        if self.observe is not None:
+            self.observe(ids)
         slot_ids = stage("assign", self._own_slots, ids)
         rows = Rows(x, slot_ids, gates)
         return stage("experts", run_slots, rows, runner, self.counters)

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Integer
 
 from mlx_ep.kernels import ReplicaTables, metal
 from mlx_ep.placement import DECODE_TOKENS, Placement
@@ -18,8 +18,8 @@ CHECKED_STEPS = 8  # steps with which the kernel is compared before it is used
 
 
 def serving_slots(
-    expert_ids: Int32[mx.array, "T K"], placement: Placement
-) -> Int32[mx.array, "T K"]:
+    expert_ids: Integer[mx.array, "T K"], placement: Placement
+) -> Integer[mx.array, "T K"]:
     """The slots that serve routed experts: ids for ``placement.slots``.
 
     Where no expert has copies these are the ids themselves, and nothing is computed.
@@ -35,9 +35,9 @@ def serving_slots(
     if expert_ids.shape[0] <= DECODE_TOKENS and uses_metal():
         tables = _checked_tables(placement, expert_ids.shape[1])
         if tables is not None:
-            return metal.choose_replicas(expert_ids, tables)
+            return metal.choose_replicas(expert_ids.astype(mx.int32), tables)
     # sync: which copy serves an expert depends on all the ids of the step.
-    return mx.array(placement.serve(to_host(expert_ids)))
+    return mx.array(placement.serve(to_host(expert_ids.astype(mx.int32))))
 
 
 def replica_tables(placement: Placement) -> ReplicaTables:
