@@ -67,7 +67,7 @@ from mlx_ep.models import (
 )
 from mlx_ep.models.blocks import BlockState
 from mlx_ep.models.tensor_parallel import connect
-from mlx_ep.moe import ExpertGroup
+from mlx_ep.moe import ExpertGroup, RoutingRecorder
 from mlx_ep.placement import Placement
 from mlx_ep.rows import MovesRows
 from mlx_ep.tune import Layer, ModelPolicy, Wish, tune
@@ -96,6 +96,16 @@ class ExpertParallel:
     @property
     def counters(self) -> Counters:
         return self.group.counters
+
+    def recorder(self) -> RoutingRecorder:
+        """A recorder of this rank's routing, connected to the MoE layers, not started.
+
+        Where ranks have tokens of their own, each records its own.
+        """
+        made = RoutingRecorder(len(self.blocks), self.group.placement)
+        for layer, block in enumerate(self.blocks):
+            block.group = replace(self.group, observe=made.observer(layer))
+        return made
 
     @property
     def per_slot_reasons(self) -> list[str]:
@@ -199,6 +209,7 @@ def prepare(
     Raises:
         ValueError: as `load`.
     """
+    config = _with_memory(config, comm)
     prepared, dense, problem, commit = None, DensePart(), "", ""
     try:
         STRATEGIES.create(config)
@@ -253,6 +264,25 @@ def _config_facts(config: EPConfig) -> dict[str, str]:
     }
 
 
+def _with_memory(config: EPConfig, comm: Comm) -> EPConfig:
+    """The configuration with what each rank may hold, where copies fill the rest.
+
+    What a host offers is shared by the ranks on it. Copies that do not pay are not
+    made, so that a host is rarely full of them.
+    """
+    if config.replica_memory != "auto" or config.memory is not None:
+        return config
+    offers = gather_objects(comm, (host_id(), memory_limit(config.memory_limit_gb)))
+    hosts = [host for host, _ in offers]
+    is_own = config.memory_limit_gb is not None  # for each rank by itself
+    limits = [
+        min(n for other, n in offers if other == host)
+        // (1 if is_own else hosts.count(host))
+        for host, _ in offers
+    ]
+    return replace(config, memory=tuple(limit / 1e9 for limit in limits))
+
+
 def _agreed_placement(
     model: nn.Module, num_experts: int, comm: Comm, config: EPConfig
 ) -> Placement:
@@ -261,6 +291,7 @@ def _agreed_placement(
     Raises:
         ValueError: on every rank, if any rank has a problem or another placement.
     """
+    config = _with_memory(config, comm)
     placement = agreed(
         comm, lambda: choose_placement(config, num_experts, comm.size, lambda: model)
     )
@@ -397,7 +428,7 @@ def _install(
         comm,
         wish,
         moves_rows=isinstance(group.strategy, MovesRows),
-        placement=placement,
+        placement=placement.slots,
     )
     if policy.mover is not None:
         strategy = STRATEGIES.create(config, policy.mover)

@@ -120,8 +120,14 @@ class EPConfig:
             every rank gets the same number of experts.
         context: tokens of a sequence whose KV cache and computation have to fit into
             `memory` too.
+        replica_memory: memory of each rank for copies of experts that other ranks have
+            too, such as ``"24GB"``; ``"0"``: none. ``"auto"``: what is left beside the
+            weights and the KV cache of `context` tokens, as long as copies pay. With
+            them a decode step reads fewer experts on its busiest rank.
         placement_file: a file that says which rank holds which expert, see
-            `mlx_ep.placement.file`. Every rank reads its own copy.
+            `mlx_ep.placement.file`; or a record of routing (.npz), see
+            `mlx_ep.placement.record`, by which experts and copies are placed. Every
+            rank reads its own copy.
         ep_size: N, with strategy ``replicated``: the ranks form N groups of
             consecutive ranks; an expert belongs to a group, whose ranks share its
             width. None: as many groups as ranks, which hold whole experts.
@@ -207,10 +213,20 @@ class EPConfig:
             otherwise="the same number of experts for every rank",
         ),
     ] = None
+    replica_memory: Annotated[
+        str,
+        Flag(
+            help="Memory of each rank for copies of experts of other ranks, such as "
+            "24GB; auto: what is left beside the KV cache of --context tokens, as long "
+            "as copies pay (docs/plan.md)",
+            metavar="GB",
+        ),
+    ] = "0"
     placement_file: Annotated[
         str | None,
         Flag(
-            help="A JSON file that says which rank holds which experts (docs/plan.md)",
+            help="A JSON file that says which rank holds which experts, or an .npz "
+            "that --record wrote, by which they are placed (docs/plan.md)",
             name="--placement",
             metavar="FILE",
         ),
@@ -276,14 +292,49 @@ class EPConfig:
                 "memory must be the GB of each rank, numbers above 0; got "
                 f"{self.memory}."
             )
-        if self.placement_file is not None and (self.memory or self.ep_size):
+        is_record = str(self.placement_file).endswith(".npz")
+        if is_record and self.ep_size:
+            raise ValueError(
+                "A record of routing places whole experts; it cannot be combined with "
+                "ep_size, which shares their width. Give one of them."
+            )
+        if self.placement_file and not is_record and (self.memory or self.ep_size):
             raise ValueError(
                 "placement_file says which rank holds which expert; it cannot be "
                 "combined with memory or ep_size, which do so too. Give one of them."
             )
-        if self.context and self.memory is None:
+        self._check_replicas()
+        if self.context and self.memory is None and self.replica_memory != "auto":
             warnings.warn(
                 f"context={self.context} has no effect without memory.", stacklevel=4
+            )
+
+    @property
+    def replica_bytes(self) -> int | None:
+        """Of `replica_memory`, on each rank; None: "auto"."""
+        if self.replica_memory == "auto":
+            return None
+        number = self.replica_memory.upper().removesuffix("GB").strip()
+        return int(float(number) * 1e9)
+
+    def _check_replicas(self) -> None:
+        try:
+            is_known = (n := self.replica_bytes) is None or n >= 0
+        except (ValueError, OverflowError):
+            is_known = False
+        if not is_known:
+            raise ValueError(
+                'replica_memory must be a number of GB such as "24GB", "auto" or "0"; '
+                f"got {self.replica_memory!r}."
+            )
+        if self.replica_bytes == 0:
+            return
+        is_file = self.placement_file and not self.placement_file.endswith(".npz")
+        if is_file or self.ep_size is not None:
+            raise ValueError(
+                "replica_memory makes copies of whole experts; it cannot be combined "
+                "with ep_size, which shares their width, nor with placement_file, "
+                "which says itself where copies are. Give one of them."
             )
 
     def _resolve_alias(self) -> None:

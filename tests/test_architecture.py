@@ -60,6 +60,7 @@ MAY_IMPORT = {
     # The commands.
     "generate": {
         "types", "api", "cli", "comm", "data_parallel", "loading", "metrics",
+        "placement",
     },
     "chat": {"cli", "comm"},
     "cache_prompt": {"cli", "comm"},

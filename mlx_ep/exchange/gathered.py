@@ -20,6 +20,7 @@ from mlx_ep.rows import (
     pad_routing,
     routing_from_words,
     routing_words,
+    serving_slots,
     split_rows,
 )
 from mlx_ep.types import Rows
@@ -52,7 +53,8 @@ def gather_rows(
         # Collectives run in the order of the graph: this one has to come second.
         everyone = comm.all_gather(mx.depends(x, words))
     routing = routing_from_words(words)
-    slot_ids = request.placement.local_slots(routing.expert_ids, comm.rank)
+    served = serving_slots(routing.expert_ids, request.placement)
+    slot_ids = request.placement.slots.local_slots(served, comm.rank)
     return depends_on(Rows(everyone, slot_ids, routing.gates), everyone)
 
 

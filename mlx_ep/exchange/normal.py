@@ -23,6 +23,7 @@ from mlx_ep.rows import (
     pad_routing,
     routing_from_words,
     routing_words,
+    serving_slots,
 )
 from mlx_ep.types import Rows
 
@@ -116,15 +117,17 @@ class Normal:
         comm, placement = request.comm, request.placement
         words = routing_words(pad_routing(routing, tokens.largest))
         everyone = routing_from_words(comm.all_gather(words))  # [P*C K]
+        served = serving_slots(everyone.expert_ids, placement)
         movement = self.mover("rows", tokens.largest)
-        rows = movement.plan_rows(everyone.expert_ids, placement, comm.rank, tokens)
-        lines = rows.arriving
-        expert_ids = mx.concatenate([routing.expert_ids, everyone.expert_ids[lines]])
+        rows = movement.plan_rows(served, placement.slots, comm.rank, tokens)
+        lines, first = rows.arriving, comm.rank * tokens.largest
+        own = served[first : first + request.num_tokens]
+        slots = mx.concatenate([own, served[lines]])
         return NormalExchange(
             request=request,
             rows=rows,
             movement=movement,
-            slot_ids=placement.local_slots(expert_ids, comm.rank),
+            slot_ids=placement.slots.local_slots(slots, comm.rank),
             gates=mx.concatenate([routing.gates, everyone.gates[lines]]),
         )
 

@@ -14,6 +14,7 @@ from mlx_ep.exchange.base import (
     ExchangeShape,
     ExchangeTraffic,
 )
+from mlx_ep.rows import serving_slots
 from mlx_ep.types import CompleteRouting, CompleteRows, Rows
 
 
@@ -55,10 +56,11 @@ class Replicated:
         """See `Strategy.exchange`."""
         placement, comm, routing = request.placement, request.comm, request.routing
         is_complete = isinstance(routing, CompleteRouting)
+        slots, served = placement.slots, serving_slots(routing.expert_ids, placement)
         return ReplicatedExchange(
-            placement.local_slots(routing.expert_ids, comm.rank),
+            slots.local_slots(served, comm.rank),
             routing.gates,
-            is_complete and placement.has_all_in_order(comm.rank),
+            is_complete and slots.has_all_in_order(comm.rank),
             comm,
         )
 

@@ -4,6 +4,6 @@
 and says what a kernel computes; `metal` needs Metal.
 """
 
-from mlx_ep.kernels.records import Activation, Projection, RouteTables
+from mlx_ep.kernels.records import Activation, Projection, ReplicaTables, RouteTables
 
-__all__ = ["Activation", "Projection", "RouteTables"]
+__all__ = ["Activation", "Projection", "ReplicaTables", "RouteTables"]

@@ -49,7 +49,14 @@ def header(name: str) -> str:
     return expand(f"{name}.metal") + f'\n#line 1 "{name}.call"\n'
 
 
-KERNELS = ("expert_down", "expert_glu", "pack_rows", "route_plan", "unpack_sum")
+KERNELS = (
+    "choose_replicas",
+    "expert_down",
+    "expert_glu",
+    "pack_rows",
+    "route_plan",
+    "unpack_sum",
+)
 
 
 def sources_digest() -> str:

@@ -8,12 +8,14 @@ import mlx.core as mx
 from jaxtyping import Float, Float32, Int32
 
 from mlx_ep.kernels.loader import kernel
-from mlx_ep.kernels.records import Activation, Projection, RouteTables
+from mlx_ep.kernels.records import Activation, Projection, ReplicaTables, RouteTables
 
 MAX_RANKS = 32  # the ranks of a token are the bits of a word
 # MLX passes arrays of fewer elements in another address space.
 MIN_WIDTH = 8
 MAX_CHUNK = 8  # tokens that share the reading of a slot's weights
+MAX_CHOICE_RANKS = 8  # a lane has 2^P / 32 sets of ranks
+MAX_CHOICE_EXPERTS = 1024  # their slots are in threadgroup memory
 MAX_SIMDS = 8  # SIMD groups of a threadgroup of the expert kernels
 DOWN_ROWS = 4
 SEGMENT_BYTES = 4 * 32 * 16  # of a row, that one SIMD group copies or sums
@@ -29,6 +31,47 @@ THREADS = (
 
 
 # ---------------------------------------------------------------- routing and movement
+
+
+def choose_replicas(
+    expert_ids: Int32[mx.array, "T K"], tables: ReplicaTables
+) -> Int32[mx.array, "T K"]:
+    """The slot that serves each routed expert: the busiest rank reads the fewest.
+
+    The choice of `mlx_ep.placement.ReplicaChoice.experts`, for ranks of one speed; no
+    host sync.
+
+    Args:
+        expert_ids: of all tokens that are computed together; -1 is "no expert".
+        tables: the copies of the experts, on at most 8 ranks.
+
+    Raises:
+        ValueError: there are more than 8 ranks or 1024 experts.
+    """
+    num_ranks, num_experts = tables.slots.shape
+    if num_ranks > MAX_CHOICE_RANKS or num_experts > MAX_CHOICE_EXPERTS:
+        raise ValueError(
+            f"The choice's kernel takes at most {MAX_CHOICE_RANKS} ranks and "
+            f"{MAX_CHOICE_EXPERTS} experts; got {num_ranks} and {num_experts}."
+        )
+    if not expert_ids.size:
+        return expert_ids
+    inputs = ("expert_ids", *tables._fields)
+    body = (
+        "threadgroup int slot_of[32 * WORDS];\n"
+        f"choose_replicas<P, WORDS>({', '.join(inputs)}, served, slot_of, "
+        "expert_ids_shape[0] * expert_ids_shape[1], order_shape[0], "
+        f"class_masks_shape[0], {LANE});"
+    )
+    (served,) = kernel("choose_replicas", "", inputs, ("served",), body)(
+        inputs=[expert_ids, *tables],
+        output_shapes=[expert_ids.shape],
+        output_dtypes=[mx.int32],
+        template=[("P", num_ranks), ("WORDS", -(-num_experts // 32))],
+        grid=(32, 1, 1),
+        threadgroup=(32, 1, 1),
+    )
+    return served
 
 
 def route_plan(

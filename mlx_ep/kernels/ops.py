@@ -5,10 +5,62 @@ from __future__ import annotations
 import mlx.core as mx
 from jaxtyping import Float, Float32, Int32
 
-from mlx_ep.kernels.records import Activation, Projection, RouteTables
+from mlx_ep.kernels.records import Activation, Projection, ReplicaTables, RouteTables
 
 CLAMP_LIMIT = 7.0  # of gpt-oss
 CLAMP_SLOPE = 1.702
+
+
+def choose_replicas(
+    expert_ids: Int32[mx.array, "T K"], tables: ReplicaTables
+) -> Int32[mx.array, "T K"]:
+    """The slot that serves each routed expert: the busiest rank reads the fewest.
+
+    The choice of `mlx_ep.placement.ReplicaChoice.experts`, for ranks of one speed; no
+    host sync.
+
+    Args:
+        expert_ids: of all tokens that are computed together; -1 is "no expert".
+        tables: the copies of the experts, on at most 8 ranks.
+    """
+    order, class_masks, class_starts, slots = tables
+    num_ranks, num_experts = slots.shape
+    if not expert_ids.size:
+        return expert_ids
+    used = (order[:, None] == expert_ids.reshape(-1)).any(axis=1)  # by place
+    before = mx.concatenate(
+        [mx.zeros((1,), mx.int32), mx.cumsum(used.astype(mx.int32))]
+    )
+    starts = before[class_starts]
+    counts = starts[1:] - starts[:-1]  # [C]
+    sets = mx.arange(1 << num_ranks)
+    bits = (sets[:, None] >> mx.arange(num_ranks)) & 1  # [2^P P]
+    sizes = bits.sum(axis=1).astype(mx.int32)
+    holds_all = (sets & class_masks[:, None]) == class_masks[:, None]  # [C 2^P]
+    need = mx.where(holds_all, counts[:, None], 0).sum(axis=0).astype(mx.int32)
+    most = ((need + sizes - 1) // mx.maximum(sizes, 1))[1:].max()
+    slack = most * sizes - need
+    plenty, ends = mx.array(1 << 30), []
+    for index in range(class_masks.shape[0]):
+        done, mask = mx.array(0), class_masks[index]
+        for rank in range(num_ranks):
+            cut = (bits[:, rank] == 1) & ~holds_all[index]
+            fits = mx.where(cut, slack, plenty).min()
+            # Where it is the last holder there is room for all that are left.
+            taken = mx.minimum(counts[index] - done, fits)
+            taken = mx.where((mask >> rank) & 1 == 1, taken, 0)
+            slack = slack - mx.where(cut, taken, 0)
+            done = done + taken
+            ends.append(done)
+    ends_of = mx.stack(ends).reshape(-1, num_ranks)  # [C P]
+    places = mx.arange(num_experts)
+    class_of = (places[:, None] >= class_starts[1:]).sum(axis=1)
+    number = before[:-1] - starts[class_of]
+    ranks = (number[:, None] >= ends_of[class_of]).sum(axis=1)
+    slot_of = mx.zeros((num_experts,), mx.int32)
+    slot_of[order] = slots[mx.minimum(ranks, num_ranks - 1), order]
+    served = slot_of[mx.maximum(expert_ids, 0)]
+    return mx.where(expert_ids < 0, -1, served).astype(mx.int32)
 
 
 def route_plan(

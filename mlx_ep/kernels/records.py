@@ -16,6 +16,22 @@ BITS = (4, 8)
 MXFP4_GROUP_SIZE = 32
 
 
+class ReplicaTables(NamedTuple):
+    """The copies of experts, as `choose_replicas` takes them.
+
+    Attributes:
+        order: the experts, those with the same holders side by side.
+        class_masks: the holders of each such run, one bit a rank.
+        class_starts: where in `order` each run starts; the last is E.
+        slots: the slot of each expert on each rank; any where it has none.
+    """
+
+    order: Int32[mx.array, " E"]
+    class_masks: Int32[mx.array, " C"]
+    class_starts: Int32[mx.array, " C+1"]
+    slots: Int32[mx.array, "P E"]
+
+
 class RouteTables(NamedTuple):
     """Where every (token, expert) pair and every (token, rank) row goes.
 

@@ -14,7 +14,16 @@ from mlx_ep.loading.caches import PREFILL_STEP, cache_bytes
 from mlx_ep.loading.widths import named_projections, width_problem
 from mlx_ep.loading.working import working_memory
 from mlx_ep.models import find_moe_sites
-from mlx_ep.placement import ExpertSizes, Placement, place, read_placement
+from mlx_ep.placement import (
+    ExpertSizes,
+    LayerLoad,
+    Placement,
+    is_record,
+    place,
+    read_placement,
+    read_record,
+    with_replicas,
+)
 
 _INPUT_NAMES = ("down_proj", "fc2")
 
@@ -53,6 +62,24 @@ def expert_sizes(model: nn.Module) -> ExpertSizes:
     )
 
 
+def experts_per_token(model: nn.Module) -> int:
+    """K, as the model's configuration calls it; 8 where no usual name is found."""
+    args = getattr(model, "args", None)
+    for owner in (args, getattr(args, "text_config", None)):
+        for name in (
+            "num_experts_per_tok",
+            "moe_topk",
+            "top_k",
+            "num_experts_per_token",
+        ):
+            found = (
+                owner.get(name) if isinstance(owner, dict) else getattr(owner, name, 0)
+            )
+            if isinstance(found, int) and found > 0:
+                return found
+    return 8
+
+
 def choose_placement(
     config: EPConfig,
     num_experts: int,
@@ -63,7 +90,7 @@ def choose_placement(
     """The placement that a configuration asks for; alike where its inputs are alike.
 
     Args:
-        config: its `memory`, `context`, `placement_file`, `ep_size`.
+        config: its `memory`, `replica_memory`, `context`, `placement_file`, `ep_size`.
         num_experts: E.
         num_ranks: P.
         outline: makes the model with all experts, without numbers; only asked for
@@ -73,7 +100,10 @@ def choose_placement(
     Raises:
         ValueError: the configuration is not possible for this model and these ranks.
     """
-    if config.placement_file is not None:
+    record = None
+    if config.placement_file is not None and is_record(config.placement_file):
+        record = read_record(config.placement_file, num_experts)
+    elif config.placement_file is not None:
         return read_placement(config.placement_file, num_experts, num_ranks)
     is_parted = config.ep_size not in (None, num_ranks)
     if is_parted and (config.strategy, config.reduction) != (
@@ -86,7 +116,9 @@ def choose_placement(
             f"partial_sum adds up; got strategy {config.strategy} and reduction "
             f"{config.reduction}. Leave --ep out, or use those."
         )
-    if config.memory is None and not is_parted:
+    has_replicas = config.replica_bytes != 0
+    is_plain = config.memory is None and not is_parted
+    if is_plain and not has_replicas and record is None:
         return Placement.contiguous(num_experts, num_ranks)
     model = outline()
     if is_parted and (problem := width_problem(model)):
@@ -97,12 +129,39 @@ def choose_placement(
     sizes, memory, reserved = expert_sizes(model), None, 0
     if config.memory is not None:
         memory = [int(gigabytes * 1e9) for gigabytes in config.memory]
-    if config.memory is not None and config.context:
+    if (config.memory is not None or has_replicas) and config.context:
         working = working_memory(model, min(config.context, PREFILL_STEP))
         reserved = cache_bytes(model, config.context) + working.fixed
         # Rows of an expert come with the expert.
         each = working.of(1, num_experts) - working.fixed
         sizes = replace(sizes, expert_bytes=sizes.expert_bytes + each)
+    if config.replica_bytes is None and memory is None:
+        raise ValueError(
+            "--replica-memory auto fills what the ranks have left: say with --memory "
+            "how many GB each may hold."
+        )
+    if has_replicas or record is not None:
+        base = place(
+            sizes,
+            num_ranks,
+            memory=memory,
+            reserved_bytes=reserved,
+            must_fit=must_fit,
+        )
+        taken = sizes.dense_bytes + reserved
+        free = None if memory is None else [max(n - taken, 0) for n in memory]
+        if record is not None:
+            load = record.whole_load()
+        else:
+            load = LayerLoad.uniform(num_experts, experts_per_token(model))
+        return with_replicas(
+            base,
+            sizes.expert_bytes,
+            load,
+            config.replica_bytes,
+            free,
+            is_recorded=record is not None,
+        )
     return place(
         sizes,
         num_ranks,

@@ -2,6 +2,7 @@
 
 from mlx_ep.moe.group import ExpertGroup, Step
 from mlx_ep.moe.layer import MixtureOfExperts
+from mlx_ep.moe.recorder import RoutingRecorder
 from mlx_ep.moe.router import TopKRouter
 
-__all__ = ["ExpertGroup", "MixtureOfExperts", "Step", "TopKRouter"]
+__all__ = ["ExpertGroup", "MixtureOfExperts", "RoutingRecorder", "Step", "TopKRouter"]

@@ -27,7 +27,7 @@ from mlx_ep.exchange import (
 from mlx_ep.experts import Runner, run_experts, run_slots
 from mlx_ep.metrics import Counters, StageTimings
 from mlx_ep.placement import Placement
-from mlx_ep.rows import Mover, limit_to_capacity
+from mlx_ep.rows import Mover, limit_to_capacity, serving_slots
 from mlx_ep.types import Routing, Rows, TokenCounts, to_host
 
 
@@ -57,6 +57,7 @@ class ExpertGroup:
         step: what the caller has agreed on for this step.
         timings: of each stage; off until asked for:
             ``with group.timings.measure() as timings: ...``.
+        observe: is given the routed ids of each call; see `RoutingRecorder.observer`.
     """
 
     comm: Comm
@@ -68,6 +69,7 @@ class ExpertGroup:
     sum_dtype: mx.Dtype | None = None
     step: Step = field(default_factory=Step)
     timings: StageTimings = field(default_factory=StageTimings)
+    observe: Callable[[mx.array], None] | None = None
 
     @classmethod
     def from_config(
@@ -174,6 +176,8 @@ class ExpertGroup:
         stage, barrier = self.timings.run, self.comm.barrier
         is_next = strategy.is_sharded or self.share_routing
         routing = stage("route", used, routing, barrier=barrier if is_next else None)
+        if self.observe is not None:
+            self.observe(routing.expert_ids)
         outputs = []
         rounds = self._rounds(x, routing, strategy)
         for x_part, request in rounds:
@@ -220,10 +224,15 @@ class ExpertGroup:
         self.timings.begin(x)
         stage = self.timings.run
         ids, gates = stage("route", self._limited, routing)
-        local = self.placement.local_slots
-        slot_ids = stage("assign", local, ids, self.comm.rank)
+        if self.observe is not None:
+            self.observe(ids)
+        slot_ids = stage("assign", self._own_slots, ids)
         rows = Rows(x, slot_ids, gates)
         return stage("experts", run_slots, rows, runner, self.counters)
+
+    def _own_slots(self, expert_ids: mx.array) -> mx.array:
+        served = serving_slots(expert_ids, self.placement)
+        return self.placement.slots.local_slots(served, self.comm.rank)
 
     def sum_parts(self, part: Shaped[mx.array, ...]) -> Shaped[mx.array, ...]:
         """The sum of the ranks' parts; ends the layer that `local_slot_outputs` began.

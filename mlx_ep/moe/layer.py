@@ -36,6 +36,8 @@ class MixtureOfExperts(nn.Module):
         top_k: K.
         group: the ranks; default: ``mx.distributed.init()``.
         config: strategy and its settings.
+        placement: of the experts, also with copies; default: every rank has the same
+            number, once each.
         **router_options: of `TopKRouter`.
 
     Raises:
@@ -51,6 +53,7 @@ class MixtureOfExperts(nn.Module):
         *,
         group: mx.distributed.Group | None = None,
         config: EPConfig | None = None,
+        placement: Placement | None = None,
         **router_options: object,
     ) -> None:
         super().__init__()
@@ -65,7 +68,14 @@ class MixtureOfExperts(nn.Module):
             )
         comm = GroupComm(group or mx.distributed.init())
         _check_even(config, comm.size)
-        placement = Placement.contiguous(num_experts, comm.size)
+        placement = placement or Placement.contiguous(num_experts, comm.size)
+        given = placement.num_experts, placement.num_ranks
+        if given != (num_experts, comm.size) or placement.parts is not None:
+            raise ValueError(
+                f"placement must be of {num_experts} whole experts on {comm.size} "
+                f"ranks; got {given[0]} on {given[1]}"
+                f"{', shared in width' * (placement.parts is not None)}."
+            )
         self.router = TopKRouter(hidden_dims, num_experts, top_k, **router_options)  # type: ignore[arg-type]
         self.experts = SwitchGLU(hidden_dims, expert_dims, num_experts)
         own = mx.array(placement.rank_experts[comm.rank], mx.int32)
@@ -88,8 +98,10 @@ def _check_even(config: EPConfig, num_ranks: int) -> None:
     ValueError: the configuration places experts in another way.
     """
     is_whole = config.ep_size in (None, num_ranks)
-    if config.memory or config.placement_file or not is_whole:
+    has_replicas = config.replica_memory != "0"
+    if config.memory or config.placement_file or not is_whole or has_replicas:
         raise ValueError(
             "MixtureOfExperts gives every rank the same number of whole experts; "
-            "memory, placement_file and ep_size are for load() and parallelize()."
+            "memory, replica_memory, placement_file and ep_size are for load() and "
+            "parallelize(). Give it a placement instead."
         )

@@ -5,11 +5,13 @@ from mlx_ep.placement.choice import DECODE_TOKENS, ReplicaChoice
 from mlx_ep.placement.file import read_placement, write_placement
 from mlx_ep.placement.load import LayerLoad, draw_steps, expected_busiest
 from mlx_ep.placement.placement import Part, Placement, runs
+from mlx_ep.placement.record import Record, is_record, read_record, write_record
 from mlx_ep.placement.replicas import (
     Balanced,
     RankRoom,
     balance,
     balance_while_it_pays,
+    with_replicas,
 )
 from mlx_ep.placement.shares import ExpertSizes, apportion, place
 
@@ -21,15 +23,20 @@ __all__ = [
     "Part",
     "Placement",
     "RankRoom",
+    "Record",
     "ReplicaChoice",
     "apportion",
     "balance",
     "balance_while_it_pays",
     "draw_steps",
     "expected_busiest",
+    "is_record",
     "place",
     "read_placement",
+    "read_record",
     "rebalance_experts",
     "runs",
+    "with_replicas",
     "write_placement",
+    "write_record",
 ]

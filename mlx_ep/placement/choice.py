@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 from jaxtyping import Int
@@ -164,6 +165,18 @@ class ReplicaChoice:
         for expert in self._order:
             found.setdefault(self.masks[expert], []).append(expert)
         return {mask: np.array(experts) for mask, experts in found.items()}
+
+    @cached_property
+    def classes(self) -> tuple[list[int], list[int], list[int]]:
+        """The experts in the order in which they choose, in runs of the same holders.
+
+        Returns:
+            The experts, the holders of each run as bits, and where each run starts; the
+            last is E.
+        """
+        masks = list(self._classes)
+        sizes = [len(experts) for experts in self._classes.values()]
+        return self._order, masks, [0, *accumulate(sizes)]
 
     @cached_property
     def _order(self) -> list[int]:

@@ -8,7 +8,8 @@
     }
 
 `ranks` has one list per rank, in slot order: numbers of experts, or a text
-"first-last" for consecutive ones, both included. It holds for every MoE layer.
+"first-last" for consecutive ones, both included. An expert may be on several ranks,
+which then hold copies of it. It holds for every MoE layer.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def read_placement(path: str | Path, num_experts: int, num_ranks: int) -> Placem
 
     Raises:
         ValueError: the file cannot be read, is of another format or version, is for
-            another number of experts or ranks, or does not hold each expert once.
+            another number of experts or ranks, lacks an expert or has one twice on a
+            rank.
     """
     content = _read_json(path)
     if content.get("format") != FORMAT or content.get("version") != VERSION:
@@ -59,7 +61,7 @@ def read_placement(path: str | Path, num_experts: int, num_ranks: int) -> Placem
         tuple(e for entry in entries for e in _experts(path, entry, num_experts))
         for entries in ranks
     )
-    _check_once(path, found, num_experts)
+    _check_held(path, found, num_experts)
     return Placement(found)
 
 
@@ -117,17 +119,23 @@ def _experts(path: str | Path, entry: Any, num_experts: int) -> range:
     return range(first, last + 1)
 
 
-def _check_once(
+def _check_held(
     path: str | Path, ranks: tuple[tuple[int, ...], ...], num_experts: int
 ) -> None:
-    counts = Counter(expert for experts in ranks for expert in experts)
-    for what, wrong in (
-        ("are missing", set(range(num_experts)) - set(counts)),
-        ("are there more than once", {e for e, n in counts.items() if n > 1}),
-    ):
-        if wrong:
-            some = ", ".join(map(str, sorted(wrong)[:8])) + (" ..." * (len(wrong) > 8))
+    held = {expert for experts in ranks for expert in experts}
+    if missing := sorted(set(range(num_experts)) - held):
+        raise ValueError(
+            f"{path} must hold each of the experts 0..{num_experts - 1}; "
+            f"{len(missing)} are missing: {_some(missing)}."
+        )
+    for rank, experts in enumerate(ranks):
+        counts = Counter(experts)
+        if twice := sorted(e for e, n in counts.items() if n > 1):
             raise ValueError(
-                f"{path} must hold each of the experts 0..{num_experts - 1} exactly "
-                f"once; {len(wrong)} {what}: {some}."
+                f"{path} must hold an expert at most once on a rank; rank {rank} has "
+                f"more than once: {_some(twice)}."
             )
+
+
+def _some(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (" ..." * (len(numbers) > 8))

@@ -112,4 +112,5 @@ def expected_busiest(
     members = np.arange(1, 1 << num_ranks)[:, None] >> np.arange(num_ranks) & 1
     if speeds is None:
         return float(np.ceil(used[:, 1:] / members.sum(1) - 1e-9).max(1).mean())
-    return float((used[:, 1:] / (members @ np.array(speeds))).max(1).mean())
+    of_sets = members @ np.array(speeds)  # on host
+    return float((used[:, 1:] / of_sets).max(1).mean())

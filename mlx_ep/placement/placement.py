@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -12,6 +12,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Int32, Integer
+
+from mlx_ep.placement.choice import DECODE_TOKENS, ReplicaChoice
 
 
 class Part(NamedTuple):
@@ -41,27 +43,31 @@ class Placement:
 
     Attributes:
         rank_experts: one tuple per rank; ``rank_experts[r][s]`` is the expert in
-            slot s of rank r. Ranks may hold different numbers, also none.
+            slot s of rank r. Ranks may hold different numbers, also none. An expert
+            may have copies on several ranks; `serve` says which one a step uses.
         parts: one per rank: what it holds of the width of its experts, an expert then
             lives on several ranks; None where ranks hold whole experts.
+        note: why there are as many copies as there are, for a person.
 
     Raises:
-        ValueError: the tuples do not hold each of the experts 0..E-1 exactly once, or
-            the parts of an expert are not its width.
+        ValueError: the tuples do not hold each of the experts 0..E-1, one is twice on
+            a rank, or the parts of an expert are not its width.
     """
 
     rank_experts: tuple[tuple[int, ...], ...]
     parts: tuple[Part, ...] | None = None
+    note: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if self.parts is not None:
             self._check_parts(self.parts)
             return
-        held = sorted(expert for rank in self.rank_experts for expert in rank)
-        if not held or held != list(range(len(held))):
+        held = sorted({expert for rank in self.rank_experts for expert in rank})
+        is_twice = any(len(set(rank)) < len(rank) for rank in self.rank_experts)
+        if not held or held != list(range(len(held))) or is_twice:
             raise ValueError(
-                "A placement must hold each of the experts 0..E-1 exactly once; "
-                f"got {self.rank_experts}."
+                "A placement must hold each of the experts 0..E-1, none twice on a "
+                f"rank; got {self.rank_experts}."
             )
 
     def _check_parts(self, parts: Sequence[Part]) -> None:
@@ -162,14 +168,78 @@ class Placement:
         return len(self.rank_experts[rank])
 
     @cached_property
+    def has_replicas(self) -> bool:
+        """Whether an expert has copies, on several ranks."""
+        return self.parts is None and sum(map(len, self.rank_experts)) > (
+            self.num_experts
+        )
+
+    @cached_property
+    def slots(self) -> Placement:
+        """The slots of all ranks counted through, each in one place.
+
+        What `serve` returns are its "experts". Without copies: this placement.
+
+            rank 0: experts 0 1 2   rank 1: experts 2 3   ->   0 1 2 | 3 4
+        """
+        if not self.has_replicas:
+            return self
+        return Placement.from_counts([len(experts) for experts in self.rank_experts])
+
+    @cached_property
+    def choice(self) -> ReplicaChoice:
+        """Chooses among the copies of experts."""
+        holders: list[list[int]] = [[] for _ in range(self.num_experts)]
+        for rank, experts in enumerate(self.rank_experts):
+            for expert in experts:
+                holders[expert].append(rank)
+        return ReplicaChoice(holders, self.num_ranks)
+
+    def serve(self, expert_ids: Int32[np.ndarray, "T K"]) -> Int32[np.ndarray, "T K"]:
+        """The slot that serves each routed expert, as `slots` counts them; -1 for -1.
+
+        A function of the ids alone: ranks that know the same ids decide alike. Up to
+        `DECODE_TOKENS` tokens the busiest rank reads as few experts as is possible,
+        above it has as few rows.
+
+        Args:
+            expert_ids: of all tokens that are computed together.
+        """
+        if not self.has_replicas:
+            return expert_ids
+        if len(expert_ids) <= DECODE_TOKENS:
+            flat = expert_ids.reshape(-1).tolist()  # on host
+            chosen, table = self.choice.experts(flat), self._slot_numbers
+            of_expert = {e: table[rank][e] for e, rank in chosen.items()}
+            of_expert[-1] = -1
+            slots = np.array([of_expert[e] for e in flat], np.int32)
+            return slots.reshape(expert_ids.shape)
+        ranks = self.choice.rows(expert_ids)
+        return np.where(ranks < 0, -1, self.slot_table[ranks, expert_ids])
+
+    @cached_property
+    def _slot_numbers(self) -> list[list[int]]:
+        return self.slot_table.tolist()  # on host
+
+    @cached_property
+    def slot_table(self) -> Int32[np.ndarray, "P E"]:
+        """Per rank the slot of each expert, counted through all ranks; -1: none."""
+        table = np.full((self.num_ranks, self.num_experts), -1, np.int32)
+        first = 0
+        for row, experts in zip(table, self.rank_experts):
+            row[list(experts)] = first + np.arange(len(experts))
+            first += len(experts)
+        return table
+
+    @cached_property
     def expert_ranks(self) -> Int32[np.ndarray, " E"]:
-        """The rank that holds each expert; where its width is shared, the first part.
+        """The first rank that holds each expert; of a shared width the first part.
 
         So each expert is named once. What has to reach all parts of an expert asks
         `local_slots` of every rank.
         """
         ranks = np.empty(self.num_experts, np.int32)
-        for rank, experts in enumerate(self.rank_experts):
+        for rank, experts in reversed(list(enumerate(self.rank_experts))):
             part = self.part(rank)
             if part is None or part.is_first:
                 ranks[list(experts)] = rank
@@ -179,7 +249,7 @@ class Placement:
     def expert_slots(self) -> Int32[np.ndarray, " E"]:
         """The slot of each expert on the rank that holds it (`expert_ranks`)."""
         slots = np.empty(self.num_experts, np.int32)
-        for rank, experts in enumerate(self.rank_experts):
+        for rank, experts in reversed(list(enumerate(self.rank_experts))):
             part = self.part(rank)
             if part is None or part.is_first:
                 slots[list(experts)] = np.arange(len(experts))
@@ -192,8 +262,10 @@ class Placement:
 
         An id of -1 (no expert) gives -1. Every rank that holds a part of an expert has
         a slot for it: their outputs add up. int32; a rank that has everything in order
-        gives the ids themselves.
+        gives the ids themselves. Where experts have copies, ask this of `slots`, with
+        what `serve` chose.
         """
+        assert not self.has_replicas, "every copy would be counted"
         if self.has_all_in_order(rank):
             return expert_ids
         return self._slot_tables[rank][expert_ids]
@@ -226,6 +298,11 @@ class Placement:
         experts = self.rank_experts[rank]
         share = f"({len(experts)} of {self.num_experts} per layer)"
         text = f"experts {_ranges(experts) or 'none'} {share}"
+        if self.has_replicas:
+            copies = sum(map(len, self.rank_experts)) - self.num_experts
+            return (
+                f"{text}; {copies} copies on all ranks{self.note and ': '}{self.note}"
+            )
         part = self.part(rank)
         if part is None or not experts:
             return text

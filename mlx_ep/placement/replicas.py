@@ -35,6 +35,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlx_ep.placement.load import LayerLoad, Objective, draw_steps, expected_busiest
+from mlx_ep.placement.placement import Placement
 from mlx_ep.placement.shares import apportion
 
 ABOUT_AS_GOOD = 0.98
@@ -80,7 +81,7 @@ def balance(
     *,
     objective: Objective = "activated",
     replica_bytes: int | None = None,
-    counts: Sequence[int] | None = None,
+    base: Sequence[Sequence[int]] | None = None,
 ) -> Balanced:
     """Place experts, and copies of them for one memory budget.
 
@@ -92,13 +93,13 @@ def balance(
             "rows": its rows, which is prefill.
         replica_bytes: of all copies beyond one of each expert, on all ranks together;
             None: as much as the ranks have.
-        counts: experts of each rank before copies; None: in proportion to its speed,
-            as far as its memory goes.
+        base: the experts of each rank before copies; None: as many as are in proportion
+            to its speed, as far as its memory goes, where they add least.
 
     Raises:
         ValueError: the experts do not fit.
     """
-    copies = _Copies(loads, ranks, expert_bytes, objective, counts)
+    copies = _Copies(loads, ranks, expert_bytes, objective, base)
     copies.add(replica_bytes)
     return copies.result()
 
@@ -109,7 +110,7 @@ def balance_while_it_pays(
     expert_bytes: Sequence[int],
     *,
     objective: Objective = "activated",
-    counts: Sequence[int] | None = None,
+    base: Sequence[Sequence[int]] | None = None,
     least_gain: float = 0.01,
     parts: int = 16,
 ) -> tuple[Balanced, list[float]]:
@@ -125,7 +126,7 @@ def balance_while_it_pays(
     """
     num_experts = len(loads[0].used)
     step = max(1, num_experts // parts) * sum(expert_bytes)
-    copies = _Copies(loads, ranks, expert_bytes, objective, counts)
+    copies = _Copies(loads, ranks, expert_bytes, objective, base)
     expected, best = [copies.expected()], copies.result()
     while True:
         copies.add(step)
@@ -136,6 +137,55 @@ def balance_while_it_pays(
         if expected[-1] > expected[-2] * (1 - least_gain):
             return best, expected
         best = now
+
+
+def with_replicas(
+    base: Placement,
+    expert_bytes: int,
+    load: LayerLoad,
+    replica_bytes: int | None,
+    free: Sequence[int] | None,
+    *,
+    is_recorded: bool = False,
+) -> Placement:
+    """A placement with copies, the same in all layers, for decoding.
+
+    Args:
+        base: of whole experts, one of each.
+        expert_bytes: of one expert, in all layers together.
+        load: of the layers.
+        replica_bytes: of copies on each rank; None: what is left of `free`, as long as
+            copies pay.
+        free: what each rank has for experts and copies; None: no limit.
+        is_recorded: the experts of ranks follow the load too, as many as in `base`;
+            else they stay.
+    """
+    assert replica_bytes is not None or free is not None
+    held = [base.num_slots(rank) * expert_bytes for rank in range(base.num_ranks)]
+    if replica_bytes is None:
+        rooms = [RankRoom(num_bytes) for num_bytes in free or ()]
+    else:
+        most = [n + replica_bytes for n in held]
+        rooms = [RankRoom(min(n, m)) for n, m in zip(most, free or most, strict=True)]
+    rooms = [RankRoom(max(n, room.num_bytes)) for n, room in zip(held, rooms)]
+    ranks = base.rank_experts
+    if is_recorded:
+        counts = [RankRoom(n) for n in held]
+        ranks = balance([load], counts, [expert_bytes]).layers[0]
+    if replica_bytes is not None:
+        placed, note = balance([load], rooms, [expert_bytes], base=ranks), ""
+    else:
+        placed, expected = balance_while_it_pays(
+            [load], rooms, [expert_bytes], base=ranks
+        )
+        stopped = len(expected) > 1 and expected[-1] > 0.99 * expected[-2]
+        reason = "the next gain is below 1%" if stopped else "the memory is full"
+        last = expected[-2] if stopped else expected[-1]
+        note = (
+            f"the busiest rank reads {last:.2f} experts per token and layer instead of "
+            f"{expected[0]:.2f}; {reason}"
+        )
+    return Placement(placed.layers[0], note=note)
 
 
 def _counts(num_experts: int, ranks: Sequence[RankRoom], all_layers: int) -> list[int]:
@@ -164,13 +214,15 @@ class _Copies:
         ranks: Sequence[RankRoom],
         expert_bytes: Sequence[int],
         objective: Objective,
-        counts: Sequence[int] | None,
+        base: Sequence[Sequence[int]] | None,
     ) -> None:
         num_experts = len(loads[0].used)
-        if counts is None:
+        if base is not None:
+            counts = [len(experts) for experts in base]
+        else:
             counts = _counts(num_experts, ranks, sum(expert_bytes))
         self.ranks, self.objective = ranks, objective
-        self.room = np.array([rank.num_bytes for rank in ranks], np.int64)
+        self.room = np.array([r.num_bytes for r in ranks], np.int64)  # on host
         self.room -= np.array(counts, np.int64) * sum(expert_bytes)
         self.most = np.array(
             [num_experts if rank.slots is None else rank.slots for rank in ranks]
@@ -188,7 +240,7 @@ class _Copies:
             key = moments.tobytes(), size
             if key not in known:
                 known[key] = len(self.layers)
-                self.layers.append(_Layer(moments, sets, counts))
+                self.layers.append(_Layer(moments, sets, counts, base))
                 self.sizes.append(0)
                 if objective == "rows":
                     self._steps.append(np.sqrt(np.diag(moments))[None])
@@ -296,7 +348,13 @@ class _RankSets:
 class _Layer:
     """One layer's placement while copies are added."""
 
-    def __init__(self, moments: np.ndarray, sets: _RankSets, counts: Sequence[int]):
+    def __init__(
+        self,
+        moments: np.ndarray,
+        sets: _RankSets,
+        counts: Sequence[int],
+        base: Sequence[Sequence[int]] | None,
+    ) -> None:
         self.moments = moments
         self.sets = sets
         num_experts, num_ranks = len(moments), len(counts)
@@ -304,7 +362,11 @@ class _Layer:
         # Whether set A has all holders of e, and C summed over the experts of A.
         self.inside = np.zeros((len(sets.weight), num_experts), bool)
         self.sums = np.zeros((len(sets.weight), num_experts))
-        self._place(list(counts))
+        if base is None:
+            self._place(list(counts))
+        for rank, experts in enumerate(base or ()):
+            for expert in experts:
+                self._put(expert, rank)
         self.gains: np.ndarray | None = None
 
     def copy(self) -> _Layer:
@@ -324,9 +386,14 @@ class _Layer:
             # On a tie the rank that has most room, so that all fill alike.
             rank = int(np.lexsort((-room, np.round(cost, 12)))[0])
             room[rank] -= 1
-            self.on[expert, rank] = True
-            self.inside[sets.has[:, rank], expert] = True
-            self.sums[sets.has[:, rank]] += moments[expert]
+            self._put(int(expert), rank)
+
+    def _put(self, expert: int, rank: int) -> None:
+        """An expert's first place."""
+        has = self.sets.has[:, rank]
+        self.on[expert, rank] = True
+        self.inside[has, expert] = True
+        self.sums[has] += self.moments[expert]
 
     def best(self, most: np.ndarray, has_room: np.ndarray) -> float:
         """What the best further copy takes from the sum; 0 or less: there is none."""

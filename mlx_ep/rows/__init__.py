@@ -27,6 +27,7 @@ from mlx_ep.rows.pack import (
     routing_words,
     split_rows,
 )
+from mlx_ep.rows.serve import serving_slots
 from mlx_ep.rows.sums import weighted_slots, with_zero_row
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "pad_routing",
     "routing_from_words",
     "routing_words",
+    "serving_slots",
     "split_rows",
     "weighted_slots",
     "with_zero_row",

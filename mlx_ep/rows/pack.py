@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int32, UInt
 
 from mlx_ep.placement import Placement
+from mlx_ep.rows.serve import serving_slots
 from mlx_ep.types import Routing
 
 # Unsigned integers as wide as each dtype of rows: ids and gates travel beside them as
@@ -36,7 +37,8 @@ def get_dispatch_layout(
     expert_ids: Int32[mx.array, "T K"], placement: Placement
 ) -> Layout:
     """Rows per rank, rows per expert and who needs whom. Lazy, no communication."""
-    needed = tokens_in_ranks(expert_ids, placement)
+    served = serving_slots(expert_ids, placement)
+    needed = tokens_in_ranks(served, placement.slots)
     experts = mx.arange(placement.num_experts)
     chosen = mx.zeros((expert_ids.shape[0], placement.num_experts), mx.bool_)
     for k in range(expert_ids.shape[1]):

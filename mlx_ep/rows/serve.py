@@ -1,0 +1,75 @@
+"""Which copy of an expert serves a token: from experts to slots."""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+
+import mlx.core as mx
+import numpy as np
+from jaxtyping import Integer
+
+from mlx_ep.kernels import ReplicaTables, metal
+from mlx_ep.placement import DECODE_TOKENS, Placement
+from mlx_ep.rows.option import uses_metal
+from mlx_ep.types import to_host
+
+CHECKED_STEPS = 8  # steps with which the kernel is compared before it is used
+
+
+def serving_slots(
+    expert_ids: Integer[mx.array, "T K"], placement: Placement
+) -> Integer[mx.array, "T K"]:
+    """The slots that serve routed experts: ids for ``placement.slots``.
+
+    Where no expert has copies these are the ids themselves, and nothing is computed.
+    On Metal a kernel chooses in decode, and nothing waits; in prefill, and elsewhere,
+    the host does. Both make the same choice, so ranks may differ in that.
+
+    Args:
+        expert_ids: of all tokens that are computed together, the same on every rank
+            that asks.
+    """
+    if not placement.has_replicas:
+        return expert_ids
+    if expert_ids.shape[0] <= DECODE_TOKENS and uses_metal():
+        tables = _checked_tables(placement, expert_ids.shape[1])
+        if tables is not None:
+            return metal.choose_replicas(expert_ids.astype(mx.int32), tables)
+    # sync: which copy serves an expert depends on all the ids of the step.
+    return mx.array(placement.serve(to_host(expert_ids.astype(mx.int32))))
+
+
+def replica_tables(placement: Placement) -> ReplicaTables:
+    """What `choose_replicas` takes of a placement."""
+    order, masks, starts = placement.choice.classes
+    return ReplicaTables(
+        mx.array(order, mx.int32),
+        mx.array(masks, mx.int32),
+        mx.array(starts, mx.int32),
+        mx.array(placement.slot_table),
+    )
+
+
+@lru_cache(maxsize=8)
+def _checked_tables(placement: Placement, per_token: int) -> ReplicaTables | None:
+    """The kernel's tables, where it chooses as the host does; None: the host has to."""
+    num_ranks, num_experts = placement.num_ranks, placement.num_experts
+    if num_ranks > metal.MAX_CHOICE_RANKS or num_experts > metal.MAX_CHOICE_EXPERTS:
+        return None
+    tables = replica_tables(placement)
+    random = np.random.default_rng(0)
+    for step in range(CHECKED_STEPS):
+        shape = (1 + step % 4, per_token)
+        ids = random.integers(-1, num_experts, shape).astype(np.int32)
+        # sync: once for a placement, before anything depends on it.
+        got = to_host(metal.choose_replicas(mx.array(ids), tables))
+        if not np.array_equal(got, placement.serve(ids)):
+            warnings.warn(
+                "The kernel choose_replicas does not choose as the host does on this "
+                "GPU; the host chooses, which waits for the GPU once per layer. Please "
+                "report it with the output of mlx_ep.doctor.",
+                stacklevel=2,
+            )
+            return None
+    return tables
