@@ -1,4 +1,4 @@
-"""What the process has imported that ranks are forked from: `tests/forked.py`."""
+"""What is imported in the process that ranks are forked from: `tests/forked.py`."""
 
 from __future__ import annotations
 
