@@ -51,7 +51,7 @@ from mlx_ep.models.block_call import BlockCall
 from mlx_ep.models.blocks import BlockState
 from mlx_ep.models.stand_in import OutputsStandIn
 from mlx_ep.moe import ExpertGroup
-from tests import tiny
+from tests.support import tiny
 
 WIDTHS = {1: (2048, 768), 64: (512, 192), 512: (512, 192)}
 QUICK_WIDTHS = {1: (256, 128), 64: (256, 128)}

@@ -1,6 +1,6 @@
 """How many bytes do the Metal kernels move, against the least they could?
 
-Each kernel runs on the CPU (tests/metal/host), which counts every byte that its
+Each kernel runs on the CPU (tests/support/host), which counts every byte that its
 source reads or writes, per buffer. Counts are exact and the same on every run, so one
 sample is enough. They are not measured on a GPU: caches, which serve a byte that is
 read again, and the coalescing of lanes do not exist here.
@@ -31,8 +31,8 @@ import pytest
 
 from benchmarks.harness import Target, arguments, finish, heading, table
 from mlx_ep.kernels import Activation, Projection, loader, metal, ops
-from tests.metal import host
-from tests.metal.projections import projection
+from tests.support import host
+from tests.support.projections import projection
 
 MOVEMENT_LIMIT = 1.05
 ONE_TOKEN_LIMIT = 1.0

@@ -40,7 +40,7 @@ from benchmarks.harness import (
     slowest,
     table,
 )
-from tests.tiny import QWEN3_MOE, make_tokenizer
+from tests.support.tiny import QWEN3_MOE, make_tokenizer
 
 NUM_RANKS = 2
 NUM_FILES = 6

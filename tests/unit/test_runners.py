@@ -24,8 +24,8 @@ from mlx_ep.experts import blas as blas_module
 from mlx_ep.metrics import Counters
 from mlx_ep.rows import Option
 from mlx_ep.types import Rows
-from tests.host_kernels import installed
-from tests.reference import moe_sum
+from tests.support.host_kernels import installed
+from tests.support.reference import moe_sum
 
 L = 4
 AFFINE = [
