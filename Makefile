@@ -30,16 +30,16 @@ test-oracle: $(VENV)/.oracle
 	$(BIN)/python -m pytest -q -m oracle
 
 fuzz: $(VENV)/.test
-	$(BIN)/python -m tests.fuzz_exchange
-	$(BIN)/python -m tests.fuzz_checkpoints
+	$(BIN)/python -m tests.support.fuzz_exchange
+	$(BIN)/python -m tests.support.fuzz_checkpoints
 
 # Every way for a rank to fail, at every point of a run; over half an hour.
 fault: $(VENV)/.test
-	$(BIN)/python -m tests.fault --write docs/reliability.md
+	$(BIN)/python -m tests.support.fault --write docs/reliability.md
 
 # 30 minutes of answers on 2 ranks: tokens right, memory flat.
 soak: $(VENV)/.test
-	$(BIN)/python -m tests.soak
+	$(BIN)/python -m tests.support.soak
 
 clean:
 	rm -rf $(VENV) dist build

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import eplb
-from benchmarks.harness import Target, arguments, finish, heading, table
+from benchmarks.harness import Target, arguments, finish, heading
+from mlx_ep.metrics import markdown_table
 from mlx_ep.placement import (
     LayerLoad,
     Placement,
@@ -241,20 +242,20 @@ def show(records: list[Record]) -> None:
     head = ["layers x E x S x groups x nodes x GPUs", "load", "EPLB max/mean",
             "ours", "distance / EPLB's", "worst max / EPLB's", "CPU ms",
             "EPLB CPU ms"]  # fmt: skip
-    print(table(head, rows), "\n")
+    print(markdown_table(head, rows), "\n")
     rows = [
         [r["routing"], r["ranks"], r["tokens"], *(f"{b:.2f}" for b in r["busiest"])]
         for r in records if r["kind"] == "distinct"
     ]  # fmt: skip
     head = ["routing", "P", "T", "0%", "25%", "50%", "100%", "all on all"]
-    print(table(head, rows), "\n")
+    print(markdown_table(head, rows), "\n")
     rows = [
         [r["ranks"], r["tokens"], f"{r['choice_us']:.1f}", f"{r['no_copies']:.2f}",
          f"{r['busiest']:.2f}", f"{r['at_random']:.2f}"]
         for r in records if r["kind"] == "choice"
     ]  # fmt: skip
     head = ["P", "T", "us of a choice", "no copies", "50%, chosen", "50%, at random"]
-    print(table(head, rows), "\n")
+    print(markdown_table(head, rows), "\n")
 
 
 def run(args: argparse.Namespace) -> list[Record]:

@@ -20,19 +20,12 @@ import mlx_lm
 from mlx_lm.generate import batch_generate
 
 import mlx_ep
-from benchmarks.harness import (
-    Target,
-    arguments,
-    finish,
-    heading,
-    run_pinned,
-    table,
-)
+from benchmarks.harness import Target, arguments, finish, heading, run_pinned
 from mlx_ep.comm import GroupComm
 from mlx_ep.config import EPConfig
 from mlx_ep.data_parallel import generate_replicated, generate_sharded
 from mlx_ep.loading import find_model
-from mlx_ep.metrics import format_bytes
+from mlx_ep.metrics import format_bytes, markdown_table
 
 ARMS: dict[str, dict[str, Any]] = {
     "replicated": {"strategy": "replicated"},
@@ -139,7 +132,7 @@ def main() -> int:
             )
         print(f"\n## {num_ranks} ranks over MPI\n")
         headers = ["arm", "sequences/s", "over replicated", "KV per rank", "differ"]
-        print(table(headers, rows), flush=True)
+        print(markdown_table(headers, rows), flush=True)
     best = max(r["ratio_to_replicated"] for r in records if r["arm"] != "replicated")
     targets = [Target("sequences whose tokens differ from one process", differing, 0)]
     figure = f"best sharded strategy over replicated: {best:.2f} x the sequences/s"

@@ -21,10 +21,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Target, arguments, finish, heading, table
+from benchmarks.harness import Target, arguments, finish, heading
 from mlx_ep.cost.profile import Profile, find_profile
 from mlx_ep.cost.shape import ModelShape, layer_from_json, model_from_json
 from mlx_ep.cost.step import PREFILL_TOKENS, layer_cost, step_cost
+from mlx_ep.metrics import markdown_table
 
 MOST_ERROR = 0.15
 Record = Mapping[str, Any]
@@ -174,7 +175,7 @@ def main() -> int:
         ]
         for p in points
     ]
-    print(table(headers, rows))
+    print(markdown_table(headers, rows))
     print(f"\n{len(records) - len(uniform)} points with skewed routing are left out.\n")
     keys = sorted({(p["level"], p["arm"]) for p in points})
     groups = []
@@ -184,7 +185,11 @@ def main() -> int:
         groups.append(
             [f"{level}, {arm}", len(own), f"{mean_error(own):.0%}", f"{signed:+.0%}"]
         )
-    print(table(["points", "how many", "mean absolute error", "mean error"], groups))
+    print(
+        markdown_table(
+            ["points", "how many", "mean absolute error", "mean error"], groups
+        )
+    )
     print()
     error = mean_error(points)
     targets = [

@@ -33,25 +33,18 @@ import mlx.nn as nn
 import numpy as np
 
 import mlx_ep
-from benchmarks.harness import (
-    Target,
-    arguments,
-    finish,
-    heading,
-    interleaved,
-    ratio,
-    table,
-)
+from benchmarks.harness import Target, arguments, finish, heading, interleaved, ratio
 from mlx_ep.config import EPConfig
 from mlx_ep.experts import metal as metal_runner
 from mlx_ep.experts import switch_runner
 from mlx_ep.kernels import ops
+from mlx_ep.metrics import markdown_table
 from mlx_ep.models import find_moe_sites
 from mlx_ep.models.block_call import BlockCall
 from mlx_ep.models.blocks import BlockState
 from mlx_ep.models.stand_in import OutputsStandIn
 from mlx_ep.moe import ExpertGroup
-from tests import tiny
+from tests.support import tiny
 
 WIDTHS = {1: (2048, 768), 64: (512, 192), 512: (512, 192)}
 QUICK_WIDTHS = {1: (256, 128), 64: (256, 128)}
@@ -295,7 +288,7 @@ def main() -> int:
         for r in records
     ]
     print("Time over mlx-lm's, medians of neighbouring samples.\n")
-    print(table(headers, rows) + "\n")
+    print(markdown_table(headers, rows) + "\n")
     single = [r for r in records if r["tokens"] == 1]
     headers = ["T=1", "mlx-lm", "ours", "beside experts", "calls", "syncs"]
     rows = [
@@ -310,7 +303,7 @@ def main() -> int:
         for r in single
     ]
     print("Primitives; Python calls; host syncs with runner gather / metal.\n")
-    print(table(headers, rows) + "\n")
+    print(markdown_table(headers, rows) + "\n")
     worst = max(single, key=lambda r: r["gather"])
     figure = (
         f"one layer, T=1, runner gather: at most {worst['gather']:.2f} of mlx-lm's "

@@ -29,8 +29,8 @@ from benchmarks.harness import (
     ratio,
     run_pinned,
     slowest,
-    table,
 )
+from mlx_ep.metrics import markdown_table
 
 D, E, K = 7168, 256, 8
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -203,7 +203,7 @@ def main():
         )
         for r in layouts
     ]
-    print(table(headers, lines) + "\n")
+    print(markdown_table(headers, lines) + "\n")
     records = summarize(
         run_pinned(
             2,
@@ -226,7 +226,7 @@ def main():
         )
         for r in records
     ]
-    print(table(headers, lines) + "\n")
+    print(markdown_table(headers, lines) + "\n")
     targets = targets_of(records)
     worst = max(t.value for t in targets[1:])
     figure = (

@@ -27,8 +27,8 @@ from benchmarks.harness import (
     interleaved,
     ratio,
     run_pinned,
-    table,
 )
+from mlx_ep.metrics import markdown_table
 
 NUM_EXPERTS, WIDTH, EXPERT_WIDTH, TOP_K = 128, 2048, 768, 8
 GROUP_SIZE, BITS = 64, 4
@@ -148,7 +148,7 @@ def main() -> int:
         "T", "SwitchGLU", "blas", "speedup", "quartiles", "difference",
         "predicted ms",
     ]  # fmt: skip
-    print(table(headers, rows))
+    print(markdown_table(headers, rows))
     crossover = crossover_of(ratios)
     print(
         f"\nCrossover: blas is the faster one from T = {crossover} on (measured), from "

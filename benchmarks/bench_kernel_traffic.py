@@ -1,6 +1,6 @@
 """How many bytes do the Metal kernels move, against the least they could?
 
-Each kernel runs on the CPU (tests/metal/host), which counts every byte that its
+Each kernel runs on the CPU (tests/support/host), which counts every byte that its
 source reads or writes, per buffer. Counts are exact and the same on every run, so one
 sample is enough. They are not measured on a GPU: caches, which serve a byte that is
 read again, and the coalescing of lanes do not exist here.
@@ -29,10 +29,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from benchmarks.harness import Target, arguments, finish, heading, table
+from benchmarks.harness import Target, arguments, finish, heading
 from mlx_ep.kernels import Activation, Projection, loader, metal, ops
-from tests.metal import host
-from tests.metal.projections import projection
+from mlx_ep.metrics import markdown_table
+from tests.support import host
+from tests.support.projections import projection
 
 MOVEMENT_LIMIT = 1.05
 ONE_TOKEN_LIMIT = 1.0
@@ -307,7 +308,7 @@ def report(records: list[Record]) -> tuple[list[Target], str]:
         [kernel, case, r["least"], r["moved"], f"{r['ratio']:.4f}"]
         for (kernel, case), r in sorted(movement.items())
     ]
-    print(table(headers, rows) + "\n")
+    print(markdown_table(headers, rows) + "\n")
     plans = totals(records, "plan")
     print("## Route plan\n")
     print(
@@ -320,7 +321,7 @@ def report(records: list[Record]) -> tuple[list[Target], str]:
         [case, r["least"], r["moved"], f"{r['ratio']:.1f}"]
         for (_, case), r in sorted(plans.items())
     ]
-    print(table(headers, rows) + "\n")
+    print(markdown_table(headers, rows) + "\n")
     print("## Decode experts\n")
     print(
         "Half of the slots that tokens choose are another rank's. `parameters` are\n"
@@ -350,7 +351,7 @@ def report(records: list[Record]) -> tuple[list[Target], str]:
                 routing[key]["moved"],
             ]
         )
-    print(table(headers, rows) + "\n")
+    print(markdown_table(headers, rows) + "\n")
     print("## Targets\n")
     targets = [
         highest(f"{kernel}, moved / least", movement, kernel, "", MOVEMENT_LIMIT)

@@ -38,9 +38,9 @@ from benchmarks.harness import (
     ratio,
     run_pinned,
     slowest,
-    table,
 )
-from tests.tiny import QWEN3_MOE, make_tokenizer
+from mlx_ep.metrics import markdown_table
+from tests.support.tiny import QWEN3_MOE, make_tokenizer
 
 NUM_RANKS = 2
 NUM_FILES = 6
@@ -215,7 +215,7 @@ def report(records: list[Record], written: Written) -> tuple[list[Target], str]:
             keys = ("from_disk", "counted", "held", "peak_before", "peak")
             row += [_mb(_highest(runs, key)) for key in keys]
             rows.append([*row, seconds[rank].text("s")])
-    print(table(headers.split(","), rows))
+    print(markdown_table(headers.split(","), rows))
     ours, theirs = (_select(records, arm) for arm in ARMS)
     read, read_theirs = _highest(ours, "read"), _highest(theirs, "read")
     peak, peak_theirs = _highest(ours, "peak"), _highest(theirs, "peak")

@@ -2,8 +2,9 @@
 
 Speed needs nothing but this repository: two instances that share experts serve
 generated requests. The same requests are served by a simulator written plainly, one
-token at a time (`tests/simulate/plain.py`), in turn with ours: the CSV must be the same
-bytes. With ``--reference DIR`` a measured run is simulated as well; DIR is laid out as
+token at a time (`tests/support/simulate/plain.py`), in turn with ours: the CSV must be
+the same bytes. With ``--reference DIR`` a measured run is simulated as well; DIR is
+laid out as
 LLMServingSim's files are: ``perf/``, ``models/``, ``traces/``, and in
 ``reference/<name>/`` a cluster file ``config.json`` and ``requests.jsonl``, when each
 request was queued and had its first and last token.
@@ -31,7 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Samples, Target, arguments, finish, heading, ratio, table
+from benchmarks.harness import Samples, Target, arguments, finish, heading, ratio
+from mlx_ep.metrics import markdown_table
 from mlx_ep.simulate.calibrate import errors, fit, trace_of
 from mlx_ep.simulate.engine import Engine
 from mlx_ep.simulate.flags import make_parser
@@ -41,8 +43,13 @@ from mlx_ep.simulate.run import open_cluster, prepare
 from mlx_ep.simulate.settings import Settings
 from mlx_ep.simulate.traces import read_trace
 from mlx_ep.simulate.validate import compare
-from tests.simulate.data import make_folder, trace_lines, two_members, write_trace
-from tests.simulate.plain import plain_csv
+from tests.support.simulate.data import (
+    make_folder,
+    trace_lines,
+    two_members,
+    write_trace,
+)
+from tests.support.simulate.plain import plain_csv
 
 FEW, MANY, QUICK = 300, 10_000, 40
 OUTPUTS = (300, 1030)  # about 665 tokens a request, as in the measured run
@@ -102,7 +109,7 @@ def speed(
     ours_samples, plain_samples = Samples(tuple(ours)), Samples(tuple(plain))
     faster = ratio(plain_samples, ours_samples)
     print(
-        table(
+        markdown_table(
             ["", "requests", "s", "CPU s"],
             [
                 ["ours", count, ours_samples.text("s"), ""],
@@ -152,7 +159,7 @@ def accuracy(
     took = time.perf_counter() - started
     rows = compare(measured, read_simulated(out))
     print(
-        table(
+        markdown_table(
             ["", "measured ms", "simulated ms", "difference"],
             [
                 [

@@ -30,9 +30,10 @@ import mlx_lm
 import numpy as np
 from mlx_lm.generate import BatchGenerator
 
-from benchmarks.harness import Target, arguments, finish, heading, table
+from benchmarks.harness import Target, arguments, finish, heading
 from mlx_ep.loading import find_model
 from mlx_ep.loading.checkpoint import read_config
+from mlx_ep.metrics import markdown_table
 from mlx_ep.simulate.calibrate import fit, simulated_with, trace_of
 from mlx_ep.simulate.flags import make_parser
 from mlx_ep.simulate.measured import Observed
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 title = f"{shape[0]} prompts, {way}, {name}, %"
                 targets.append(Target(title, abs(error), LIMIT))
     columns = ["batch", "tok/s", "simulated", "", "ms/token", "simulated", ""]
-    print(table(columns, rows))
+    print(markdown_table(columns, rows))
     worst = max(targets, key=lambda target: target.value)
     mx.clear_cache()
     return finish(

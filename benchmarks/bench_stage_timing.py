@@ -30,8 +30,8 @@ from benchmarks.harness import (
     ratio,
     run_pinned,
     slowest,
-    table,
 )
+from mlx_ep.metrics import markdown_table
 
 TOKENS = (1, 4, 16, 64, 256)
 QUICK_TOKENS = (1, 16)
@@ -130,7 +130,7 @@ def main() -> int:
         mean = geometric_mean(ratios)
         targets.append(Target(f"{name}/{scale}, on / off", mean, MOST_RATIO))
     headers = ["shape", "T", "off", "on", "on / off", "same bits", "samples"]
-    print(table(headers, rows) + "\n")
+    print(markdown_table(headers, rows) + "\n")
     different = sum(not record["same"] for record in records)
     targets.append(Target("points where the outputs differ", different, 0))
     figure = "stage timings on / off: " + ", ".join(

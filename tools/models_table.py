@@ -21,9 +21,8 @@ from mlx_lm.utils import _get_classes
 
 from mlx_ep.config import EPConfig
 from mlx_ep.models.tensor_parallel import tensor_problem
-from tests import tiny
-from tests.models import quantizations
-from tests.models.architectures import (
+from tests.support import quantizations, tiny
+from tests.support.architectures import (
     ARCHITECTURES,
     Job,
     Measured,
@@ -33,9 +32,9 @@ from tests.models.architectures import (
     moe_files,
     save_all,
 )
-from tests.models.hub_layouts import layout_name
-from tests.models.metal_stand_in import STAND_INS
-from tests.ranks import run_ranks
+from tests.support.hub_layouts import layout_name
+from tests.support.metal_stand_in import STAND_INS
+from tests.support.ranks import run_ranks
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 
@@ -82,7 +81,7 @@ A model that is not here, or whose experts are not found:
 By `python -m tools.models_table` on {day}, on a 2-core x86 Linux machine: MLX {mlx}
 with its CPU backend, 2 ranks over the ring transport and 3 over MPI. Each model is
 tiny and random (10 experts, 3 of them per token where the model allows it, hidden width
-64 or 128, 2 to 4 layers; `tests/models/architectures.json`). It is saved, each rank
+64 or 128, 2 to 4 layers; `tests/support/architectures.json`). It is saved, each rank
 loads its part with `mlx_ep.load`, runs a prompt of 68 tokens and then 4 tokens one by
 one with the cache, and the logits of all 72 positions are compared. What runs the
 experts is chosen by the rule that holds without warm-up, so that layouts can be
@@ -99,7 +98,7 @@ test by themselves, `tests/models/test_packed_checkpoints.py`.
 STAND_IN = """
 `{name}` runs on Metal only: mlx-lm has its router and its norms as Metal kernels and in
 no other form. It was measured with plain MLX in their place, on both sides
-(`tests/models/metal_stand_in.py`); without Metal it is refused. It rounds its last
+(`tests/support/metal_stand_in.py`); without Metal it is refused. It rounds its last
 norm to bfloat16, and so the differences of its logits.
 """
 

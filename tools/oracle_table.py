@@ -14,8 +14,8 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.oracle.checkpoints import ARCHITECTURES, NUM_TOKENS
-from tests.oracle.compare import NOTES, NUM_RANKS, TOLERANCE, Row, compare_all
+from tests.support.oracle.checkpoints import ARCHITECTURES, NUM_TOKENS
+from tests.support.oracle.compare import NOTES, NUM_RANKS, TOLERANCE, Row, compare_all
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "oracle.md"
 
@@ -38,8 +38,8 @@ experts, and run the same tokens. The largest difference of a logit must be at m
   is ours can be told apart.
 - **made alike**: where mlx-lm and transformers differ in more than rounding, what was
   made the same before comparing. None of these differences is this package's.
-- The configurations are those of `tests/models/architectures.json`, and what
-  `tests/oracle/checkpoints.py` adds. There, too, is where the layout that
+- The configurations are those of `tests/support/architectures.json`, and what
+  `tests/support/oracle/checkpoints.py` adds. There, too, is where the layout that
   transformers saves is not the one of the hub's checkpoints (`_REWRITTEN`): it is
   rewritten.
 - All parameters are random, the routers and their biases too (but for the table's).

@@ -9,8 +9,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_ep.kernels import metal, ops
-from tests.host_kernels import installed
-from tests.metal import host
+from tests.support import host
+from tests.support.host_kernels import installed
 
 
 @pytest.fixture(params=[0, 1, 7], ids=lambda seed: f"schedule{seed}")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.metal.host import compilers
-from tests.tiers import require
+from tests.support.host import compilers
+from tests.support.tiers import require
 
 
 @pytest.fixture(autouse=True)

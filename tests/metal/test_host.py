@@ -11,10 +11,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.metal import host
-from tests.metal.host.dropin import traced
-from tests.metal.host.lint import lint
-from tests.tiers import require
+from tests.support import host
+from tests.support.host.dropin import traced
+from tests.support.host.lint import lint
+from tests.support.tiers import require
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mlx_ep.kernels import Projection
-from tests.metal import reference
-from tests.metal.projections import projection
+from tests.support import kernel_reference
+from tests.support.projections import projection
 
 WIDTH = 64
 RANKS = np.array([0, 0, 2, 2, 2, 3, 3, 0])  # of each expert; rank 1 has none
@@ -65,7 +65,7 @@ def test_layer_on_ranks(module: ModuleType, packing: str, num_tokens: int) -> No
     ones = mx.ones(plan.token_rows.shape)
     out = module.unpack_sum(mx.concatenate(returned), plan.token_rows, ones)
 
-    hidden = reference.expert_glu(x, ids, gate, up, "swiglu").astype(np.float32)
-    expected = reference.expert_down(mx.array(hidden), ids, gates, down)
-    error = np.abs(reference.as_float64(out) - expected).max()
+    hidden = kernel_reference.expert_glu(x, ids, gate, up, "swiglu").astype(np.float32)
+    expected = kernel_reference.expert_down(mx.array(hidden), ids, gates, down)
+    error = np.abs(kernel_reference.as_float64(out) - expected).max()
     assert error <= 1e-5 * max(1.0, np.abs(expected).max())

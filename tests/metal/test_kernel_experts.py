@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mlx_ep.kernels import Activation, Projection, metal
-from tests.metal import host, reference
-from tests.metal.projections import PACKINGS, group_size, projection
+from tests.support import host, kernel_reference
+from tests.support.projections import PACKINGS, group_size, projection
 
 packings = pytest.mark.parametrize("packing", PACKINGS)
 
@@ -39,7 +39,7 @@ def int32(values: object) -> mx.array:
 
 def close(got: mx.array, expected: np.ndarray) -> bool:
     """As float32 sums of some hundred terms are, relative to the largest result."""
-    error = np.abs(reference.as_float64(got) - expected).max()
+    error = np.abs(kernel_reference.as_float64(got) - expected).max()
     return bool(error <= 1e-5 * max(1.0, np.abs(expected).max()))
 
 
@@ -54,7 +54,7 @@ def check_glu(
     ids = np.array(slot_ids, np.int32)
     got = module.expert_glu(x, mx.array(ids), gate, up, activation)
     assert got.shape == (*ids.shape, gate.rows) and got.dtype == mx.float32
-    expected = reference.expert_glu(x, ids, gate, up, activation)
+    expected = kernel_reference.expert_glu(x, ids, gate, up, activation)
     assert close(mx.where(mx.array(ids >= 0)[..., None], got, 0.0), expected)
 
 
@@ -67,7 +67,7 @@ def check_down(module: ModuleType, slot_ids: list, down: Projection) -> None:
     hidden = mx.where(own, hidden, float("nan"))
     got = module.expert_down(hidden, mx.array(ids), gates, down)
     assert got.shape == (ids.shape[0], down.rows) and got.dtype == mx.float32
-    assert close(got, reference.expert_down(hidden, ids, gates, down))
+    assert close(got, kernel_reference.expert_down(hidden, ids, gates, down))
 
 
 # ------------------------------------------------------------------ packings and sizes
@@ -103,7 +103,12 @@ def test_bias_and_clamp(module: ModuleType, packing: str, num_tokens: int) -> No
         projection(packing, NUM_SLOTS, 10, width, bias=True, seed=i) for i in (1, 2)
     )
     x, ids = tokens(num_tokens, width) * 12, SLOT_IDS[num_tokens]
-    assert np.abs(reference.project(reference.as_float64(x)[0], 0, gate)).max() > 7
+    assert (
+        np.abs(
+            kernel_reference.project(kernel_reference.as_float64(x)[0], 0, gate)
+        ).max()
+        > 7
+    )
     check_glu(module, x, ids, gate, up, "clamped_swiglu")
     check_down(module, ids, projection(packing, NUM_SLOTS, 10, width, bias=True))
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mlx_ep.kernels import loader, metal, ops
-from tests.metal import host, reference
-from tests.metal.projections import projection
+from tests.support import host, kernel_reference
+from tests.support.projections import projection
 
 GLU = "expert_glu"
 DOWN = "expert_down"
@@ -71,7 +71,7 @@ def launch_and_compare(name: str) -> bool:
         columns = [np.stack([m, np.roll(m, -1)], axis=1) for m in (first, slots)]
         maps = [mx.array(m) for m in columns]
         got, expected = (
-            reference.as_lists(
+            kernel_reference.as_lists(
                 module.route_plan(mx.array(ids), *maps, num_ranks=3, num_slots=5)
             )
             for module in (metal, ops)
@@ -88,7 +88,7 @@ def launch_and_compare(name: str) -> bool:
         both = mx.concatenate([rows.astype(mx.float32), local])
         return close(
             metal.unpack_sum(rows, mx.array(ids), gates, local, dtype=mx.float32),
-            reference.unpack_sum(both, ids, gates),
+            kernel_reference.unpack_sum(both, ids, gates),
         )
     if name == GLU:
         gate, up = (
@@ -96,17 +96,17 @@ def launch_and_compare(name: str) -> bool:
         )
         got = metal.expert_glu(x, mx.array(ids), gate, up)
         got = mx.where(mx.array(ids >= 0)[..., None], got, 0.0)
-        return close(got, reference.expert_glu(x, ids, gate, up, "swiglu"))
+        return close(got, kernel_reference.expert_glu(x, ids, gate, up, "swiglu"))
     down = projection("affine4-32", 5, 9, 96, bias=True)
     hidden = mx.random.normal((*ids.shape, 96), key=key)
     return close(
         metal.expert_down(hidden, mx.array(ids), gates, down),
-        reference.expert_down(hidden, ids, gates, down),
+        kernel_reference.expert_down(hidden, ids, gates, down),
     )
 
 
 def close(got: mx.array, expected: np.ndarray) -> bool:
-    return np.allclose(reference.as_float64(got), expected, rtol=1e-5, atol=1e-5)
+    return np.allclose(kernel_reference.as_float64(got), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["pack_rows", "unpack_sum", "route_plan", GLU, DOWN])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_ep.kernels import RouteTables, metal, ops
-from tests.metal import host, reference
+from tests.support import host, kernel_reference
 
 
 def plan(
@@ -36,8 +36,8 @@ def check(
 ) -> None:
     # Slots rank-major: the order of a stable sort of the experts by rank.
     slots = np.argsort(np.argsort(ranks, kind="stable")).tolist()
-    got = reference.as_lists(plan(module, ids, ranks, slots, num_ranks))
-    expected = reference.route_plan(
+    got = kernel_reference.as_lists(plan(module, ids, ranks, slots, num_ranks))
+    expected = kernel_reference.route_plan(
         ids, np.array(ranks), np.array(slots), num_ranks, len(slots)
     )
     assert got == expected
@@ -46,7 +46,7 @@ def check(
 def test_hand_worked(module: ModuleType) -> None:
     """The example of RouteTables's docstring."""
     got = plan(module, np.array([[2, 0], [2, -1]]), [0, 0, 1, 1], [0, 1, 2, 3], 2)
-    assert reference.as_lists(got) == {
+    assert kernel_reference.as_lists(got) == {
         "slot_counts": [1, 0, 2, 0],
         "slot_offsets": [0, 1, 1, 3, 3],
         "positions": [[1, 0], [2, -1]],
@@ -100,18 +100,18 @@ REPLICA_SLOTS = [[0, 2, 0], [3, 3, 3], [5, 1, 4], [6, 6, 6]]
 def test_replicas(module: ModuleType, num_tokens: int, per_token: int) -> None:
     """Token t takes replica t % R: as if each replica were an expert of its own."""
     ids = np.random.default_rng(num_tokens).integers(-1, 4, (num_tokens, per_token))
-    got = reference.as_lists(plan(module, ids, REPLICA_RANKS, REPLICA_SLOTS, 3))
+    got = kernel_reference.as_lists(plan(module, ids, REPLICA_RANKS, REPLICA_SLOTS, 3))
     replica = np.arange(num_tokens)[:, None] % 3
     apart = np.where(ids < 0, -1, ids * 3 + replica)
     ranks, slots = (np.array(m).reshape(-1) for m in (REPLICA_RANKS, REPLICA_SLOTS))
-    assert got == reference.route_plan(apart, ranks, slots, 3, 7)
+    assert got == kernel_reference.route_plan(apart, ranks, slots, 3, 7)
 
 
 def test_replicas_share_the_pairs(module: ModuleType) -> None:
     """All 6 tokens want expert 0, which is on ranks 0 and 1."""
     got = plan(module, np.zeros((6, 1)), [[0, 1]], [[0, 1]], 2)
-    assert reference.as_lists(got)["rank_counts"] == [3, 3]
-    assert reference.as_lists(got)["row_tokens"] == [0, 2, 4, 1, 3, 5]
+    assert kernel_reference.as_lists(got)["rank_counts"] == [3, 3]
+    assert kernel_reference.as_lists(got)["row_tokens"] == [0, 2, 4, 1, 3, 5]
 
 
 def test_zero_tokens(module: ModuleType) -> None:

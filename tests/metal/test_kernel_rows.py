@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_ep.kernels import metal, ops
-from tests.metal import host, reference
+from tests.support import host, kernel_reference
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 # 8: the least; 41: odd; 1024: one segment in 16 bits; 1037: a second one, barely begun
@@ -87,9 +87,9 @@ def test_unpack(module: ModuleType, dtype: mx.Dtype, width: int) -> None:
     gates = mx.random.uniform(shape=row_ids.shape, key=mx.random.key(0))
     out = module.unpack_sum(rows, mx.array(row_ids), gates)
     assert out.dtype == dtype
-    expected = reference.unpack_sum(rows, row_ids, gates)
+    expected = kernel_reference.unpack_sum(rows, row_ids, gates)
     limit = ROUNDING[dtype] * np.abs(expected).max()
-    assert np.abs(reference.as_float64(out) - expected).max() <= limit
+    assert np.abs(kernel_reference.as_float64(out) - expected).max() <= limit
     assert mx.all(out[1] == 0)
 
 
@@ -100,8 +100,8 @@ def test_unpack_choices(module: ModuleType, choices: int) -> None:
     row_ids = random.integers(-1, 9, (3, choices)).astype(np.int32)
     rows, gates = normal(9, 24), normal(3, choices)
     out = module.unpack_sum(rows, mx.array(row_ids), gates)
-    expected = reference.unpack_sum(rows, row_ids, gates)
-    assert np.allclose(reference.as_float64(out), expected, rtol=0, atol=2e-5)
+    expected = kernel_reference.unpack_sum(rows, row_ids, gates)
+    assert np.allclose(kernel_reference.as_float64(out), expected, rtol=0, atol=2e-5)
 
 
 @dtypes
@@ -114,7 +114,7 @@ def test_unpack_reads_two_sources(
     row_ids = np.array([[0, 5, 3], [-1, 4, -1], [4, 2, 1]], np.int32)
     gates = mx.random.uniform(shape=row_ids.shape, key=mx.random.key(0))
     both = mx.concatenate([rows.astype(mx.float32), local])
-    expected = reference.unpack_sum(both, row_ids, gates)
+    expected = kernel_reference.unpack_sum(both, row_ids, gates)
     arguments = rows, mx.array(row_ids), gates, local
     out = module.unpack_sum(*arguments, dtype=mx.float32)
     assert out.dtype == mx.float32
@@ -130,7 +130,7 @@ def test_unpack_with_one_source_empty(module: ModuleType, source: str) -> None:
     empty = mx.zeros((0, 24), mx.float16 if source == "local" else mx.float32)
     rows, local = (full, empty) if source == "rows" else (empty, full)
     out = module.unpack_sum(rows, row_ids, gates, local, dtype=mx.float32)
-    expected = reference.unpack_sum(full, np.array(row_ids), gates)
+    expected = kernel_reference.unpack_sum(full, np.array(row_ids), gates)
     assert np.allclose(np.array(out), expected, atol=1e-6)
 
 

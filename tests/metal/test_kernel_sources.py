@@ -12,9 +12,9 @@ import pytest
 
 import mlx_ep
 from mlx_ep.kernels import loader, metal, ops
-from tests.metal import host
-from tests.metal.host.lint import lint
-from tests.metal.projections import projection
+from tests.support import host
+from tests.support.host.lint import lint
+from tests.support.projections import projection
 
 FOLDER = Path(mlx_ep.__file__).parent.parent / "metal"
 KERNELS = sorted(path.stem for path in FOLDER.glob("*.metal"))

@@ -31,7 +31,7 @@ from mlx_ep.rows import (
 from mlx_ep.rows import device as device_module
 from mlx_ep.rows.mover import OnDevice
 from mlx_ep.types import TokenCounts
-from tests.cases import Case, routing_cases
+from tests.support.cases import Case, routing_cases
 
 D, E, K = 24, 7, 3
 

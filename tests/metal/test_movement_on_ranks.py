@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.cases import routing_cases
-from tests.ranks import run_ranks
-from tests.reference import moe_sum, swiglu_expert
+from tests.support.cases import routing_cases
+from tests.support.ranks import run_ranks
+from tests.support.reference import moe_sum, swiglu_expert
 
 pytestmark = [
     pytest.mark.requires("ranks"),
@@ -33,7 +33,7 @@ def execute_on_cpu():
     from mlx_ep.experts import table
     from mlx_ep.kernels import loader
     from mlx_ep.rows import mover
-    from tests.metal import host
+    from tests.support import host
 
     patch = pytest.MonkeyPatch()
     loader.forget_kernels()
@@ -217,7 +217,7 @@ def logits_by_kernels(group):
     from mlx_ep.exchange import STRATEGIES
     from mlx_ep.experts import install_runner
     from mlx_ep.rows import Mover, Option
-    from tests import tiny
+    from tests.support import tiny
 
     tokens, kernel = mx.array([[5, 9, 200, 31, 7]]), Option("metal", "metal")
     for strategy in ("auto", "normal"):

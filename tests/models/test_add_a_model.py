@@ -9,7 +9,7 @@ import pytest
 
 import mlx_ep
 from mlx_ep.models import FAMILIES
-from tests.models.architectures import ARCHITECTURES, make_model
+from tests.support.architectures import ARCHITECTURES, make_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "add-a-model.md"
 

@@ -18,11 +18,10 @@ import pytest
 import mlx_ep
 from mlx_ep.config import EPConfig
 from mlx_ep.models import find_moe_sites, stack_experts, why_not_here
-from tests import tiny
-from tests.models import architectures
-from tests.models.architectures import ARCHITECTURES, Job, Measured, Saved
-from tests.models.metal_stand_in import STAND_INS, metal_stand_in
-from tests.ranks import run_ranks
+from tests.support import architectures, tiny
+from tests.support.architectures import ARCHITECTURES, Job, Measured, Saved
+from tests.support.metal_stand_in import STAND_INS, metal_stand_in
+from tests.support.ranks import run_ranks
 
 FAST = (
     "dbrx",  # a list of experts

@@ -17,7 +17,7 @@ from mlx_ep.comm import GroupComm
 from mlx_ep.config import EPConfig
 from mlx_ep.loading import checkpoint_weights
 from mlx_ep.loading.identity import model_facts
-from tests import tiny
+from tests.support import tiny
 
 UP = "model.layers.1.mlp.switch_mlp.up_proj.weight"
 ROUTER = "model.layers.1.mlp.gate.weight"
@@ -240,7 +240,7 @@ def test_what_ranks_must_have_alike(whole: Path, tmp_path: Path) -> None:
 
 def test_some_mutations(capfd: pytest.CaptureFixture[str]) -> None:
     """A sample of `make fuzz`."""
-    from tests import fuzz_checkpoints
+    from tests.support import fuzz_checkpoints
 
     code = subprocess.run(
         [sys.executable, "-m", fuzz_checkpoints.__name__, "--cases", "120"],

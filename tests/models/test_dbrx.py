@@ -18,9 +18,9 @@ import mlx_ep
 from mlx_ep.loading import Checkpoint, TensorReader, load_local, plan_load
 from mlx_ep.models import dbrx, find_moe_sites, stack_experts
 from mlx_ep.placement import Placement
-from tests import tiny
-from tests.models.architectures import ARCHITECTURES, logits, make_model
-from tests.models.hub_layouts import HUB_LAYOUTS
+from tests.support import tiny
+from tests.support.architectures import ARCHITECTURES, logits, make_model
+from tests.support.hub_layouts import HUB_LAYOUTS
 
 CONFIG = ARCHITECTURES["dbrx"]
 AFFINE = {"group_size": 32, "bits": 4, "mode": "affine"}

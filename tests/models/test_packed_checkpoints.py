@@ -21,8 +21,8 @@ from mlx_lm.utils import load_model
 from mlx_ep.loading import Checkpoint, TensorReader, load_local, plan_load
 from mlx_ep.models import find_moe_sites
 from mlx_ep.placement import Placement
-from tests.models.architectures import ARCHITECTURES, make_model
-from tests.models.hub_layouts import HUB_LAYOUTS, Tensors, fused
+from tests.support.architectures import ARCHITECTURES, make_model
+from tests.support.hub_layouts import HUB_LAYOUTS, Tensors, fused
 
 Pack = Callable[[mx.array], dict[str, mx.array]]
 

@@ -17,7 +17,7 @@ from mlx_ep.models import blocks, routing_probe
 from mlx_ep.models.block_call import BlockCall
 from mlx_ep.models.partial_sum import PartialSum, find_partial_sum
 from mlx_ep.models.routing_probe import IdentityProbe, StandInProbe, find_probe
-from tests import tiny
+from tests.support import tiny
 
 D, F, E, K = 16, 8, 5, 2
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.models import architectures
-from tests.models.quantizations import QUANTIZATIONS, WIDE, save
-from tests.ranks import run_ranks
+from tests.support import architectures
+from tests.support.quantizations import QUANTIZATIONS, WIDE, save
+from tests.support.ranks import run_ranks
 
 FEW = {
     "qwen3_moe": ["affine 3-bit, groups of 128", "bfloat16"],

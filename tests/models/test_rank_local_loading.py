@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_ep.loading import Checkpoint, TensorReader, load_local, plan_load
 from mlx_ep.loading import checkpoint as module
 from mlx_ep.placement import Placement
-from tests import tiny
+from tests.support import tiny
 
 AFFINE = {"group_size": 32, "bits": 4, "mode": "affine"}
 MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}

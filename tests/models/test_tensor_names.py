@@ -6,8 +6,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_ep.models import expert_tensor, find_moe_sites, stack_experts, stack_shape
-from tests.models.architectures import ARCHITECTURES, make_model
-from tests.models.hub_layouts import HUB_LAYOUTS
+from tests.support.architectures import ARCHITECTURES, make_model
+from tests.support.hub_layouts import HUB_LAYOUTS
 
 E = 10
 

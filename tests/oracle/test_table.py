@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.oracle.checkpoints import ADDED, ARCHITECTURES
-from tests.oracle.compare import CANNOT, NOTES
+from tests.support.oracle.checkpoints import ADDED, ARCHITECTURES
+from tests.support.oracle.compare import CANNOT, NOTES
 
 
 def test_every_architecture_has_a_row() -> None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.oracle.checkpoints import ARCHITECTURES, NUM_TOKENS
-from tests.oracle.compare import CANNOT, NOTES, TOLERANCE, Row, compare_all
+from tests.support.oracle.checkpoints import ARCHITECTURES, NUM_TOKENS
+from tests.support.oracle.compare import CANNOT, NOTES, TOLERANCE, Row, compare_all
 
 pytestmark = [
     pytest.mark.oracle,

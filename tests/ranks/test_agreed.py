@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlx_ep.comm import GroupComm, agreed, shortened
 from mlx_ep.comm.objects import MOST_CHARACTERS
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def outcomes(group):

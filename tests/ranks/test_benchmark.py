@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.ranks import run_commands, run_ranks
-from tests.usage import outcomes_of
+from tests.support.ranks import run_commands, run_ranks
+from tests.support.usage import outcomes_of
 
 pytestmark = pytest.mark.requires("ranks")
 
@@ -63,14 +63,14 @@ def measure_all(group):
 
 def find_wrong_arm(group):
     """An arm whose weights are not those of the others stops the benchmark."""
-    from mlx_ep.benchmark.layer import Point
+    from mlx_ep.benchmark.layer import MeasuredPoint
 
     plan = plan_of(arms=("tp", "ep-replicated"), runners=("gather",))
     comm, source, arms = build(group, plan)
     if comm.rank == 1:
         arms[1].block.switch_mlp.down_proj.scales *= 1.01
     with pytest.raises(RuntimeError, match=r"ep-replicated .*differs from arm tp"):
-        Point(plan, comm, arms, source, 4).records()
+        MeasuredPoint(plan, comm, arms, source, 4).records()
 
 
 def timings_change_nothing(group):

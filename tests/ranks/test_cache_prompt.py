@@ -11,8 +11,8 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ep.loading import find_model
-from tests.ranks import run_commands
-from tests.usage import outcomes_of
+from tests.support.ranks import run_commands
+from tests.support.usage import outcomes_of
 
 pytestmark = pytest.mark.requires("ranks")
 

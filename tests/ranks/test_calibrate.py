@@ -15,7 +15,7 @@ from mlx_ep.cost.shape import named_layer
 from mlx_ep.cost.step import ARMS, layer_cost
 from mlx_ep.measure.costs import PACKINGS
 from mlx_ep.types import Packing
-from tests.ranks import run_commands
+from tests.support.ranks import run_commands
 
 pytestmark = pytest.mark.requires("ranks")
 

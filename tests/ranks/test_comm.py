@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.ranks import run_commands, run_ranks
+from tests.support.ranks import run_commands, run_ranks
 
 pytestmark = pytest.mark.requires("ranks")
 

@@ -17,9 +17,9 @@ import pytest
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_ep.loading import find_model
-from tests import tiny
-from tests.ranks import run_commands, start_commands
-from tests.usage import assert_usage_errors
+from tests.support import tiny
+from tests.support.ranks import run_commands, start_commands
+from tests.support.usage import assert_usage_errors
 
 pytestmark = pytest.mark.requires("ranks")
 

@@ -19,9 +19,9 @@ from mlx_ep.comm import GroupComm
 from mlx_ep.config import EPConfig
 from mlx_ep.data_parallel import assign_prompts, generate_sharded
 from mlx_ep.loading import find_model
-from tests import tiny
-from tests.ranks import run_commands, run_ranks
-from tests.usage import assert_usage_errors
+from tests.support import tiny
+from tests.support.ranks import run_commands, run_ranks
+from tests.support.usage import assert_usage_errors
 
 pytestmark = pytest.mark.requires("ranks")
 

@@ -11,10 +11,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.cases import make_case, routing_cases
-from tests.fuzz_exchange import fuzz
-from tests.ranks import RanksError, run_ranks
-from tests.reference import moe_sum
+from tests.support.cases import make_case, routing_cases
+from tests.support.fuzz_exchange import fuzz
+from tests.support.ranks import RanksError, run_ranks
+from tests.support.reference import moe_sum
 
 pytestmark = pytest.mark.requires("ranks")
 

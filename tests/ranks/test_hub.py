@@ -19,11 +19,11 @@ from mlx.utils import tree_flatten
 
 import mlx_ep
 from mlx_ep.config import EPConfig
-from tests import tiny
-from tests.hub_server import HubServer, Repository, use_cache
-from tests.models.hub_layouts import HUB_LAYOUTS
-from tests.ranks import run_commands, run_ranks, start_commands
-from tests.usage import outcomes_of
+from tests.support import tiny
+from tests.support.hub_layouts import HUB_LAYOUTS
+from tests.support.hub_server import HubServer, Repository, use_cache
+from tests.support.ranks import run_commands, run_ranks, start_commands
+from tests.support.usage import outcomes_of
 
 pytestmark = pytest.mark.requires("ranks")
 
@@ -246,7 +246,7 @@ def test_what_cannot_be_had_is_one_line_on_every_rank(
 _ALONE = """
 import os, sys
 from pathlib import Path
-from tests.hub_server import use_cache
+from tests.support.hub_server import use_cache
 rank = os.environ["MLX_RANK"]
 use_cache(Path(sys.argv.pop(1)) / f"host{rank}")
 os.environ["HF_TOKEN"] = f"hf_rank{rank}"

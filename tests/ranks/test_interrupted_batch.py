@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import run_commands, start_commands
-from tests.usage import assert_usage_errors
+from tests.support.ranks import run_commands, start_commands
+from tests.support.usage import assert_usage_errors
 
 pytestmark = pytest.mark.requires("ranks")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlx_ep.launch import make_parser
-from tests.launchers import rank_environment
+from tests.support.launchers import rank_environment
 
 pytestmark = pytest.mark.requires("ranks")
 

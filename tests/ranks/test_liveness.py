@@ -16,8 +16,8 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from tests.launchers import mpirun_command, rank_environment
-from tests.ranks import StartedCommands, run_commands, start_commands
+from tests.support.launchers import mpirun_command, rank_environment
+from tests.support.ranks import StartedCommands, run_commands, start_commands
 
 END_WITHIN = 10.0  # seconds from the failure until every process has ended
 

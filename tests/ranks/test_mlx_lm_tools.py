@@ -28,9 +28,9 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlx_ep
-from tests import tiny
-from tests.ranks import run_commands, run_ranks
-from tests.usage import assert_usage_errors
+from tests.support import tiny
+from tests.support.ranks import run_commands, run_ranks
+from tests.support.usage import assert_usage_errors
 
 pytestmark = pytest.mark.requires("ranks")
 

@@ -7,8 +7,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from tests.ranks import run_ranks
-from tests.reference import moe_sum, swiglu_expert
+from tests.support.ranks import run_ranks
+from tests.support.reference import moe_sum, swiglu_expert
 
 pytestmark = pytest.mark.requires("ranks")
 

@@ -24,8 +24,8 @@ from mlx_ep.comm import GroupComm, default_cpu_stream
 from mlx_ep.config import EPConfig
 from mlx_ep.loading import find_model
 from mlx_ep.overlay.make import MODEL_FILE, make_overlay
-from tests import tiny
-from tests.ranks import StartedCommands, run_commands, run_ranks, start_commands
+from tests.support import tiny
+from tests.support.ranks import StartedCommands, run_commands, run_ranks, start_commands
 
 pytestmark = pytest.mark.requires("ranks")
 

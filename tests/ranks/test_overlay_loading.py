@@ -15,11 +15,10 @@ from mlx_lm.generate import stream_generate
 from mlx_lm.utils import load_model, sharded_load
 
 from mlx_ep.overlay.make import make_overlay
-from tests import tiny
-from tests.models import architectures
-from tests.models.hub_layouts import HUB_LAYOUTS
-from tests.models.metal_stand_in import metal_stand_in
-from tests.ranks import run_ranks
+from tests.support import architectures, tiny
+from tests.support.hub_layouts import HUB_LAYOUTS
+from tests.support.metal_stand_in import metal_stand_in
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.requires("ranks")
 

@@ -13,8 +13,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_ep
 from mlx_ep.config import EPConfig
-from tests import tiny
-from tests.ranks import run_ranks
+from tests.support import tiny
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.requires("ranks")
 

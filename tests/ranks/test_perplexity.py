@@ -14,8 +14,8 @@ import pytest
 import mlx_ep
 from mlx_ep.loading import find_model
 from mlx_ep.perplexity import Perplexity, cut, perplexity
-from tests import tiny
-from tests.ranks import run_commands, run_ranks
+from tests.support import tiny
+from tests.support.ranks import run_commands, run_ranks
 
 pytestmark = pytest.mark.requires("ranks")
 

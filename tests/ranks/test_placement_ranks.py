@@ -19,9 +19,9 @@ from mlx_lm.utils import load_model
 import mlx_ep
 from mlx_ep.config import EPConfig
 from mlx_ep.loading import expert_sizes, held_bytes
-from tests import tiny
-from tests.models.architectures import ARCHITECTURES
-from tests.ranks import run_commands, run_ranks
+from tests.support import tiny
+from tests.support.architectures import ARCHITECTURES
+from tests.support.ranks import run_commands, run_ranks
 
 pytestmark = pytest.mark.requires("ranks")
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.requires("ranks")
 
@@ -131,7 +131,7 @@ def explain_a_model(group):
     import mlx_ep
     from mlx_ep.config import EPConfig
     from mlx_ep.rows import OPS
-    from tests import tiny
+    from tests.support import tiny
 
     model = tiny.make_model(tiny.QWEN3_MOE)
     mlx_ep.parallelize(model, group, EPConfig(strategy="auto"))

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.ranks import RanksError, run_commands, run_ranks, start_commands
+from tests.support.ranks import RanksError, run_commands, run_ranks, start_commands
 
 pytestmark = pytest.mark.requires("ranks")
 

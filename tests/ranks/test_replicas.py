@@ -17,8 +17,8 @@ from test_exchange import (
     tolerance,
 )
 
-from tests.cases import routing_cases
-from tests.ranks import run_ranks
+from tests.support.cases import routing_cases
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.requires("ranks")
 

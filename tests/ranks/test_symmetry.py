@@ -11,7 +11,7 @@ import pytest
 
 from mlx_ep.comm.symmetry import MOST_FACTS, differences, digest
 from mlx_ep.loading import find_model
-from tests.ranks import run_commands, run_ranks
+from tests.support.ranks import run_commands, run_ranks
 
 
 def test_a_table_says_who_has_what():

@@ -30,11 +30,10 @@ from mlx_ep.config import EPConfig
 from mlx_ep.loading import checkpoint_weights
 from mlx_ep.loading.local import build_model
 from mlx_ep.models.tensor_parallel import plan_split, split_dense, tensor_problem
-from tests import tiny
-from tests.models import architectures
-from tests.models.architectures import ARCHITECTURES
-from tests.models.metal_stand_in import metal_stand_in
-from tests.ranks import run_ranks
+from tests.support import architectures, tiny
+from tests.support.architectures import ARCHITECTURES
+from tests.support.metal_stand_in import metal_stand_in
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.requires("ranks")
 

@@ -16,10 +16,10 @@ from mlx_ep.config import EPConfig
 from mlx_ep.loading import EMBEDDED_MODEL, find_model
 from mlx_ep.loading.local import build_model
 from mlx_ep.models.tensor_parallel import tensor_problem
-from tests import tiny
-from tests.models.architectures import ARCHITECTURES
-from tests.ranks import run_commands
-from tests.usage import assert_usage_errors
+from tests.support import tiny
+from tests.support.architectures import ARCHITECTURES
+from tests.support.ranks import run_commands
+from tests.support.usage import assert_usage_errors
 
 pytestmark = pytest.mark.requires("ranks")
 

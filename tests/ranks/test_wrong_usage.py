@@ -1,7 +1,7 @@
 """Wrong command lines of every command: one line, exit code 2, no weight read.
 
 Each says what must hold, what was given and what to do. The lines of a command run one
-after the other in one process (`tests/usage.py`), every tenth on two ranks.
+after the other in one process (`tests/support/usage.py`), every tenth on two ranks.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
-from tests.ranks import run_commands
-from tests.usage import outcomes_of
+from tests.support import tiny
+from tests.support.ranks import run_commands
+from tests.support.usage import outcomes_of
 
 pytestmark = pytest.mark.requires("ranks")
 

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_ep.plan import __main__ as command
 from mlx_ep.simulate.candidates import WAYS, Candidate, pick
-from tests.simulate.data import MOE, trace_lines, write_trace
+from tests.support.simulate.data import MOE, trace_lines, write_trace
 
 
 def _plan(

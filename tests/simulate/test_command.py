@@ -21,7 +21,7 @@ from mlx_ep.simulate.measured import read_measured, read_simulated
 from mlx_ep.simulate.model import read_model
 from mlx_ep.simulate.settings import Settings
 from mlx_ep.simulate.times.linear_times import StepCosts
-from tests.simulate.data import (
+from tests.support.simulate.data import (
     MOE,
     cluster,
     instance,
@@ -30,7 +30,7 @@ from tests.simulate.data import (
     two_members,
     write_trace,
 )
-from tests.simulate.running import make_engine, run_command
+from tests.support.simulate.running import make_engine, run_command
 
 TUTORIAL = (
     "--cluster-config clusters/single_node_moe_single_instance.json --dtype bfloat16 "

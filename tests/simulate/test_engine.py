@@ -10,7 +10,7 @@ import pytest
 
 from mlx_ep.simulate.engine import Engine
 from mlx_ep.simulate.traces import read_trace
-from tests.simulate.data import (
+from tests.support.simulate.data import (
     cluster,
     instance,
     make_folder,
@@ -18,8 +18,8 @@ from tests.simulate.data import (
     two_members,
     write_trace,
 )
-from tests.simulate.plain import plain_csv
-from tests.simulate.running import csv_of, make_engine, run_command
+from tests.support.simulate.plain import plain_csv
+from tests.support.simulate.running import csv_of, make_engine, run_command
 
 # A pool of about so many blocks of 16 tokens, beside the weights.
 _SMALL = {"mem_size": 0.0016, "mem_bw": 100, "mem_latency": 0}

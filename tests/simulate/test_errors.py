@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.simulate.data import (
+from tests.support.simulate.data import (
     MODELS,
     cluster,
     instance,
@@ -19,7 +19,7 @@ from tests.simulate.data import (
     two_members,
     write_trace,
 )
-from tests.simulate.running import run_command
+from tests.support.simulate.running import run_command
 
 Change = Callable[[dict[str, Any]], object]
 _INSTANCE = "nodes[0].instances[0]"

@@ -12,7 +12,7 @@ from mlx_ep.measure.costs import Timer
 from mlx_ep.simulate.measure_bundle import write_bundle
 from mlx_ep.simulate.model import read_model
 from mlx_ep.simulate.times.bundle import read_bundle
-from tests.simulate.data import (
+from tests.support.simulate.data import (
     DENSE,
     MOE,
     cluster,
@@ -21,8 +21,8 @@ from tests.simulate.data import (
     trace_lines,
     write_trace,
 )
-from tests.simulate.running import make_engine
-from tests.usage import outcomes_of
+from tests.support.simulate.running import make_engine
+from tests.support.usage import outcomes_of
 
 
 @pytest.mark.parametrize("kind", ["moe", "dense", "packed"])

@@ -20,7 +20,7 @@ from mlx_ep.simulate.times.attention import AttentionTable, Skew, chunk_equivale
 from mlx_ep.simulate.times.exchanges import exchange_ns
 from mlx_ep.simulate.times.tables import Line, Surface, sum_of_lines
 from mlx_ep.types import TokenCounts
-from tests.simulate.data import (
+from tests.support.simulate.data import (
     MOE,
     attention_us,
     cluster,
@@ -30,7 +30,7 @@ from tests.simulate.data import (
     two_members,
     write_trace,
 )
-from tests.simulate.running import make_engine
+from tests.support.simulate.running import make_engine
 
 LINK = LinkLevel(16.0, 20_000.0)
 

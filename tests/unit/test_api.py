@@ -18,7 +18,7 @@ from mlx_ep.metrics import RankReport
 from mlx_ep.models import find_moe_sites, routing_probe
 from mlx_ep.models.blocks import BlockState
 from mlx_ep.models.routing_probe import IdentityProbe, StandInProbe
-from tests import tiny
+from tests.support import tiny
 
 
 def test_unknown_config_fields_raise() -> None:

@@ -13,7 +13,7 @@ from mlx_ep.loading import checkpoint as module
 from mlx_ep.loading.checkpoint import Checkpoint, TensorReader, buffers_alias
 from mlx_ep.loading.plan import plan_load
 from mlx_ep.placement import Placement
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 from mlx_ep.comm import init, transport_of_environment
 from mlx_ep.comm.launch import Launched, check_environment
-from tests.ranks import run_commands, run_ranks
+from tests.support.ranks import run_commands, run_ranks
 
 TWO = [["127.0.0.1:5001"], ["127.0.0.1:5002"]]
 LAUNCHER = ("MLX_RANK", "MLX_HOSTFILE", "MLX_IBV_DEVICES", "PMIX_RANK")

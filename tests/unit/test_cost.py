@@ -21,7 +21,7 @@ from mlx_ep.cost.records import CollectiveTable, MatrixCost
 from mlx_ep.cost.shape import MatrixTotal
 from mlx_ep.cost.step import ARMS, layer_cost, step_cost
 from mlx_ep.types import Packing
-from tests.round_numbers import JACCL, LAYER, MODEL, PROFILE, RING
+from tests.support.round_numbers import JACCL, LAYER, MODEL, PROFILE, RING
 
 
 def exact_busiest(num_experts: int, top_k: int, num_ranks: int) -> float:

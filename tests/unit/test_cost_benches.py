@@ -10,7 +10,7 @@ import pytest
 from benchmarks import bench_cost_model
 from benchmarks.published_figures import figures
 from mlx_ep.cost.profile import overridden, write_profile
-from tests.round_numbers import LAYER, MODEL, PROFILE
+from tests.support.round_numbers import LAYER, MODEL, PROFILE
 
 LAYER_RECORD = {
     "level": "layer",

@@ -13,8 +13,8 @@ from mlx_ep import doctor
 from mlx_ep.comm import Comm, GroupComm
 from mlx_ep.kernels import ops
 from mlx_ep.measure import Check, CheckedLayer, check_experts, check_kernels, checks
-from tests.host_kernels import installed
-from tests.ranks import run_commands
+from tests.support.host_kernels import installed
+from tests.support.ranks import run_commands
 
 SMALL = CheckedLayer(width=128, expert_width=64, slots=4, top_k=3, tokens=(3,))
 

@@ -14,7 +14,7 @@ from mlx_ep.metrics import Counters
 from mlx_ep.models.blocks import switch_runner
 from mlx_ep.placement import Placement
 from mlx_ep.types import Rows
-from tests.reference import moe_sum, swiglu_expert
+from tests.support.reference import moe_sum, swiglu_expert
 
 D, F = 24, 20
 

@@ -37,8 +37,8 @@ from mlx_ep.loading.hub.ranges import Span
 from mlx_ep.loading.hub.retries import Retries
 from mlx_ep.loading.hub.sparse import Journal
 from mlx_ep.placement import Placement
-from tests import tiny
-from tests.hub_server import HubServer, Repository, locked_elsewhere, use_cache
+from tests.support import tiny
+from tests.support.hub_server import HubServer, Repository, locked_elsewhere, use_cache
 
 LAYOUTS = {
     "stacked": {},

@@ -14,7 +14,7 @@ import pytest
 from mlx_ep.loading.hub.errors import HubError
 from mlx_ep.loading.hub.ranges import RangeSet, Span, bridge_gaps, pieces
 from mlx_ep.loading.hub.sparse import Journal, SparseFile
-from tests.hub_server import locked_elsewhere
+from tests.support.hub_server import locked_elsewhere
 
 
 def _bytes_of(spans: RangeSet) -> set[int]:

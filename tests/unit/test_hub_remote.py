@@ -23,7 +23,7 @@ from mlx_ep.loading.hub.retries import (
     retry_after_seconds,
     transient_cause,
 )
-from tests.hub_server import HubServer, Repository
+from tests.support.hub_server import HubServer, Repository
 
 NAME = "model.safetensors"
 DATA = random.Random(0).randbytes(300_000)

@@ -18,9 +18,9 @@ from mlx_ep.loading.local import build_model
 from mlx_ep.loading.working import working_memory
 from mlx_ep.models.tensor_parallel import split_dense
 from mlx_ep.placement import Placement
-from tests import tiny
-from tests.models.architectures import AFFINE, ARCHITECTURES
-from tests.models.hub_layouts import HUB_LAYOUTS
+from tests.support import tiny
+from tests.support.architectures import AFFINE, ARCHITECTURES
+from tests.support.hub_layouts import HUB_LAYOUTS
 
 UNEVEN = Placement(((7, 2, 3, 0, 1), (), (9, 8, 4, 5, 6)))
 SHARED = Placement.from_groups([7, 3], [(64, 32), (32, 64)])

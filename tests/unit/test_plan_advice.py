@@ -17,7 +17,7 @@ from mlx_ep.cli.hosts import read_hostfile
 from mlx_ep.plan.build import Plan, make_plan
 from mlx_ep.plan.flags import make_parser
 from mlx_ep.plan.launch_line import memory_of
-from tests import tiny
+from tests.support import tiny
 
 STEP = 256
 

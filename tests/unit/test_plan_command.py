@@ -14,9 +14,9 @@ from mlx_ep.placement import read_placement
 from mlx_ep.plan import __main__ as command
 from mlx_ep.plan import build
 from mlx_ep.plan.speeds import Speed, predict, verdict
-from tests import tiny
-from tests.hub_server import HubServer, Repository, use_cache
-from tests.models.architectures import AFFINE
+from tests.support import tiny
+from tests.support.architectures import AFFINE
+from tests.support.hub_server import HubServer, Repository, use_cache
 
 
 def _run(

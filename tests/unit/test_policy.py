@@ -35,7 +35,7 @@ from mlx_ep.tune import (
 )
 from mlx_ep.tune.cache import cache_folder, cache_key, read_findings, write_findings
 from mlx_ep.types import Rows, TokenCounts
-from tests.switches import KERNELS, D, E, F, fail, make_layer, make_switch
+from tests.support.switches import KERNELS, D, E, F, fail, make_layer, make_switch
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

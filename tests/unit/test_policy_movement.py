@@ -24,7 +24,7 @@ from mlx_ep.tune import (
     measure,
     tune,
 )
-from tests.switches import KERNELS, D, E, K, fail, make_layer, make_switch
+from tests.support.switches import KERNELS, D, E, K, fail, make_layer, make_switch
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

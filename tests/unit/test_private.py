@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.private import private_folder
+from tests.support.private import private_folder
 
 
 def test_made_closed_and_taken_again(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from mlx_ep.loading import choose_placement, expert_sizes
 from mlx_ep.moe import RoutingRecorder
 from mlx_ep.moe.recorder import MOST_UNCOUNTED
 from mlx_ep.placement import Placement, Record, read_record, write_record
-from tests.tiny import QWEN3_MOE, make_model
+from tests.support.tiny import QWEN3_MOE, make_model
 
 E, K, LAYERS = 6, 2, 3
 PLACEMENT = Placement(((0, 1, 2, 3), (3, 4, 5)))

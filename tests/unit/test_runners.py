@@ -25,8 +25,8 @@ from mlx_ep.metrics import Counters
 from mlx_ep.rows import Option
 from mlx_ep.tune import reference as warmup_reference
 from mlx_ep.types import Rows
-from tests.host_kernels import installed
-from tests.reference import moe_sum
+from tests.support.host_kernels import installed
+from tests.support.reference import moe_sum
 
 L = 4
 AFFINE = [

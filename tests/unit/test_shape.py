@@ -12,8 +12,8 @@ from mlx_ep.cost.shape import (
 )
 from mlx_ep.loading.shape import model_shape
 from mlx_ep.types import MXFP4, Packing
-from tests import tiny
-from tests.round_numbers import MODEL
+from tests.support import tiny
+from tests.support.round_numbers import MODEL
 
 
 def test_named_layers_and_packings() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_ep.cost.profile import overridden
 from mlx_ep.cost.step import prefill_seconds, step_cost
-from tests.round_numbers import MODEL, PROFILE
+from tests.support.round_numbers import MODEL, PROFILE
 
 
 def test_decode_step_by_hand() -> None:

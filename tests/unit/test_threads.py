@@ -11,7 +11,7 @@ from mlx_ep.comm import GroupComm
 from mlx_ep.experts import blas_threads
 from mlx_ep.tune import BlasThreads, ExpertsProblem, share_cores, threads
 from mlx_ep.tune.threads import choose_threads, decide_threads
-from tests.switches import E, make_layer, make_switch
+from tests.support.switches import E, make_layer, make_switch
 
 pytestmark = [
     pytest.mark.usefixtures("own_cache"),

@@ -24,9 +24,9 @@ from mlx_ep.loading.local import outline
 from mlx_ep.loading.sizes import expert_sizes, experts_bytes, held_bytes
 from mlx_ep.loading.widths import width_problem
 from mlx_ep.placement import Placement, place
-from tests import tiny
-from tests.models.architectures import ARCHITECTURES, make_model
-from tests.models.hub_layouts import HUB_LAYOUTS
+from tests.support import tiny
+from tests.support.architectures import ARCHITECTURES, make_model
+from tests.support.hub_layouts import HUB_LAYOUTS
 
 AFFINE = {"group_size": 32, "bits": 4, "mode": "affine"}
 MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}

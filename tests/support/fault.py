@@ -1,6 +1,6 @@
 """Every way for a rank to fail, at every point of a run, on every kind of group.
 
-    python -m tests.fault [--only TEXT] [--every N] [--json FILE] [--write FILE]
+    python -m tests.support.fault [--only TEXT] [--every N] [--json FILE] [--write FILE]
 
 Each combination starts `mlx_ep.generate` on the embedded model, lets one rank fail and
 looks at what is left: the seconds until every rank has ended, exit codes, the report of
@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 
-from tests.launchers import (
+from tests.support.launchers import (
     mpirun_command,
     rank_environment,
     ring_variables,
@@ -208,7 +208,7 @@ def run_case(case: Case) -> Outcome:
 
 _NUMBERS = itertools.count()
 Started = tuple[list[subprocess.Popen[bytes]], list[int], Any]
-_COMMAND = [sys.executable, "-m", "tests.fault", "--rank"]
+_COMMAND = [sys.executable, "-m", "tests.support.fault", "--rank"]
 
 
 def start_ring(
@@ -409,7 +409,7 @@ def write_table(path: Path, text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="tests.fault", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tests.support.fault", description=__doc__)
     parser.add_argument("--only", default="", help="Cases with this text in the name.")
     parser.add_argument("--every", type=int, default=1, help="Each Nth of them.")
     parser.add_argument("--json", type=Path, help="Where all outcomes are written.")

@@ -1,6 +1,6 @@
 """Mutated checkpoints, configurations, tokenizers, journals and hub answers.
 
-    python -m tests.fuzz_checkpoints [--cases 20000] [--seed N] [--first N]
+    python -m tests.support.fuzz_checkpoints [--cases 20000] [--seed N] [--first N]
 
 Each case is a function of its seed. What may come of it: one line of at most 2,000
 characters as a ValueError, or what mlx-lm makes of the same files. Anything else

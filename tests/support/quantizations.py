@@ -20,8 +20,8 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_model, quantize_model, save_model
 
-from tests import tiny
-from tests.models.architectures import ARCHITECTURES, Saved, logits, make_model
+from tests.support import tiny
+from tests.support.architectures import ARCHITECTURES, Saved, logits, make_model
 
 Setting = dict[str, Any]
 Predicate = Callable[[str, nn.Module], bool | Setting]

@@ -1,6 +1,6 @@
 """Random exchanges over real ranks, each against the float64 loops.
 
-    python -m tests.fuzz_exchange [--exchanges 10000] [--seed N] [--ranks 2,3,4]
+    python -m tests.support.fuzz_exchange [--exchanges 10000] [--seed N] [--ranks 2,3,4]
 
 Every rank draws the same cases from one seed. One that takes longer than --deadline
 ends the run with the stacks of every rank; so does a sum that differs. Both name the
@@ -17,9 +17,9 @@ import time
 import mlx.core as mx
 import numpy as np
 
-from tests.cases import random_case
-from tests.ranks import run_ranks
-from tests.reference import moe_sum
+from tests.support.cases import random_case
+from tests.support.ranks import run_ranks
+from tests.support.reference import moe_sum
 
 STRATEGIES = ("gathered", "low_latency", "normal", "deepep", "auto")
 DTYPES = {"float32": 2.0**-23, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -136,6 +136,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     # By its module name, so that its functions can be sent to the ranks.
-    from tests.fuzz_exchange import main as run
+    from tests.support.fuzz_exchange import main as run
 
     sys.exit(run())

@@ -1,9 +1,9 @@
 """Tiny random checkpoints written by transformers, with the logits it gives.
 
-    python -m tests.oracle.checkpoints FOLDER NAME ...
+    python -m tests.support.oracle.checkpoints FOLDER NAME ...
 
 in a Python that has PyTorch. The configurations are those of
-tests/models/architectures.json; what they leave out has the default of transformers.
+tests/support/architectures.json; what they leave out has the default of transformers.
 Tensor names and layout are those that transformers saves, which are the hub's.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 ARCHITECTURES: dict[str, dict[str, Any]] = json.loads(
-    (Path(__file__).parents[1] / "models" / "architectures.json").read_text()
+    (Path(__file__).parents[1] / "architectures.json").read_text()
 )
 VOCABULARY = 300
 NUM_TOKENS = 48  # of a prefill; longer than the sliding windows, which are 16

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from mlx_ep.kernels import loader
-from tests.metal import host
-from tests.tiers import require
+from tests.support import host
+from tests.support.tiers import require
 
 
 def installed(

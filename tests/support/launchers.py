@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Variables a launcher sets: the ranks started here must only see ours.
 LAUNCHER_PREFIXES = ("MLX_RANK", "MLX_HOSTFILE", "MLX_JACCL", "MLX_IBV", "OMPI_", "PMI")
 
@@ -100,7 +100,7 @@ def unavailable(tier: str) -> str | None:
         is_five = "(Open MPI) 5." in version.stdout
         return None if is_five else f"mpirun is not Open MPI 5: {version.stdout[:40]}"
     if tier == "host_metal":
-        from tests.metal.host import missing
+        from tests.support.host import missing
 
         return missing()
     raise ValueError(f'tier must be "ranks", "mpi" or "host_metal", got {tier!r}')

@@ -18,9 +18,9 @@ import numpy as np
 from mlx_lm.utils import load_model
 
 import mlx_ep
-from tests import tiny
-from tests.oracle.checkpoints import ARCHITECTURES, TOKENS
-from tests.ranks import run_ranks
+from tests.support import tiny
+from tests.support.oracle.checkpoints import ARCHITECTURES, TOKENS
+from tests.support.ranks import run_ranks
 
 NUM_RANKS = 2
 TOLERANCE = 1e-4  # of the largest logit
@@ -33,7 +33,7 @@ CANNOT = {
     "minimax": "transformers' `minimax` is MiniMax-Text-01, with linear attention; "
     "mlx-lm's is MiniMax-M2, compared as `minimax_m2`",
     "muse_spark": "parts of mlx-lm's model are Metal kernels; with plain MLX in their "
-    "place (`tests/models/metal_stand_in.py`) the logits differ by 0.3 of the "
+    "place (`tests/support/metal_stand_in.py`) the logits differ by 0.3 of the "
     "largest, for a reason that is not known yet",
     "qwen3_5": "transformers' `qwen3_5` has no experts; compared as `qwen3_5_moe`",
     "step3p5": "transformers has no text model of this type",
@@ -119,7 +119,13 @@ def _row(name: str, expected: np.ndarray, results: list[np.ndarray | str]) -> Ro
 
 def _write(folder: Path, names: list[str]) -> dict[str, str]:
     """Write the checkpoints; why transformers cannot, by name."""
-    command = [sys.executable, "-m", "tests.oracle.checkpoints", str(folder), *names]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.oracle.checkpoints",
+        str(folder),
+        *names,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(

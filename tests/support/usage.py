@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from tests.ranks import run_commands
+from tests.support.ranks import run_commands
 
 _PROGRAM = """
 import contextlib, io, json, sys, traceback

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from tests.private import private_folder, user_folder
+from tests.support.private import private_folder, user_folder
 
 # The first versions that have _Float16 in C++.
 _BUILDERS = (("g++", 12), ("clang++", 15))

@@ -1,4 +1,4 @@
-"""What the process has imported that ranks are forked from: `tests/forked.py`."""
+"""What the process of `forked.py` has imported before ranks are forked from it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 install_import_hook("mlx_ep", "beartype.beartype")
 
 import mlx_ep  # noqa: E402
-import tests.tiny  # noqa: E402, F401
+import tests.support.tiny  # noqa: E402, F401
 
 for module in pkgutil.walk_packages(mlx_ep.__path__, "mlx_ep."):
     if not module.name.endswith("__main__"):

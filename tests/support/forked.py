@@ -16,7 +16,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
-from tests.launchers import rank_environment
+from tests.support.launchers import rank_environment
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Read where they are used, not when a module is imported: they may differ by rank.
@@ -31,7 +31,7 @@ _VARIABLES = rank_environment(None)  # with which everything is imported
 
 
 class ForkedRank:
-    """A rank, with as much of subprocess.Popen as `tests.ranks` uses."""
+    """A rank, with as much of subprocess.Popen as `tests.support.ranks` uses."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ def can_fork(environment: Mapping[str, str]) -> bool:
 
 @cache
 def _import_once() -> None:
-    _CONTEXT.set_forkserver_preload(["tests.preloaded"])
+    _CONTEXT.set_forkserver_preload(["tests.support.preloaded"])
     with mock.patch.dict(os.environ, _VARIABLES, clear=True):
         forkserver.ensure_running()
     first = _CONTEXT.Process(target=int)  # it runs when all has been imported

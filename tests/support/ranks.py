@@ -4,12 +4,11 @@
 a command line on every rank. Neither goes through `mlx.launch`, which returns 0
 even when every rank fails.
 
-In a test, ranks over the ring are forked (`tests/forked.py`) and check all
+In a test, ranks over the ring are forked (`tests/support/forked.py`) and check all
 shapes; over MPI they start from nothing, and rank 0 checks those of the rooms in
 `CHECKED`.
 
-This file is a module beside the folder `tests/ranks/`: that folder must not get an
-`__init__.py`, which would hide this module. pytest is not needed here.
+pytest is not needed here.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from tests.forked import ForkedRank, can_fork
-from tests.launchers import (
+from tests.support.forked import ForkedRank, can_fork
+from tests.support.launchers import (
     mpirun_command,
     rank_environment,
     ring_variables,

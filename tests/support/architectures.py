@@ -29,9 +29,9 @@ from mlx_lm.utils import _get_classes, load_model, quantize_model, save_model
 import mlx_ep
 from mlx_ep.config import EPConfig
 from mlx_ep.models import blocks, find_moe_sites, keep_experts, stack_experts
-from tests import tiny
-from tests.models.hub_layouts import HUB_LAYOUTS
-from tests.models.metal_stand_in import metal_stand_in
+from tests.support import tiny
+from tests.support.hub_layouts import HUB_LAYOUTS
+from tests.support.metal_stand_in import metal_stand_in
 
 ARCHITECTURES: dict[str, dict[str, Any]] = json.loads(
     Path(__file__).with_suffix(".json").read_text()

@@ -1,6 +1,6 @@
 """Half an hour of answers on 2 ranks: are the tokens right and is memory flat?
 
-    python -m tests.soak [--minutes 30] [--ranks 2] [--json FILE]
+    python -m tests.support.soak [--minutes 30] [--ranks 2] [--json FILE]
 
 Every answer is compared with that of mlx-lm in one process. Memory is what each rank
 holds resident, the watch of each rank too: its median in the last tenth of the run may
@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from tests.ranks import run_commands
+from tests.support.ranks import run_commands
 
 PROMPTS = ("What is a hacker?", "What is spaghetti code?", "What is a kluge?")
 TOKENS = 24
@@ -101,7 +101,7 @@ def growth(samples: list[list[float]], column: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="tests.soak", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tests.support.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--json", type=Path, help="Where all samples are written.")
@@ -110,7 +110,13 @@ def main() -> None:
     if args.rank is not None:
         rank_main(args.minutes, json.loads(args.rank))
         return
-    command = [sys.executable, "-m", "tests.soak", "--minutes", str(args.minutes)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.soak",
+        "--minutes",
+        str(args.minutes),
+    ]
     command += ["--rank", json.dumps(expected_tokens())]
     outcomes = run_commands(args.ranks, command, timeout=60 * args.minutes + 300)
     is_good, records = True, []

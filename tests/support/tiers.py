@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.launchers import is_required, unavailable
+from tests.support.launchers import is_required, unavailable
 
 
 def require(tier: str) -> None:

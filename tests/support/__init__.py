@@ -1,0 +1,1 @@
+"""What tests, benchmarks and tools share; nothing here is a test."""
