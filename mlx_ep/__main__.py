@@ -12,6 +12,7 @@ COMMANDS = {
     "launch": "start a command on every rank",
     "doctor": "check kernels, experts and collectives on this cluster",
     "benchmark": "measure expert against tensor parallelism",
+    "simulate": "serve a trace on a cluster, in simulated time",
     "calibrate": "measure this cluster's hardware profile",
     "perplexity": "perplexity on a text file",
     "cache_prompt": "keep a prompt's KV cache in a file",

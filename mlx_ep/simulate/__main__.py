@@ -62,9 +62,8 @@ def _output(args: argparse.Namespace) -> Path | None:
 def _serve(engine: Engine, args: argparse.Namespace) -> None:
     names = {instance.model.name for instance in engine.cluster.instances}
     model = names.pop()
-    # The requests of sessions come one by one, and are counted when they do.
     with tqdm(
-        total=len(engine.requests),
+        total=engine.num_requests,
         unit="req",
         disable=not sys.stderr.isatty(),
         leave=False,

@@ -30,6 +30,10 @@ class Engine:
         chosen: for CUSTOM, the index of an instance per request.
         seed: of RAND.
 
+    Attributes:
+        requests: that have come so far.
+        num_requests: of the whole trace.
+
     Raises:
         ValueError: a request can never run, or the cluster cannot serve.
     """
@@ -47,6 +51,7 @@ class Engine:
         self.cluster = cluster
         self.groups = [Group(g, t) for g, t in zip(cluster.groups, times, strict=True)]
         self.requests: list[Request] = []
+        self.num_requests = trace.num_requests
         self._places: list[tuple[Instance, Group, Scheduler]] = [
             (instance, group, member)
             for group in self.groups
