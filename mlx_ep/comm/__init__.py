@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         note_decode,
         note_prefill,
         note_progress,
+        note_step,
     )
     from mlx_ep.comm.objects import (
         agreed,
@@ -53,6 +54,7 @@ _HOMES = {
     "note_decode": "liveness",
     "note_prefill": "liveness",
     "note_progress": "liveness",
+    "note_step": "liveness",
     "Limits": "control.limits",
     "UsageError": "liveness",
     "transport_of_environment": "capabilities",
@@ -80,6 +82,7 @@ __all__ = [
     "note_decode",
     "note_prefill",
     "note_progress",
+    "note_step",
     "Limits",
     "UsageError",
     "transport_of_environment",

@@ -201,6 +201,10 @@ class Liveness:
         """Says where this rank is; see `note_progress`."""
         self._page.at(phase, step, layer, stage)
 
+    def mark(self, *numbers: int) -> None:
+        """Takes numbers into the fingerprint; see `note_step`."""
+        self._page.mark(*numbers)
+
     def announce(
         self, text: str, exit_code: int, details: str = "", grace: float = 0.0
     ) -> NoReturn:

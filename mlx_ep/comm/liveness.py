@@ -35,6 +35,7 @@ __all__ = [
     "fail_with",
     "joined_texts",
     "note_progress",
+    "note_step",
     "note_prefill",
     "note_decode",
 ]
@@ -171,14 +172,27 @@ def note_progress(
         Liveness.current.note(phase, step, layer, stage)
 
 
+def note_step(*numbers: int) -> None:
+    """Says what this step computed, such as a token or a length, none negative.
+
+    The watches compare the fingerprint of all steps so far between ranks, twice a
+    second and beside the run: no collective and no wait. Ranks that differ end, with a
+    report. Every rank must call it alike. It costs about two microseconds.
+    """
+    if Liveness.current is not None:
+        Liveness.current.mark(*numbers)
+
+
 def note_prefill(num_done: int, num_tokens: int) -> None:
     """A `prompt_progress_callback` for mlx-lm: each chunk of a prompt is a step."""
     note_progress("prefill", num_done)
+    note_step(num_done, num_tokens)
 
 
 def note_decode(responses: Iterable[T]) -> Iterator[T]:
     """The responses of mlx-lm's `stream_generate`, each of which is a step."""
     for step, response in enumerate(responses):
         note_progress("decode", step)
+        note_step(int(getattr(response, "token", 0)))
         yield response
     note_progress("running")

@@ -40,7 +40,7 @@ def program(transport: str, case: str, bad_rank: int) -> None:
         # modules only, because that takes longer than what is tested.
         modules = ["mlx_ep.comm.liveness", "mlx_ep.comm.launch"]
         install_import_hook(modules, "beartype.beartype")
-    from mlx_ep.comm import Limits, guard, note_progress
+    from mlx_ep.comm import Limits, guard, note_progress, note_step
 
     # A shell may have started the tests in the background, or under nohup.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -88,9 +88,14 @@ def program(transport: str, case: str, bad_rank: int) -> None:
             time.sleep(60)
         if case == "sleep" and is_bad:
             time.sleep(60)
-        if is_bad and case not in ("loop", "nohup", "freeze", "pause"):
+        if is_bad and case not in ("loop", "nohup", "freeze", "pause", "diverge"):
             time.sleep(0.2)  # the others wait in a collective
             now()
+        for number in range(40) if case == "diverge" else ():
+            note_step(number if number < 20 or not is_bad else 0)
+            add()
+        if case == "diverge":
+            time.sleep(60)
         if case in ("late", "pause"):
             note_progress("decode", 7)
         if case == "late" and is_bad:
@@ -277,6 +282,17 @@ def test_ranks_that_are_all_stopped_go_on_afterwards() -> None:
         reason = "rank 1 stopped 1 s ago"
         check_ended(started, reason, time.time(), silent=1)
     assert event
+
+
+@needs_ranks
+def test_ranks_that_part_are_ended() -> None:
+    with ring(2, "diverge", 1) as started:
+        event = wait_ready(started)
+        reason = "has computed something else than rank"
+        assert check_ended(started, reason, event) == [1] * 2
+        assert "by step 24 (their tokens or lengths differ)" in (
+            started.outcome(0).stderr
+        )
 
 
 @needs_ranks

@@ -324,6 +324,25 @@ def test_progress_is_read_through_the_page():
     page.close()
 
 
+def test_fingerprints_are_kept_by_number():
+    one, other = ProgressPage(), ProgressPage()
+    for number in range(1000):
+        one.mark(number)
+        other.mark(number if number != 990 else 0)
+    assert len(one.read_marks()) == 64
+    assert max(one.read_marks()) == 1000
+    same = [
+        n for n, value in one.read_marks().items() if other.read_marks()[n] == value
+    ]
+    assert max(same) == 988 and min(one.read_marks()) == 1000 - 63 * 4
+    fresh = ProgressPage()
+    fresh.mark(1)
+    fresh.mark(2, 3)
+    assert list(fresh.read_marks()) == [1, 2]
+    for page in (one, other, fresh):
+        page.close()
+
+
 def test_a_report_says_who_where_and_since_when():
     place = {"phase": "decode", "step": 12, "layer": None, "stage": "", "since": 3.0}
     running = place | {"stopped": False, "interpreter": 0.1}

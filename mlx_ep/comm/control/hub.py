@@ -36,6 +36,7 @@ STACKS_LIMIT = 1.0  # seconds for the ranks to say where they are
 USAGE_LIMIT = 1.0  # seconds for the others to find the same wrong usage
 LATECOMERS = 5.0  # seconds for a rank that is still starting to hear why it ends
 FAREWELL = 1.5  # seconds for the last words to be read
+MARKS_KNOWN = 1024  # fingerprints of the latest steps
 CLOSE_NOTE = 10.0  # after this, a rank 0 that waits for the others says so
 
 Message = dict[str, Any]
@@ -68,6 +69,7 @@ class Hub:
         self._stopped_for = 0.0  # seconds in which some ranks were stopped
         self._waiting = 0.0  # seconds for ranks that have not come
         self._ready: set[int] = set()
+        self._marks: dict[int, tuple[int, int]] = {}  # number: value, rank
         self._left: set[int] = set()
         self._usage: dict[int, str] = {}
         self._usage_until = math.inf
@@ -130,6 +132,7 @@ class Hub:
         kind = message["kind"]
         if kind == "beat":
             self._places[rank] = message
+            self._compare(rank, message.get("marks", []))
         elif kind == "failed":
             self.fail(rank, message["text"], message["code"], message["asks"])
         elif kind == "stacks":
@@ -271,6 +274,21 @@ class Hub:
                 f"{describe_place(active[rank])} (MLX_EP_LIMITS changes the limit)",
                 asks=True,
             )
+
+    def _compare(self, rank: int, marks: list[list[int]]) -> None:
+        """Ends the run where two ranks have different fingerprints of one step."""
+        for number, value in marks:
+            known, first = self._marks.setdefault(number, (value, rank))
+            if known != value:
+                self.fail(
+                    rank,
+                    f"rank {rank} has computed something else than rank {first} by "
+                    f"step {number} (their tokens or lengths differ): they were given "
+                    "different prompts or samplers, or one of them computes wrongly",
+                    asks=True,
+                )
+        while len(self._marks) > MARKS_KNOWN:
+            del self._marks[min(self._marks)]
 
     def _end_if_all_left(self) -> None:
         if len(self._left) < self._size or self._ending is not None:

@@ -9,10 +9,12 @@ a file without a name that both have open.
     24   step, layer: 4 bytes each, -1 is none
     32   count: 8 bytes, of the changes of phase or step
     40   phase: 24 bytes       64   stage: 64 bytes
+    128  the last 64 fingerprints: number, value, their exclusive or; 8 bytes each
 """
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import struct
 import tempfile
@@ -20,10 +22,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-SIZE = 128
+MARKS, MARKS_KEPT = 128, 64
+MARK_EVERY = 4  # fingerprints are shown; the first ones all are
 _BEAT = struct.Struct("<d")
 _VERSION = struct.Struct("<Q")
 _REST = struct.Struct("<diiQ24s64s")
+_MARK = struct.Struct("<QQQ")
+SIZE = MARKS + MARKS_KEPT * _MARK.size
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class ProgressPage:
         self._phase, self._stage = b"", b""
         self._step = self._layer = -1
         self._since = 0.0
+        self._marks, self._chain = 0, b""
 
     def beat(self) -> None:
         """A sign of life of the interpreter."""
@@ -96,6 +102,31 @@ class ProgressPage:
         rest = (self._since, self._step, self._layer, self._count)
         _REST.pack_into(self._memory, 16, *rest, self._phase, self._stage)
         _VERSION.pack_into(self._memory, 8, self._version)
+
+    def mark(self, *numbers: int) -> None:
+        """Takes what this step computed into the fingerprint of all steps so far.
+
+        Ranks that run one program have the same fingerprints under the same numbers.
+        """
+        text = self._chain + b"".join(it.to_bytes(8, "little") for it in numbers)
+        self._chain = hashlib.blake2b(text, digest_size=8).digest()
+        self._marks += 1
+        if self._marks < MARK_EVERY or self._marks % MARK_EVERY == 0:
+            shown = max(self._marks - MARK_EVERY, 0) // MARK_EVERY + MARK_EVERY
+            slot = (self._marks if self._marks < MARK_EVERY else shown) % MARKS_KEPT
+            value = int.from_bytes(self._chain, "little")
+            words = (self._marks, value, self._marks ^ value)
+            _MARK.pack_into(self._memory, MARKS + slot * _MARK.size, *words)
+
+    def read_marks(self) -> dict[int, int]:
+        """The last fingerprints that are shown, by number."""
+        found = {}
+        for slot in range(MARKS_KEPT):
+            at = MARKS + slot * _MARK.size
+            number, value, check = _MARK.unpack_from(self._memory, at)
+            if number and number ^ value == check:  # else it is just being written
+                found[number] = value
+        return found
 
     def read(self) -> Place:
         """What the rank said last."""

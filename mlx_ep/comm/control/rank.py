@@ -44,7 +44,7 @@ class RankProcess:
             self._process = psutil.Process(self._pid)
         self.is_stopped = False
         self.silent = 0.0
-        self._last_beat = 0.0
+        self._last_beat, self._last_mark = 0.0, 0
         self._has_told_silence = False
 
     @property
@@ -86,7 +86,16 @@ class RankProcess:
             "interpreter": self.silent,
             "count": place.count,
             "stopped": self.is_stopped,
+            "marks": self._new_marks(),
         }
+
+    def _new_marks(self) -> list[list[int]]:
+        """The fingerprints that were not told before."""
+        found = sorted(self._page.read_marks().items())
+        new = [[number, value] for number, value in found if number > self._last_mark]
+        if new:
+            self._last_mark = new[-1][0]
+        return new
 
     def ask_for_stacks(self) -> None:
         """Has its threads' stacks written, by a signal handler in C."""
