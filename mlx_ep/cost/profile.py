@@ -28,7 +28,7 @@ from mlx_ep.cost.records import (
 VERSION = 1
 KINDS = ("published", "measured")
 
-Part = TypeVar("Part", "Profile", Link, CollectiveTable, MatrixCost)
+Kind = TypeVar("Kind", "Profile", Link, CollectiveTable, MatrixCost)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +155,7 @@ def from_json(content: Any) -> Profile:
     return replace(profile, sources=sources)
 
 
-def _read(kind: type[Part], content: Any, path: str, sources: dict[str, str]) -> Part:
+def _read(kind: type[Kind], content: Any, path: str, sources: dict[str, str]) -> Kind:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path.rstrip('.')} must be an object; got {content!r}.")
     known = {item.name: item for item in fields(kind) if item.name != "sources"}
