@@ -36,11 +36,12 @@ from mlx_ep.loading import (
     DensePart,
     DiskNeed,
     MemoryNeed,
+    RankWeights,
     Splitter,
-    Weights,
     agree_attention,
     checkpoint_weights,
     choose_placement,
+    cluster_chips,
     decide,
     dense_facts,
     dense_part,
@@ -211,6 +212,7 @@ def prepare(
     """
     config = _with_memory(config, comm)
     prepared, dense, problem, commit = None, DensePart(), "", ""
+    chips = cluster_chips(config, comm)
     try:
         STRATEGIES.create(config)
         path = find_model(
@@ -223,7 +225,7 @@ def prepare(
         weights_of = loading.dummy_weights if dummy_weights else checkpoint_weights
         weights = weights_of(path, comm.rank, comm.size, config)
         tokenizer = _load_tokenizer(path, dummy_weights, tokenizer_config or {})
-        dense = dense_part(config, comm, weights.outline)
+        dense = dense_part(config, comm, weights.outline, chips)
         prepared = PreparedModel(comm, config, weights, tokenizer)
     except ValueError as error:
         problem = shortened(str(error))
@@ -348,7 +350,7 @@ class PreparedModel:
 
     comm: Comm
     config: EPConfig
-    weights: Weights
+    weights: RankWeights
     tokenizer: TokenizerWrapper
     attention: AttentionChoice = REPLICATED
 

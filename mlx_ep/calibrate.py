@@ -7,10 +7,7 @@ to the user's cache folder, under a name that tells clusters apart, or to a file
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import platform
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_ep import cli
 from mlx_ep.comm import Comm, gather_objects
 from mlx_ep.cost.profile import Profile, from_json, slowest, to_json, write_profile
+from mlx_ep.cost.profile_store import store_profile
 from mlx_ep.cost.profile_table import profile_table
 from mlx_ep.cost.records import Link, MatrixCost
 from mlx_ep.loading import find_model, memory_limit
@@ -322,19 +320,6 @@ def chip() -> str:
     return str(mx.device_info().get("device_name", platform.machine()))
 
 
-def cluster_file(comm: Comm) -> Path:
-    """Where the profile of this cluster lies on this host. Every rank must call it.
-
-    The name depends on the transport, the ranks, their chips and their hosts.
-    """
-    ranks = gather_objects(
-        comm, [chip(), socket.gethostname(), str(mx.default_device())]
-    )
-    key = json.dumps([comm.transport, ranks]).encode()
-    digest = hashlib.sha256(key).hexdigest()[:12]
-    return cache_folder() / "profiles" / f"{comm.transport}-{comm.size}-{digest}.json"
-
-
 def _bundle_model(args: argparse.Namespace, comm: Comm) -> ModelSizes | None:
     """The model of ``--bundle``; None: a profile is asked for.
 
@@ -380,9 +365,13 @@ def main() -> None:
             print(f"written to {made}", flush=True)
             return
         profile = calibrate(comm, packings, widths, args.quick)
-        file = args.output or cluster_file(comm)
+        chips = gather_objects(comm, chip())
         if comm.rank == 0:
-            write_profile(profile, file)
+            file = args.output
+            if file is None:
+                file = store_profile(profile, cache_folder(), comm.transport, chips)
+            else:
+                write_profile(profile, file)
             print(profile_table(profile))
             print(f"\n{profile.note}\nwritten to {file}", flush=True)
 

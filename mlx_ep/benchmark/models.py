@@ -21,7 +21,7 @@ from mlx_ep.comm import GroupComm, agreed
 from mlx_ep.config import EPConfig, RunnerName
 from mlx_ep.exchange import STRATEGIES
 from mlx_ep.loading import (
-    Weights,
+    RankWeights,
     checkpoint_weights,
     dummy_weights,
     find_model,
@@ -91,7 +91,7 @@ class ModelSource:
         """
         return find_model(self.name, self.revision, with_weights=not self.dummy)
 
-    def whole(self) -> Weights:
+    def whole(self) -> RankWeights:
         """All of its weights on one rank; nothing is read.
 
         Raises:
@@ -161,7 +161,7 @@ class Prepared:
 
     source: ModelSource
     arms: Sequence[str]
-    plain: Weights
+    plain: RankWeights
     expert: PreparedModel | None
     tensor: PreparedModel | None
     need_bytes: int

@@ -5,6 +5,7 @@ from mlx_ep.loading.dense import (
     DensePart,
     Splitter,
     agree_attention,
+    cluster_chips,
     decide,
     dense_part,
 )
@@ -12,13 +13,8 @@ from mlx_ep.loading.foreign import foreign_code
 from mlx_ep.loading.hub.fetch import DiskNeed, disk_problems
 from mlx_ep.loading.identity import dense_facts, model_facts
 from mlx_ep.loading.local import load_local
-from mlx_ep.loading.plan import (
-    LoadPlan,
-    MemoryNeed,
-    memory_limit,
-    memory_problems,
-    plan_load,
-)
+from mlx_ep.loading.memory import MemoryNeed, memory_limit, memory_problems
+from mlx_ep.loading.rank_tensors import LoadBytes, RankTensor, load_bytes, rank_tensors
 from mlx_ep.loading.shape import model_shape
 from mlx_ep.loading.sizes import choose_placement, expert_sizes, held_bytes
 from mlx_ep.loading.source import (
@@ -28,13 +24,14 @@ from mlx_ep.loading.source import (
     has_tokenizer,
     hub_commit,
 )
-from mlx_ep.loading.weights import Weights, checkpoint_weights, dummy_weights
+from mlx_ep.loading.weights import RankWeights, checkpoint_weights, dummy_weights
 from mlx_ep.loading.widths import keep_part
 
 __all__ = [
     "DensePart",
     "Splitter",
     "agree_attention",
+    "cluster_chips",
     "decide",
     "dense_part",
     "dense_facts",
@@ -43,10 +40,12 @@ __all__ = [
     "OVERLAY_FILE",
     "Checkpoint",
     "DiskNeed",
-    "LoadPlan",
+    "LoadBytes",
     "MemoryNeed",
     "TensorReader",
-    "Weights",
+    "RankTensor",
+    "RankWeights",
+    "rank_tensors",
     "checkpoint_weights",
     "choose_placement",
     "disk_problems",
@@ -62,6 +61,6 @@ __all__ = [
     "memory_limit",
     "memory_problems",
     "model_shape",
-    "plan_load",
+    "load_bytes",
     "read_config",
 ]

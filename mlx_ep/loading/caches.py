@@ -177,11 +177,11 @@ def _steps(num_tokens: int, step: int) -> Iterator[int]:
     yield 1
 
 
-Call = Callable[[nn.Module, mx.array, mx.array], mx.array]
+SwitchCall = Callable[[nn.Module, mx.array, mx.array], mx.array]
 
 
 def run_shapes(
-    model: nn.Module, num_tokens: int, caches: list[Any], call: Call | None = None
+    model: nn.Module, num_tokens: int, caches: list[Any], call: SwitchCall | None = None
 ) -> Any:
     """What the model gives in a forward pass that is not evaluated, without experts.
 
@@ -202,7 +202,7 @@ def run_shapes(
 
 
 @contextmanager
-def _experts_replaced(model: nn.Module, call: Call) -> Iterator[None]:
+def _experts_replaced(model: nn.Module, call: SwitchCall) -> Iterator[None]:
     """`call` in the place of every switch: a rank may hold none to run."""
     switches = [site.switch for site in find_moe_sites(model)]
     own = [type(switch) for switch in switches]

@@ -19,8 +19,9 @@ from mlx_ep.cost.attention import (
     choose_attention,
     cluster_speeds,
 )
-from mlx_ep.cost.profile import Profile, find_profile, read_profile, shipped_profiles
-from mlx_ep.loading.plan import MemoryNeed, memory_problems
+from mlx_ep.cost.profile import Profile, find_profile, shipped_profiles
+from mlx_ep.cost.profile_store import find_calibrated
+from mlx_ep.loading.memory import MemoryNeed, memory_problems
 from mlx_ep.models.tensor_parallel import DenseSplit, plan_split, split_dense
 from mlx_ep.tune.cache import cache_folder
 
@@ -47,13 +48,17 @@ class DensePart(NamedTuple):
 
 
 def dense_part(
-    config: EPConfig, comm: Comm, outline: Callable[[], nn.Module]
+    config: EPConfig,
+    comm: Comm,
+    outline: Callable[[], nn.Module],
+    chips: Sequence[str],
 ) -> DensePart:
     """What this rank knows of the dense part; nothing where nobody asks for it.
 
     Args:
         outline: the model with this rank's experts; nothing of it is evaluated, and it
             stays as it is.
+        chips: of every rank, see `cluster_chips`.
     """
     if config.attention == "replicated":
         return DensePart()
@@ -63,30 +68,40 @@ def dense_part(
             f"{config.strategy} is for tokens of their own"
         )
     plan = plan_split(outline(), comm.size, comm.rank)
-    chip = str(mx.device_info().get("device_name", platform.machine()))
     return DensePart(
         plan.problem,
         plan.whole_bytes,
         plan.kept_bytes,
         plan.collectives,
-        known_speeds(chip, comm.transport, comm.size),
+        known_speeds(chips, comm.rank, comm.transport),
     )
 
 
-def known_speeds(chip: str, transport: str, num_ranks: int) -> Speeds:
-    """What is known of this machine in a cluster: measured, published, or assumed.
+def cluster_chips(config: EPConfig, comm: Comm) -> list[str]:
+    """The chip of every rank, as MLX calls it; none where nobody asks for it.
+
+    Every rank must call it.
+    """
+    if config.attention == "replicated":
+        return []
+    mine = str(mx.device_info().get("device_name", platform.machine()))
+    return gather_objects(comm, mine)
+
+
+def known_speeds(chips: Sequence[str], rank: int, transport: str) -> Speeds:
+    """What is known of a rank in a cluster: measured, published, or assumed.
 
     Args:
-        chip: as MLX calls the device.
+        chips: of every rank, as MLX calls the devices.
+        rank: the one that asks.
 
     Raises:
         ValueError: the profile that `mlx_ep.calibrate` left here is not in order.
     """
-    folder = cache_folder() / "profiles"
-    for file in sorted(folder.glob(f"{transport}-{num_ranks}-*.json")):
-        profile = read_profile(file)
-        if profile.name == f"{num_ranks} x {chip}, {transport}":
-            return _speeds(profile, transport, num_ranks)
+    num_ranks, chip = len(chips), chips[rank]
+    profile = find_calibrated(cache_folder(), num_ranks, transport, chips)
+    if profile is not None:
+        return _speeds(profile, transport, num_ranks)
     name = chip.removeprefix("Apple ").lower().replace(" ", "-")
     if name in shipped_profiles():
         return _speeds(find_profile(name), transport, num_ranks)
@@ -142,7 +157,8 @@ def agree_attention(model: nn.Module, comm: Comm, config: EPConfig) -> Attention
     Raises:
         ValueError: on every rank: it is to be split and cannot be.
     """
-    part = dense_part(config, comm, lambda: model)
+    chips = cluster_chips(config, comm)
+    part = dense_part(config, comm, lambda: model, chips)
     if config.attention == "replicated":
         return decide(config, [part], [MemoryNeed("", 0, 0)])[0]
     parts = [DensePart(*other) for other in gather_objects(comm, part)]

@@ -14,7 +14,7 @@ from mlx_ep.loading.caches import PREFILL_STEP, CacheQuantization, cache_bytes
 from mlx_ep.loading.checkpoint import Checkpoint, read_config
 from mlx_ep.loading.dummy import build_dummy
 from mlx_ep.loading.local import count_experts, model_class, outline
-from mlx_ep.loading.plan import plan_load
+from mlx_ep.loading.rank_tensors import load_bytes
 from mlx_ep.loading.sizes import experts_bytes, held_bytes
 from mlx_ep.loading.working import working_memory
 from mlx_ep.models.tensor_parallel import connect, split_dense
@@ -57,7 +57,7 @@ class ModelOutline:
         if not any(path.glob("model*.safetensors")):
             return cls._of_config(path, config, num_experts)
         checkpoint = Checkpoint.open(path)
-        plan_load(checkpoint, Placement.contiguous(num_experts, 1), 0)
+        load_bytes(checkpoint, Placement.contiguous(num_experts, 1), 0)
         return cls(
             config,
             num_experts,

@@ -25,6 +25,7 @@ from mlx_ep.comm import shortened
 from mlx_ep.loading.checkpoint import Checkpoint, TensorReader
 from mlx_ep.loading.foreign import EXPERT_COUNTS, check_numbers, foreign_code
 from mlx_ep.loading.headers import DTYPES, TensorInfo
+from mlx_ep.loading.rank_tensors import rank_tensors
 from mlx_ep.loading.widths import (
     cut_axis,
     holds_parts,
@@ -36,7 +37,6 @@ from mlx_ep.loading.widths import (
     tensor_cut,
 )
 from mlx_ep.models import (
-    expert_tensor,
     find_moe_sites,
     keep_experts,
     stack_experts,
@@ -249,18 +249,21 @@ class _LocalClasses:
         experts = self.placement.rank_experts[self.rank]
         slots = {expert: slot for slot, expert in enumerate(experts)}
         local: dict[str, mx.array] = {}
-        for name, tensor in weights.items():
-            info = self.checkpoint.tensors[name]
-            found = expert_tensor(name, info.shape, self.placement.num_experts)
-            if found is None:
-                local[name] = tensor
-                self.read_by_mlx.add(name)
-            elif found.expert is None:
-                local[name] = self._stack(info, experts)
-            elif found.expert in slots:
+        for info, kind, found, _ in rank_tensors(
+            self.checkpoint, self.placement, self.rank
+        ):
+            tensor = weights[info.name]
+            if kind == "dense":
+                local[info.name] = tensor
+                self.read_by_mlx.add(info.name)
+            elif kind == "stack":
+                local[info.name] = self._stack(info, experts)
+            elif found is None or found.expert is None:
+                raise AssertionError(info.name)
+            elif kind == "own":
                 local[found.renamed(slots[found.expert])] = self._single(info, tensor)
             elif found.expert == 0 and not experts:
-                local[name] = self._nothing(info, info.shape)
+                local[info.name] = self._nothing(info, info.shape)
         return local
 
     def _stack(self, info: TensorInfo, experts: Sequence[int]) -> mx.array:

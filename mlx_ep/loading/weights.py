@@ -21,7 +21,7 @@ from mlx_ep.loading.local import (
     model_class,
     outline,
 )
-from mlx_ep.loading.plan import plan_load
+from mlx_ep.loading.rank_tensors import load_bytes
 from mlx_ep.loading.sizes import choose_placement, held_bytes
 from mlx_ep.placement import Placement
 
@@ -29,7 +29,7 @@ _TRIED_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Weights:
+class RankWeights:
     """A rank's part of a model, known but not read.
 
     Attributes:
@@ -55,7 +55,7 @@ def checkpoint_weights(
     rank: int,
     num_ranks: int,
     config: EPConfig = EPConfig(),  # noqa: B008, it is frozen
-) -> Weights:
+) -> RankWeights:
     """The weights of a checkpoint folder that belong to `rank`.
 
     Raises:
@@ -69,12 +69,12 @@ def checkpoint_weights(
     num_experts = count_experts(checkpoint.config)
     whole = Placement.contiguous(num_experts, 1)
     # First of all, as it says what a checkpoint without known experts lacks.
-    plan_load(checkpoint, whole, 0)
+    load_bytes(checkpoint, whole, 0)
     placement = choose_placement(
         config, num_experts, num_ranks, lambda: outline(checkpoint, whole, 0)
     )
     if placement.parts is None:
-        rank_bytes = plan_load(checkpoint, placement, rank).rank_bytes
+        rank_bytes = load_bytes(checkpoint, placement, rank).rank_bytes
     else:
         rank_bytes = held_bytes(outline(checkpoint, placement, rank))
 
@@ -88,7 +88,7 @@ def checkpoint_weights(
             model = load_local(checkpoint, placement, rank, reader, change)
             return model, reader.bytes_read
 
-    return Weights(
+    return RankWeights(
         placement,
         rank_bytes,
         build,
@@ -103,7 +103,7 @@ def dummy_weights(
     rank: int,
     num_ranks: int,
     config: EPConfig = EPConfig(),  # noqa: B008, it is frozen
-) -> Weights:
+) -> RankWeights:
     """Random weights for the config.json of a folder.
 
     Raises:
@@ -124,4 +124,4 @@ def dummy_weights(
         fill_dummy(model, placement, rank, change)
         return model, 0
 
-    return Weights(placement, held_bytes(model), build, lambda: model)
+    return RankWeights(placement, held_bytes(model), build, lambda: model)

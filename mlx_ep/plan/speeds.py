@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mlx_ep.cost.profile import Profile, find_profile, read_profile, slowest
+from mlx_ep.cost.profile import Profile, find_profile, slowest
+from mlx_ep.cost.profile_store import find_calibrated
 from mlx_ep.cost.shape import ModelShape
 from mlx_ep.cost.step import prefill_seconds, step_cost
 from mlx_ep.metrics import aligned
@@ -47,10 +48,7 @@ class Speed:
 
 def calibrated_profile(num_ranks: int) -> Profile | None:
     """The newest profile that `mlx_ep.calibrate` left here for so many ranks."""
-    found = list((cache_folder() / "profiles").glob(f"*-{num_ranks}-*.json"))
-    if not found:
-        return None
-    return read_profile(max(found, key=lambda file: file.stat().st_mtime))
+    return find_calibrated(cache_folder(), num_ranks)
 
 
 def profiles_of(names: Sequence[str], num_ranks: int) -> list[Profile]:

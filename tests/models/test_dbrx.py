@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model, save_model
 
 import mlx_ep
-from mlx_ep.loading import Checkpoint, TensorReader, load_local, plan_load
+from mlx_ep.loading import Checkpoint, TensorReader, load_bytes, load_local
 from mlx_ep.models import dbrx, find_moe_sites, stack_experts
 from mlx_ep.placement import Placement
 from tests.support import tiny
@@ -73,7 +73,7 @@ def test_ranks_hold_the_model(tmp_path: Path, form: str, num_ranks: int) -> None
             assert tensor.dtype == whole_tensor.dtype, name
             np.testing.assert_array_equal(np.array(tensor), np.array(whole_tensor))
         held = sum(tensor.nbytes for tensor in found.values())
-        assert reader.bytes_read == plan_load(opened, placement, rank).rank_bytes
+        assert reader.bytes_read == load_bytes(opened, placement, rank).rank_bytes
         assert reader.bytes_read <= 1.02 * held
         if form == "mixed" and experts:
             assert [s.switch.up_proj.bits for s in find_moe_sites(ours)] == [8, 4]

@@ -18,7 +18,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
-from mlx_ep.loading import Checkpoint, TensorReader, load_local, plan_load
+from mlx_ep.loading import Checkpoint, TensorReader, load_bytes, load_local
 from mlx_ep.models import find_moe_sites
 from mlx_ep.placement import Placement
 from tests.support.architectures import ARCHITECTURES, make_model
@@ -184,7 +184,7 @@ def test_ranks_hold_the_model(tmp_path: Path, checkpoint: str) -> None:
         opened = Checkpoint.open(folder)
         with TensorReader() as reader:
             ours = load_local(opened, placement, rank, reader)
-        assert reader.bytes_read == plan_load(opened, placement, rank).rank_bytes
+        assert reader.bytes_read == load_bytes(opened, placement, rank).rank_bytes
         found = dict(tree_flatten(ours.parameters()))
         assert found.keys() == expected.keys()
         for key, tensor in found.items():
@@ -208,4 +208,4 @@ def test_a_shared_expert_among_the_routed_ones_is_refused(tmp_path: Path) -> Non
         tensors[key] = tensor
     checkpoint = Checkpoint.open(_save(tmp_path, "minimax_m3_vl", tensors, None))
     with pytest.raises(ValueError, match=r"must hold 10 experts.*mlx_lm\.convert"):
-        plan_load(checkpoint, Placement.contiguous(10, 2), 0)
+        load_bytes(checkpoint, Placement.contiguous(10, 2), 0)

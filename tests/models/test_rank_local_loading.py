@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_ep.loading import Checkpoint, TensorReader, load_local, plan_load
+from mlx_ep.loading import Checkpoint, TensorReader, load_bytes, load_local
 from mlx_ep.loading import checkpoint as module
 from mlx_ep.placement import Placement
 from tests.support import tiny
@@ -72,7 +72,7 @@ class Held:
 
 def _load(folder: Path, placement: Placement, rank: int) -> Held:
     checkpoint = Checkpoint.open(folder)
-    planned = plan_load(checkpoint, placement, rank).rank_bytes
+    planned = load_bytes(checkpoint, placement, rank).rank_bytes
     mx.clear_cache()  # else MLX may give out a buffer that is a bit larger than asked
     gc.collect()  # models of earlier tests, which refer to themselves
     before = mx.get_active_memory()

@@ -15,8 +15,10 @@ from mlx_ep.cost.attention import (
     choose_attention,
     cluster_speeds,
 )
-from mlx_ep.cost.profile import find_profile, write_profile
+from mlx_ep.cost.profile import find_profile
+from mlx_ep.cost.profile_store import store_profile
 from mlx_ep.loading.dense import known_speeds
+from mlx_ep.plan.speeds import calibrated_profile
 
 # 8 GB at 100 GB/s take 80 ms; over 2 ranks 40 ms, and 50 collectives of 0.1 ms 5 ms.
 SPEEDS = Speeds(100e9, 100e-6, "made up")
@@ -62,38 +64,56 @@ def test_all_wait_for_the_slowest_rank() -> None:
     assert cluster_speeds([*ranks, measured]).bandwidth == 50e9
 
 
-def _write(folder: Path, name: str, **numbers: Any) -> None:
+def _write(folder: Path, name: str, chips: list[str], **numbers: Any) -> None:
     profile = replace(find_profile("m3-ultra"), name=name, kind="measured", **numbers)
-    write_profile(profile, folder / "mlx_ep" / "profiles" / "ring-2-abc.json")
+    store_profile(profile, folder / "mlx_ep", "ring", chips)
 
 
 def test_speeds_of_a_calibrated_cluster(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    _write(tmp_path, "2 x Chip, ring", memory_bandwidth=5e9)
-    speeds = known_speeds("Chip", "ring", 2)
+    _write(tmp_path, "2 x Chip, ring", ["Chip"] * 2, memory_bandwidth=5e9)
+    speeds = known_speeds(["Chip"] * 2, 0, "ring")
     assert speeds.bandwidth == 5e9
     # m3-ultra's ring of 2: two messages of 288 us and a crossing of 180 us, 16 KB.
     assert speeds.latency == pytest.approx(2 * 288e-6 + 180e-6, rel=0.02)
     assert speeds.is_measured
     assert "2 x Chip, ring" in speeds.source
     # Other chips, ranks or cables are another cluster.
-    assert known_speeds("Other", "ring", 2) == ASSUMED
-    assert known_speeds("Chip", "ring", 3) == ASSUMED
-    assert known_speeds("Chip", "jaccl", 2) == ASSUMED
+    assert known_speeds(["Other"] * 2, 0, "ring") == ASSUMED
+    assert known_speeds(["Chip"] * 3, 0, "ring") == ASSUMED
+    assert known_speeds(["Chip"] * 2, 0, "jaccl") == ASSUMED
+
+
+def test_a_cluster_of_two_chips_finds_its_calibration(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The same one for every rank, in any order of ranks, and for mlx_ep.plan."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    chips = ["Apple M3 Ultra", "Apple M4 Max"]
+    _write(tmp_path, "slowest of two", chips, memory_bandwidth=7e9)
+    for rank in range(2):
+        for order in (chips, chips[::-1]):
+            speeds = known_speeds(order, rank, "ring")
+            assert (speeds.bandwidth, speeds.is_measured) == (7e9, True)
+    found = calibrated_profile(2)
+    assert found is not None
+    assert found.memory_bandwidth == 7e9
+    assert calibrated_profile(3) is None
+    assert not known_speeds(chips[:1] * 2, 0, "ring").is_measured
 
 
 def test_speeds_of_a_known_chip(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    speeds = known_speeds("Apple M3 Ultra", "jaccl", 2)
+    speeds = known_speeds(["Apple M3 Ultra"] * 2, 1, "jaccl")
     assert speeds.bandwidth == find_profile("m3-ultra").memory_bandwidth
     assert not speeds.is_measured
     assert "M3 Ultra" in speeds.source
     # No such cable in the profile: its latency is assumed, and that is said.
-    speeds = known_speeds("Apple M3 Ultra", "mpi", 2)
+    speeds = known_speeds(["Apple M3 Ultra"] * 2, 1, "mpi")
     assert speeds.latency == ASSUMED.latency
     assert "assumed" in speeds.source
 

@@ -11,7 +11,7 @@ import pytest
 
 from mlx_ep.loading import checkpoint as module
 from mlx_ep.loading.checkpoint import Checkpoint, TensorReader, buffers_alias
-from mlx_ep.loading.plan import plan_load
+from mlx_ep.loading.rank_tensors import load_bytes
 from mlx_ep.placement import Placement
 from tests.support import tiny
 
@@ -67,7 +67,7 @@ def test_plan_covers_the_checkpoint(
     folder = tiny.save_checkpoint(tmp_path, tiny.QWEN3_MOE, layout=layout)
     checkpoint = Checkpoint.open(folder)
     placement = Placement.contiguous(10, num_ranks)
-    plans = [plan_load(checkpoint, placement, rank) for rank in range(num_ranks)]
+    plans = [load_bytes(checkpoint, placement, rank) for rank in range(num_ranks)]
     assert len({plan.dense_bytes for plan in plans}) == 1
     experts = sum(plan.expert_bytes for plan in plans)
     assert experts + plans[0].dense_bytes == plans[0].total_bytes
@@ -79,7 +79,7 @@ def test_experts_under_unknown_names_are_refused(tmp_path: Path) -> None:
     mx.save_safetensors(str(tmp_path / "model.safetensors"), {"a": mx.zeros((4,))})
     (tmp_path / "config.json").write_text('{"model_type": "none"}')
     with pytest.raises(ValueError, match="have no tensor under a name that is known"):
-        plan_load(Checkpoint.open(tmp_path), Placement.contiguous(4, 2), 0)
+        load_bytes(Checkpoint.open(tmp_path), Placement.contiguous(4, 2), 0)
 
 
 def test_missing_config(tmp_path: Path) -> None:

@@ -24,11 +24,11 @@ from mlx_ep.comm import GroupComm
 from mlx_ep.config import EPConfig
 from mlx_ep.loading import (
     Checkpoint,
-    Weights,
+    RankWeights,
     checkpoint_weights,
     find_model,
     hub_commit,
-    plan_load,
+    load_bytes,
 )
 from mlx_ep.loading.hub import fetch as module
 from mlx_ep.loading.hub.errors import HubError
@@ -77,12 +77,12 @@ def hub(
         yield hub
 
 
-def _open(name: str, rank: int, num_ranks: int) -> Weights:
+def _open(name: str, rank: int, num_ranks: int) -> RankWeights:
     path = find_model(f"me/{name}", download="ranges")
     return checkpoint_weights(path, rank, num_ranks)
 
 
-def _fetch(weights: Weights) -> None:
+def _fetch(weights: RankWeights) -> None:
     assert weights.fetch is not None
     weights.fetch.run(0, Retries(attempts=3, first_wait=0.01))
 
@@ -99,7 +99,7 @@ def _header_bytes(folder: Path) -> int:
     return sum(8 + int.from_bytes(f.read_bytes()[:8], "little") for f in files)
 
 
-def _assert_same(weights: Weights, local: Weights) -> None:
+def _assert_same(weights: RankWeights, local: RankWeights) -> None:
     model, expected = weights.build(None)[0], local.build(None)[0]
     ours = dict(tree_flatten(model.parameters()))
     theirs = dict(tree_flatten(expected.parameters()))
@@ -120,7 +120,7 @@ def test_a_rank_fetches_its_share(
     assert _sent(hub) == _header_bytes(folders[name])
     assert weights.fetch is not None
     assert weights.fetch.missing_bytes <= 1.01 * weights.rank_bytes
-    plan = plan_load(Checkpoint.open(folders[name]), weights.placement, 1)
+    plan = load_bytes(Checkpoint.open(folders[name]), weights.placement, 1)
     need = weights.fetch.disk_need("host")
     assert need.shared_bytes == plan.dense_bytes
     assert plan.expert_bytes <= need.own_bytes

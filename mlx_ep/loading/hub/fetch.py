@@ -22,8 +22,8 @@ from mlx_ep.loading.hub.remote import RemoteFile
 from mlx_ep.loading.hub.repository import HubFolder, WeightFile
 from mlx_ep.loading.hub.retries import Retries
 from mlx_ep.loading.hub.sparse import Journal, SparseFile, Waiting
+from mlx_ep.loading.rank_tensors import rank_tensors
 from mlx_ep.metrics import format_bytes
-from mlx_ep.models import expert_tensor
 from mlx_ep.placement import Placement, runs
 
 _PIECE_BYTES = 32 << 20  # one request; several run at once
@@ -87,19 +87,18 @@ def wanted_spans(
     files = {info.file for info in checkpoint.tensors.values()}
     dense: Spans = {file: RangeSet() for file in files}
     expert: Spans = {file: RangeSet() for file in files}
-    own = set(placement.rank_experts[rank])
-    for info in checkpoint.tensors.values():
+    own = sorted(placement.rank_experts[rank])
+    for info, kind, _, _ in rank_tensors(checkpoint, placement, rank):
         whole = Span(info.offset, info.offset + info.num_bytes)
-        found = expert_tensor(info.name, info.shape, placement.num_experts)
-        if found is None:
+        if kind == "dense":
             dense[info.file].add(whole)
-        elif found.expert is None:
+        elif kind == "own":
+            expert[info.file].add(whole)
+        elif kind == "stack":
             row_bytes = info.num_bytes // info.shape[0]
-            for first, count in runs(sorted(own)):
+            for first, count in runs(own):
                 start = info.offset + first * row_bytes
                 expert[info.file].add(Span(start, start + count * row_bytes))
-        elif found.expert in own:
-            expert[info.file].add(whole)
     return dense, expert
 
 

@@ -246,7 +246,7 @@ def has_all_weights(snapshot: Path) -> bool:
         try:
             index = json.loads(index_file.read_text())
             return set(index["weight_map"].values()) <= names
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return False  # `Checkpoint.open` says what is wrong with it
     numbered = [match for match in map(_NUMBERED.search, names) if match]
     if numbered:

@@ -1,0 +1,59 @@
+"""Whether what each rank will hold fits the memory of its host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import psutil
+
+from mlx_ep.metrics import format_bytes
+
+
+class MemoryNeed(NamedTuple):
+    """What a rank will hold, on which host, and the most it may."""
+
+    host: str
+    num_bytes: int
+    limit: int
+
+
+def memory_limit(limit_gb: float | None) -> int:
+    """The bytes of weights that this rank may hold.
+
+    Args:
+        limit_gb: what the user allows, in GB (10^9 bytes); None for what Metal
+            recommends as its working set, or for the host's available memory.
+    """
+    if limit_gb is not None:
+        return int(limit_gb * 1e9)
+    if mx.metal.is_available():
+        return int(mx.device_info()["max_recommended_working_set_size"])
+    return int(psutil.virtual_memory().available)
+
+
+def memory_problems(needs: Sequence[MemoryNeed], limit_is_per_rank: bool) -> list[str]:
+    """Per rank, why its weights do not fit, or ""; ranks on one host share its memory.
+
+    Args:
+        needs: of every rank, in rank order.
+        limit_is_per_rank: the limits are the user's, for each rank by itself.
+    """
+    problems = []
+    for rank, need in enumerate(needs):
+        sharing = [other for other in needs if other.host == need.host]
+        if limit_is_per_rank:
+            sharing = [need]
+        needed = sum(other.num_bytes for other in sharing)
+        if needed <= need.limit:
+            problems.append("")
+            continue
+        whose = f"{len(sharing)} ranks on this host need" if sharing[1:] else "it needs"
+        problems.append(
+            f"the weights of rank {rank} do not fit: {whose} {format_bytes(needed)}, "
+            f"{format_bytes(need.limit)} are to be had. Use more Macs, a smaller "
+            "quantization, or raise --memory-limit-gb (on a Mac: "
+            "sysctl iogpu.wired_limit_mb)."
+        )
+    return problems
