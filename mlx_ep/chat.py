@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import readline
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import stream_generate
 from mlx_lm.models.cache import (
@@ -18,8 +25,13 @@ from mlx_lm.utils import common_prefix_len
 
 from mlx_ep import cli
 from mlx_ep.comm import Comm, broadcast_object, note_decode, note_prefill, note_progress
+from mlx_ep.tune.cache import cache_folder
 
-_HELP = "Commands: /reset forgets the conversation, /help, /quit (or end of input)."
+_HELP = (
+    "Commands: /reset forgets the conversation, /help, /quit (or end of input). Ctrl-C "
+    "stops an answer."
+)
+_HISTORY_LINES = 1000
 
 
 def make_parser() -> cli.Parser:
@@ -51,10 +63,13 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    cli.run(make_parser(), _chat)
+    interrupt = _Interrupt()
+    if cli.rank_of_environment() == 0:
+        interrupt.catch()
+    cli.run(make_parser(), lambda args, comm: _chat(args, comm, interrupt))
 
 
-def _chat(args: argparse.Namespace, comm: Comm) -> None:
+def _chat(args: argparse.Namespace, comm: Comm, interrupt: _Interrupt) -> None:
     with cli.usage_errors():
         prepared = cli.prepare_model(args, comm)
         cli.check_for_model(args, prepared)
@@ -65,9 +80,10 @@ def _chat(args: argparse.Namespace, comm: Comm) -> None:
     model, tokenizer = prepared.load()
     cli.print_reports(model, comm, args.config)
     cli.seed_ranks(args.seed, prepared)
-    conversation = Conversation(args, comm, model, tokenizer)
+    conversation = Conversation(args, comm, model, tokenizer, interrupt)
     _say(comm, _HELP)
-    while (line := _read_line(comm)) is not None and line != "/quit":
+    lines = _Lines(comm)
+    while (line := lines.read()) is not None and line != "/quit":
         if line == "/reset":
             conversation.reset()
             _say(comm, "The conversation is forgotten.")
@@ -75,6 +91,84 @@ def _chat(args: argparse.Namespace, comm: Comm) -> None:
             _say(comm, _HELP)
         elif line:
             conversation.answer(line)
+
+
+class _Interrupt:
+    """Ctrl-C on rank 0: within an answer it stops the answer, on all ranks.
+
+    Attributes:
+        is_answering: whether an answer is being generated.
+        stops: whether it is to end now; only rank 0 knows.
+    """
+
+    def __init__(self) -> None:
+        self.is_answering = self.stops = False
+
+    def catch(self) -> None:
+        """From here on; before the ranks meet, or the signal would end all of them."""
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self.is_answering:
+            raise KeyboardInterrupt
+        self.stops = True
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        self.is_answering, self.stops = True, False
+        try:
+            yield
+        finally:
+            self.is_answering = False
+
+
+class _Lines:
+    """What the user types: with line editing and a history where it is a terminal."""
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+        self._is_terminal = comm.rank == 0 and sys.stdin.isatty()
+        self._was_interrupted = False
+        if self._is_terminal:
+            file = cache_folder() / "chat_history"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            readline.set_history_length(_HISTORY_LINES)
+            if file.exists():
+                readline.read_history_file(file)
+            atexit.register(readline.write_history_file, file)
+
+    def read(self) -> str | None:
+        """The user's next line, read by rank 0 and known to all; None at the end."""
+        line = None
+        note_progress("waiting")  # for the user: without a limit
+        if self._comm.rank == 0:
+            line = self._read()
+        line = broadcast_object(self._comm, line)
+        return None if line is None else line.strip()
+
+    def _read(self) -> str | None:
+        try:
+            if self._is_terminal:
+                line = input(">> ")
+            else:
+                print(">> ", end="", flush=True)
+                line = sys.stdin.readline()
+                if not line:
+                    return None
+        except EOFError:
+            print()
+            return None
+        except UnicodeDecodeError as error:
+            print(f"(what you type must be UTF-8: {error})")
+            return ""
+        except KeyboardInterrupt:
+            print("\n(once more, or /quit, to leave)")
+            if self._was_interrupted:
+                return None
+            self._was_interrupted = True
+            return ""
+        self._was_interrupted = False
+        return line
 
 
 class Conversation:
@@ -86,10 +180,12 @@ class Conversation:
         comm: Comm,
         model: nn.Module,
         tokenizer: TokenizerWrapper,
+        interrupt: _Interrupt,
     ) -> None:
-        self._args, self._comm = args, comm
+        self._args, self._comm, self._interrupt = args, comm, interrupt
         self._model, self._tokenizer = model, tokenizer
-        self._sampler = cli.shared_sampler(args, tokenizer, comm)
+        self._rank_sampler = cli.rank_sampler(args, tokenizer)
+        self._end = min(tokenizer.eos_token_ids)
         self._options = cli.cache_options(args)
         self._max_kv_size = self._options.pop("max_kv_size")
         self._messages: list[dict[str, str]] = []
@@ -118,15 +214,16 @@ class Conversation:
             self._tokenizer,
             self._uncached(prompt),
             max_tokens=self._args.max_tokens,
-            sampler=self._sampler,
+            sampler=self._sample,
             prompt_cache=self._cache,
             prompt_progress_callback=note_prefill,
             **self._options,
         )
-        for last in note_decode(responses):
-            _say(self._comm, last.text, end="")
-            reply += last.text
-            self._cached.append(last.token)
+        with self._interrupt.answering():
+            for last in note_decode(responses):
+                _say(self._comm, last.text, end="")
+                reply += last.text
+                self._cached.append(last.token)
         assert last is not None
         _say(self._comm)
         _say(
@@ -135,6 +232,13 @@ class Conversation:
             f"tokens-per-sec, peak {last.peak_memory:.2f} GB]",
         )
         self._messages.append({"role": "assistant", "content": reply})
+
+    def _sample(self, logprobs: mx.array) -> mx.array:
+        """Rank 0's token on every rank; the one that ends a text after Ctrl-C."""
+        token = self._rank_sampler(logprobs)
+        if self._interrupt.stops:
+            token = mx.full(token.shape, self._end, token.dtype)
+        return self._comm.broadcast(token)
 
     def _uncached(self, prompt: list[int]) -> list[int]:
         """What of `prompt` the cache lacks, after it is cut to what they share.
@@ -163,17 +267,6 @@ def _cache_length(cache: list[Any]) -> int | None:
     """Tokens that a KV cache holds; None where it does not say so."""
     lengths = {getattr(layer, "offset", None) for layer in cache}
     return lengths.pop() if len(lengths) == 1 else None
-
-
-def _read_line(comm: Comm) -> str | None:
-    """The user's next line, read by rank 0 and known to all; None at the end."""
-    line = None
-    note_progress("waiting")  # for the user: without a limit
-    if comm.rank == 0:
-        print(">> ", end="", flush=True)
-        line = sys.stdin.readline()
-    line = broadcast_object(comm, line)
-    return line.strip() if line else None
 
 
 def _say(comm: Comm, text: str = "", end: str = "\n") -> None:

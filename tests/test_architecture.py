@@ -62,7 +62,7 @@ MAY_IMPORT = {
         "types", "api", "cli", "comm", "data_parallel", "loading", "metrics",
         "placement",
     },
-    "chat": {"cli", "comm"},
+    "chat": {"cli", "comm", "tune"},
     "cache_prompt": {"cli", "comm"},
     "launch": {"cli"},
     "__main__": {"cli"},

@@ -47,6 +47,7 @@ from mlx_ep.cli.parser import (
 )
 from mlx_ep.cli.prompt_cache import PromptCache, read_prompt_cache
 from mlx_ep.cli.run import prepare_model, print_reports, run, usage_errors
+from mlx_ep.cli.say import rank_of_environment
 
 __all__ = [
     "Parser",
@@ -90,4 +91,5 @@ __all__ = [
     "print_reports",
     "run",
     "usage_errors",
+    "rank_of_environment",
 ]
