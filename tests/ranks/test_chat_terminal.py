@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests.support import tiny
 
 pytestmark = pytest.mark.requires("ranks")
 
