@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -241,3 +242,37 @@ def test_helpers_of_tests_are_in_one_place() -> None:
                 place = node.module.split(".")
                 if place[0] == "tests" and place != ["tests"]:
                     assert place[1] == "support", f"{file} imports {node.module}"
+
+
+MOST_LINES = 400
+
+
+def _names(file: Path) -> list[str]:
+    """Public classes and named types that a file defines: names in CapWords."""
+    found = []
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            found.append(node.name)
+        targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+        found += [target.id for target in targets if isinstance(target, ast.Name)]
+    return [name for name in found if re.match("[A-Z][A-Za-z0-9]*[a-z]", name)]
+
+
+def test_a_public_name_stands_once() -> None:
+    places: dict[str, list[str]] = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for name in _names(file):
+            places.setdefault(name, []).append(str(file.relative_to(PACKAGE)))
+    twice = {name: files for name, files in places.items() if len(files) > 1}
+    assert not twice, "\n".join(f"{n}: {', '.join(f)}" for n, f in twice.items())
+
+
+def test_files_are_short() -> None:
+    lines = {
+        str(file.relative_to(PACKAGE)): len(file.read_text().splitlines())
+        for file in sorted(PACKAGE.rglob("*.py"))
+    }
+    long = {file: count for file, count in lines.items() if count > 300}
+    assert max(long.values(), default=0) <= MOST_LINES, (
+        f"at most {MOST_LINES} lines; over 300: {long}"
+    )
