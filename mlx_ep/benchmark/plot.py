@@ -8,7 +8,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from mlx_ep.benchmark.report import Record, arm_label, point_label
+from mlx_ep.benchmark.report import Measurement, arm_label, point_label
 from mlx_ep.metrics import STAGES
 
 
@@ -24,7 +24,7 @@ def check_can_plot() -> None:
 
 
 def plot_records(
-    path: Path, title: str, records: Sequence[Record], runners: Sequence[str]
+    path: Path, title: str, records: Sequence[Measurement], runners: Sequence[str]
 ) -> None:
     """Left, time over tokens (level e2e: tokens/s); right, stages stacked per arm.
 
@@ -49,7 +49,9 @@ def plot_records(
     plt.close(figure)
 
 
-def _draw_times(axes: Any, records: Sequence[Record], runners: Sequence[str]) -> None:
+def _draw_times(
+    axes: Any, records: Sequence[Measurement], runners: Sequence[str]
+) -> None:
     """Medians over tokens, one line an arm, between their quartiles."""
     for arm in dict.fromkeys(arm_label(record, runners) for record in records):
         own = [r for r in records if arm_label(r, runners) == arm]
@@ -70,7 +72,9 @@ def _draw_times(axes: Any, records: Sequence[Record], runners: Sequence[str]) ->
     axes.set_xticks([], minor=True)
 
 
-def _draw_rates(axes: Any, records: Sequence[Record], runners: Sequence[str]) -> None:
+def _draw_rates(
+    axes: Any, records: Sequence[Measurement], runners: Sequence[str]
+) -> None:
     """Tokens per second, bars of the arms grouped by phase and batch."""
     points = list(dict.fromkeys(point_label(record) for record in records))
     arms = list(dict.fromkeys(arm_label(record, runners) for record in records))
@@ -88,7 +92,9 @@ def _draw_rates(axes: Any, records: Sequence[Record], runners: Sequence[str]) ->
     axes.set(yscale="log", ylabel="tokens per second")
 
 
-def _stack_stages(axes: Any, records: Sequence[Record], runners: Sequence[str]) -> None:
+def _stack_stages(
+    axes: Any, records: Sequence[Measurement], runners: Sequence[str]
+) -> None:
     """Bars of shares of each arm's time, grouped by point."""
     places, names = [], []
     bars: list[Mapping[str, float]] = []

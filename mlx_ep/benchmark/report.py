@@ -10,7 +10,7 @@ from typing import Any
 from mlx_ep.benchmark import legacy
 from mlx_ep.metrics import STAGES, markdown_table
 
-Record = Mapping[str, Any]
+Measurement = Mapping[str, Any]
 
 LAYER_HEADERS = (
     "T", "arm", "time", "quartiles", "/ tp", "collectives", "bytes", "distinct experts",
@@ -23,14 +23,14 @@ MODEL_HEADERS = (
 )  # fmt: skip
 
 
-def arm_label(record: Record, runners: Sequence[str]) -> str:
+def arm_label(record: Measurement, runners: Sequence[str]) -> str:
     """The arm, and what ran its experts where there was a choice."""
     if len(runners) == 1 or not record["arm"].startswith("ep"):
         return str(record["arm"])
     return f"{record['arm']} ({record['runner']})"
 
 
-def layer_table(records: Sequence[Record], runners: Sequence[str]) -> str:
+def layer_table(records: Sequence[Measurement], runners: Sequence[str]) -> str:
     """One line per tokens and arm."""
     has_legacy = any("legacy_3158" in record for record in records)
     headers = list(LAYER_HEADERS) + ([legacy.LABEL] if has_legacy else [])
@@ -57,14 +57,14 @@ def layer_table(records: Sequence[Record], runners: Sequence[str]) -> str:
     return markdown_table(headers, rows, left=2)
 
 
-def point_label(record: Record) -> str:
+def point_label(record: Measurement) -> str:
     """What one row or group of bars is about."""
     if record["level"] == "layer":
         return f"T={record['tokens']}"
     return f"{record['phase']}, batch {record['batch']}"
 
 
-def model_table(records: Sequence[Record]) -> str:
+def model_table(records: Sequence[Measurement]) -> str:
     """One line per batch, phase and arm."""
     rows = []
     for record in records:
@@ -88,7 +88,7 @@ def model_table(records: Sequence[Record]) -> str:
     return markdown_table(MODEL_HEADERS, rows, left=2)
 
 
-def stage_table(records: Sequence[Record], runners: Sequence[str]) -> str:
+def stage_table(records: Sequence[Measurement], runners: Sequence[str]) -> str:
     """Microseconds of each stage of one MoE layer, by point and arm."""
     rows = [
         [
@@ -103,7 +103,7 @@ def stage_table(records: Sequence[Record], runners: Sequence[str]) -> str:
 
 
 def write_json(
-    path: Path, header: Mapping[str, Any], records: Sequence[Record]
+    path: Path, header: Mapping[str, Any], records: Sequence[Measurement]
 ) -> None:
     """The header's fields and, under "records", the list of records."""
     content = {**header, "records": list(records)}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         transport_of_environment,
     )
     from mlx_ep.comm.control.limits import Limits
-    from mlx_ep.comm.environment import Backend
+    from mlx_ep.comm.environment import GroupBackend
     from mlx_ep.comm.group import GroupComm, all_to_all, default_cpu_stream
     from mlx_ep.comm.host import host_id
     from mlx_ep.comm.launch import init
@@ -49,7 +49,7 @@ _HOMES = {
     "default_cpu_stream": "group",
     "init": "launch",
     "host_id": "host",
-    "Backend": "environment",
+    "GroupBackend": "environment",
     "guard": "liveness",
     "note_decode": "liveness",
     "note_prefill": "liveness",
@@ -77,7 +77,7 @@ __all__ = [
     "default_cpu_stream",
     "init",
     "host_id",
-    "Backend",
+    "GroupBackend",
     "guard",
     "note_decode",
     "note_prefill",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mlx_ep.comm.capabilities import CAPABILITIES, Transport, transport_of_environment
 
-Backend = Literal["any", "ring", "mpi", "jaccl", "jaccl-ring"]
+GroupBackend = Literal["any", "ring", "mpi", "jaccl", "jaccl-ring"]
 
 # The name that `mx.distributed.init` has for each transport.
 MLX_BACKEND = {"ring": "ring", "mpi": "mpi", "jaccl": "jaccl", "jaccl-ring": "jaccl"}

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_ep.comm.control.limits import Limits
 from mlx_ep.comm.environment import (
     MLX_BACKEND,
-    Backend,
+    GroupBackend,
     Launched,
     check_environment,
     check_num_ranks,
@@ -27,7 +27,7 @@ BACKSTOP = 5.0  # seconds after the time limit, should the watch have gone
 
 
 def init(
-    backend: Backend = "any",
+    backend: GroupBackend = "any",
     num_ranks: int | None = None,
     *,
     timeout: float | int | None = None,

@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class Batch:
+class PromptBatch:
     """The prompts of a file that have no answer yet.
 
     Attributes:
@@ -98,7 +98,7 @@ class Batch:
             ) from error
 
 
-def plan_batch(args: argparse.Namespace, comm: Comm) -> Batch:
+def plan_batch(args: argparse.Namespace, comm: Comm) -> PromptBatch:
     """Read --prompts-file and open --output, on rank 0; every rank must call it.
 
     Raises:
@@ -123,7 +123,7 @@ def plan_batch(args: argparse.Namespace, comm: Comm) -> Batch:
             "%d of %d prompts have an answer in %s", len(answered), len(prompts),
             args.output,
         )  # fmt: skip
-    return Batch(prompts, todo, output, str(args.output or "The standard output"))
+    return PromptBatch(prompts, todo, output, str(args.output or "The standard output"))
 
 
 def _open_output(
@@ -186,7 +186,7 @@ def answer_all(
     comm: Comm,
     model: nn.Module,
     tokenizer: TokenizerWrapper,
-    batch: Batch,
+    batch: PromptBatch,
 ) -> None:
     """Answer every prompt that has no answer; rank 0 writes."""
     start = time.perf_counter()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_ep import cli
-from mlx_ep.generate.tokens import Message, user_message
+from mlx_ep.generate.tokens import ChatMessage, user_message
 
 # What a line may set for itself, and what its value must be.
 _SETTINGS: dict[str, Callable[[str], Any]] = {
@@ -35,7 +35,7 @@ class Prompt:
         settings: flags of which the line has values of its own.
     """
 
-    messages: list[Message]
+    messages: list[ChatMessage]
     id: str | int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -121,7 +121,7 @@ def _parse_object(line: str, where: str) -> Prompt:
     return Prompt(_messages(record, where), name, settings)
 
 
-def _messages(record: dict[str, Any], where: str) -> list[Message]:
+def _messages(record: dict[str, Any], where: str) -> list[ChatMessage]:
     if "prompt" in record:
         prompt = record["prompt"]
         if not isinstance(prompt, str) or not prompt.strip():

@@ -7,10 +7,10 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-Message = dict[str, str]
+ChatMessage = dict[str, str]
 
 
-def user_message(prompt: str) -> Message:
+def user_message(prompt: str) -> ChatMessage:
     """The user's words as a message of a conversation."""
     return {"role": "user", "content": prompt}
 
@@ -18,7 +18,7 @@ def user_message(prompt: str) -> Message:
 def prompt_tokens(
     args: argparse.Namespace,
     tokenizer: TokenizerWrapper,
-    messages: list[Message],
+    messages: list[ChatMessage],
 ) -> list[int]:
     """The tokens of a conversation, in the model's chat template if it has one."""
     if args.ignore_chat_template or not tokenizer.has_chat_template:
@@ -29,7 +29,7 @@ def prompt_tokens(
 def tokens_after_cache(
     args: argparse.Namespace,
     tokenizer: TokenizerWrapper,
-    messages: list[Message],
+    messages: list[ChatMessage],
 ) -> list[int]:
     """The tokens behind those of a prompt cache: all that follows in the template.
 
@@ -47,7 +47,7 @@ def tokens_after_cache(
 def _chat_prompt(
     args: argparse.Namespace,
     tokenizer: TokenizerWrapper,
-    messages: list[Message],
+    messages: list[ChatMessage],
     tokenize: bool,
 ) -> Any:
     messages = list(messages)

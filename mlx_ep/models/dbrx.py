@@ -22,8 +22,6 @@ _SETTING = ("group_size", "bits", "mode")
 _LISTED = re.compile(r"^(.*\.ffn)\.experts\.(\d+)\.(w1|v1|w2)(?:\.(\w+))?$")
 _FUSED = re.compile(r"^(.*\.ffn)\.experts\.mlp\.(w1|v1|w2)$")
 
-Tensors = dict[str, mx.array]
-
 
 class StackedMoeBlock(SparseMoeBlock):
     """mlx-lm's block with a `SwitchGLU`, all tokens at once and without a host sync."""
@@ -84,9 +82,9 @@ def stack_shape(
     return (num_experts, shape[0] // num_experts, *shape[1:])
 
 
-def stack_tensors(tensors: Tensors) -> Tensors:
+def stack_tensors(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
     """See `Family`."""
-    stacked: Tensors = {}
+    stacked: dict[str, mx.array] = {}
     listed: dict[str, dict[int, mx.array]] = {}
     for name, tensor in tensors.items():
         if found := _FUSED.match(name):

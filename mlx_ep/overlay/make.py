@@ -17,7 +17,7 @@ from mlx_ep.comm import Comm, agreed, gather_objects, host_id
 from mlx_ep.config import EPConfig
 from mlx_ep.loading import OVERLAY_FILE, find_model, read_config
 from mlx_ep.loading.local import count_experts, model_class
-from mlx_ep.overlay.model import Settings
+from mlx_ep.overlay.model import OverlaySettings
 
 MODEL_FILE = "ep_model.py"
 _MODEL_SOURCE = """\
@@ -74,7 +74,7 @@ def make_overlay(
     values["model_file"] = MODEL_FILE
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     (folder / MODEL_FILE).write_text(_MODEL_SOURCE)
-    Settings(source, config, ranks).save(folder)
+    OverlaySettings(source, config, ranks).save(folder)
     return folder
 
 

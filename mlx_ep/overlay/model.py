@@ -39,7 +39,7 @@ _WHY_NOT = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class OverlaySettings:
     """What an overlay was made with; in its mlx_ep.json.
 
     Attributes:
@@ -61,7 +61,7 @@ class Settings:
         (folder / OVERLAY_FILE).write_text(json.dumps(values, indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: Path) -> Settings:
+    def load(cls, folder: Path) -> OverlaySettings:
         """Raises:
         ValueError: the overlay or its model is not in order.
         """
@@ -89,7 +89,7 @@ def model_classes(file: str) -> tuple[type[nn.Module], type]:
     Raises:
         ValueError: the overlay or its model is not in order.
     """
-    settings = Settings.load(Path(file).resolve().parent)
+    settings = OverlaySettings.load(Path(file).resolve().parent)
     found, args_class = _get_classes(dict(read_config(settings.source)))
 
     class OverlayModel(found):  # type: ignore[valid-type, misc]
@@ -131,7 +131,7 @@ def model_classes(file: str) -> tuple[type[nn.Module], type]:
     return OverlayModel, args_class
 
 
-def _load_on_rank(settings: Settings, group: mx.distributed.Group) -> nn.Module:
+def _load_on_rank(settings: OverlaySettings, group: mx.distributed.Group) -> nn.Module:
     """This rank's part of an overlay's model. Every rank must call it.
 
     Raises:

@@ -33,8 +33,8 @@ HEADERS = {
     "attention": ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us"),
     "moe": ("tokens", "activated_experts", "time_us"),
 }
-Rows = list[tuple[Any, ...]]
-Layer = Callable[[mx.array], Any]
+CsvRows = list[tuple[Any, ...]]
+TimedLayer = Callable[[mx.array], Any]
 
 
 def write_bundle(
@@ -96,7 +96,7 @@ class _Kernels:
         self._packing: dict[str, Any] = dict(model.config.get("quantization", {}))
         self._wait = timer.median(_wait)
 
-    def dense(self, tokens: Sequence[int]) -> Rows:
+    def dense(self, tokens: Sequence[int]) -> CsvRows:
         model, scale = self._model, mx.ones((self._model.width,), self._dtype)
         heads = model.num_heads + 2 * model.num_kv_heads
         inner = model.num_heads * model.head_dim
@@ -115,7 +115,7 @@ class _Kernels:
 
         embedding = self._layer(nn.Embedding(model.vocabulary, model.width))
         both = (model.num_heads + model.num_kv_heads, model.head_dim)
-        layers: dict[str, tuple[Layer, Callable[[int], mx.array]]] = {
+        layers: dict[str, tuple[TimedLayer, Callable[[int], mx.array]]] = {
             "embedding": (embedding, lambda t: mx.arange(t) % model.vocabulary),
             "layernorm": (norm, self._rows(model.width)),
             "qkv_proj": (
@@ -144,12 +144,12 @@ class _Kernels:
                 self._linear(width, model.width),
                 self._rows(width),
             )
-        found: Rows = []
+        found: CsvRows = []
         for name, (layer, make) in layers.items():
             found += [(name, t, s) for t, s in self._series(layer, make, tokens)]
         return found
 
-    def per_sequence(self, sequences: Sequence[int]) -> Rows:
+    def per_sequence(self, sequences: Sequence[int]) -> CsvRows:
         model = self._model
         head = self._linear(model.width, model.vocabulary)
         found = [
@@ -170,14 +170,14 @@ class _Kernels:
         before: Sequence[int],
         decodes: Sequence[int],
         keys: Sequence[int],
-    ) -> Rows:
+    ) -> CsvRows:
         prompts = {
             (chunk, behind): self._scores(1, chunk, behind + chunk)
             for chunk in chunks
             for behind in before
         }
         singles = {(n, k): self._scores(n, 1, k) for n in decodes for k in keys}
-        found: Rows = [(0, 0, n, k, s) for (n, k), s in singles.items()]
+        found: CsvRows = [(0, 0, n, k, s) for (n, k), s in singles.items()]
         for (chunk, behind), prompt in prompts.items():
             found.append((chunk, behind, 0, 0, prompt))
             found += [
@@ -201,12 +201,12 @@ class _Kernels:
 
         return self._seconds(run, q)
 
-    def experts(self, tokens: Sequence[int]) -> Rows:
+    def experts(self, tokens: Sequence[int]) -> CsvRows:
         """T tokens that take K experts each, out of so many different ones."""
         model = self._model
         held = min(model.num_experts, max(MOST_EXPERTS, model.top_k))
         switch = self._layer(SwitchGLU(model.width, model.expert_width, held))
-        found: Rows = []
+        found: CsvRows = []
         activated = sorted({model.top_k, *(2**i for i in range(1, 20)), held})
         for count in (n for n in activated if model.top_k <= n <= held):
 
@@ -223,12 +223,12 @@ class _Kernels:
         return sorted(found)
 
     def _series(
-        self, layer: Layer, make: Callable[[int], mx.array], sizes: Sequence[int]
+        self, layer: TimedLayer, make: Callable[[int], mx.array], sizes: Sequence[int]
     ) -> list[tuple[int, float]]:
         calls = [(float(size), _evaluated(layer, make(size))) for size in sizes]
         return [(int(n), self._above(s)) for n, s in self._timer.series(calls)]
 
-    def _seconds(self, layer: Layer, x: mx.array) -> float:
+    def _seconds(self, layer: TimedLayer, x: mx.array) -> float:
         return self._above(self._timer.median(_evaluated(layer, x)))
 
     def _above(self, seconds: float) -> float:
@@ -261,7 +261,7 @@ class _Kernels:
         return module
 
 
-def _evaluated(layer: Layer, x: mx.array) -> Callable[[], None]:
+def _evaluated(layer: TimedLayer, x: mx.array) -> Callable[[], None]:
     def run() -> None:
         # sync: this is what is timed.
         mx.eval(layer(x))

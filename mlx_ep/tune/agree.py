@@ -17,10 +17,10 @@ BACKEND_VARIABLE = "MLX_EP_BACKEND"
 
 # What one rank knows of its options, as JSON can hold it: why some are impossible
 # there, and what the warm-up found out about others.
-Facts = Mapping[str, Any]
+OptionFacts = Mapping[str, Any]
 
 
-def facts(problem: Problem, warmup: bool, sharing: int) -> Facts:
+def facts(problem: Problem, warmup: bool, sharing: int) -> OptionFacts:
     """What this rank knows of its options: measured here, or at an earlier start.
 
     Args:
@@ -52,7 +52,7 @@ def facts(problem: Problem, warmup: bool, sharing: int) -> Facts:
 
 
 def agree(
-    problem: Problem, ranks: Sequence[Facts], backend: Backend | None = None
+    problem: Problem, ranks: Sequence[OptionFacts], backend: Backend | None = None
 ) -> Choice:
     """What the ranks do a problem with: a pure function of what they found out.
 

@@ -39,7 +39,7 @@ FAREWELL = 1.5  # seconds for the last words to be read
 MARKS_KNOWN = 1024  # fingerprints of the latest steps
 CLOSE_NOTE = 10.0  # after this, a rank 0 that waits for the others says so
 
-Message = dict[str, Any]
+ControlMessage = dict[str, Any]
 
 
 class Hub:
@@ -55,15 +55,15 @@ class Hub:
         size: int,
         limits: Limits,
         selector: selectors.BaseSelector,
-        tell_own: Callable[[Message], None],
+        tell_own: Callable[[ControlMessage], None],
         say: Callable[[str], None],
     ) -> None:
         self._size, self._limits, self._selector = size, limits, selector
         self._tell_own, self._say = tell_own, say
         self._wires: dict[int, Wire] = {}
         self._instances: dict[int, str] = {}
-        self._places: dict[int, Message] = {}
-        self._last_places: dict[int, Message] = {}  # when the run began to end
+        self._places: dict[int, ControlMessage] = {}
+        self._last_places: dict[int, ControlMessage] = {}  # when the run began to end
         self._counts: dict[int, int] = {}  # phases and steps of each rank so far
         self._quiet = 0.0  # seconds since any rank came further
         self._stopped_for = 0.0  # seconds in which some ranks were stopped
@@ -74,7 +74,7 @@ class Hub:
         self._usage: dict[int, str] = {}
         self._usage_until = math.inf
         self._left_since = math.inf
-        self._ending: Message | None = None
+        self._ending: ControlMessage | None = None
         self._asked: set[int] = set()
         self._asked_until = math.inf
         self._stacks: dict[int, str] = {}
@@ -98,7 +98,7 @@ class Hub:
             return True
         return not self.missing and (is_heard or since > FAREWELL)
 
-    def on_hello(self, wire: Wire, messages: list[Message]) -> None:
+    def on_hello(self, wire: Wire, messages: list[ControlMessage]) -> None:
         """A newcomer that knows the secret."""
         hello = messages[0]
         rank, instance = hello.get("rank"), str(hello.get("instance"))
@@ -127,7 +127,7 @@ class Hub:
             if self._ending is None:
                 self._send_all({"kind": "joined"})
 
-    def receive(self, rank: int, message: Message) -> None:
+    def receive(self, rank: int, message: ControlMessage) -> None:
         """A message of a rank's watch."""
         kind = message["kind"]
         if kind == "beat":
@@ -314,14 +314,14 @@ class Hub:
         self._ended_at = time.monotonic()
         self._send_all(self._last_words())
 
-    def _last_words(self) -> Message:
+    def _last_words(self) -> ControlMessage:
         assert self._ending is not None
         return self._ending
 
-    def _send(self, rank: int, message: Message) -> None:
+    def _send(self, rank: int, message: ControlMessage) -> None:
         self._wires[rank].send(message)
 
-    def _send_all(self, message: Message) -> None:
+    def _send_all(self, message: ControlMessage) -> None:
         for wire in self._wires.values():
             wire.send(message)
         self._tell_own(message)

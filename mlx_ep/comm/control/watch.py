@@ -28,7 +28,12 @@ from collections import deque
 from contextlib import suppress
 
 from mlx_ep.comm.control.frames import RefusedError
-from mlx_ep.comm.control.hub import LATECOMERS, Hub, Message, ended_without_a_word
+from mlx_ep.comm.control.hub import (
+    LATECOMERS,
+    ControlMessage,
+    Hub,
+    ended_without_a_word,
+)
 from mlx_ep.comm.control.limits import Limits
 from mlx_ep.comm.control.meeting import Meeting, remove_meeting, write_meeting
 from mlx_ep.comm.control.progress import ProgressPage
@@ -68,10 +73,12 @@ class Watch:
         self._is_rank_gone = self._is_left = self._is_joined = False
         self._signal: tuple[int, float] | None = None  # number, deadline
         self._heeded: set[int] = set()
-        self._grace: tuple[Message, float] | None = None  # a failure that may follow
+        self._grace: tuple[ControlMessage, float] | None = (
+            None  # a failure that may follow
+        )
         self._stacks_at = math.inf
-        self._unsent: list[Message] = []
-        self._inbox: deque[Message] = deque()
+        self._unsent: list[ControlMessage] = []
+        self._inbox: deque[ControlMessage] = deque()
         self._code: int | None = None  # of the end
         self._kill_at = self._quit_at = self._usage_until = math.inf
         self._starting_for = 0.0
@@ -130,7 +137,7 @@ class Watch:
         for line in lines:
             self._hear_rank(json.loads(line))
 
-    def _hear_rank(self, message: Message) -> None:
+    def _hear_rank(self, message: ControlMessage) -> None:
         kind = message["kind"]
         if kind == "meet":
             self._meet(Meeting.from_json(message["meeting"]))
@@ -155,7 +162,7 @@ class Watch:
         if kind in ("failed", "usage", "leave"):
             self._signal = None
 
-    def _tell_rank(self, message: Message) -> None:
+    def _tell_rank(self, message: ControlMessage) -> None:
         with suppress(OSError):
             self._link.send(json.dumps(message).encode() + b"\n")
 
@@ -229,7 +236,7 @@ class Watch:
             )
             self._tell_rank({"kind": "listening", "meeting": place.to_json()})
 
-    def _on_welcome(self, wire: Wire, messages: list[Message]) -> None:
+    def _on_welcome(self, wire: Wire, messages: list[ControlMessage]) -> None:
         self._hub_wire, self._seeker = wire, None
         self._selector.register(wire.socket, selectors.EVENT_READ, self._on_hub_wire)
         self._beat()
@@ -254,7 +261,7 @@ class Watch:
             if self._code is None and not (self._is_left and self._is_rank_gone):
                 self._end(ended_without_a_word(0), 1)
 
-    def _tell_hub(self, message: Message) -> None:
+    def _tell_hub(self, message: ControlMessage) -> None:
         if self._hub is not None:
             self._hub.receive(0, message)
         elif self._hub_wire is not None:
@@ -267,7 +274,7 @@ class Watch:
             elif message["kind"] == "usage":
                 self._usage_until = time.monotonic() + LATECOMERS
 
-    def _hear_hub(self, message: Message) -> None:
+    def _hear_hub(self, message: ControlMessage) -> None:
         kind = message["kind"]
         if kind in ("joined", "ready"):
             self._is_joined = True

@@ -21,7 +21,7 @@ RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CONNECTIONS = 8
 
 Item = TypeVar("Item")
-Answer = TypeVar("Answer")
+Returned = TypeVar("Returned")
 
 
 class StatusError(Exception):
@@ -95,7 +95,7 @@ class Retries:
             raise Stopped
         self.pause()
 
-    def run(self, function: Callable[[], Answer]) -> Answer:
+    def run(self, function: Callable[[], Returned]) -> Returned:
         """What `function` returns, called again where it may help."""
         failures = 0
         while True:
@@ -106,8 +106,8 @@ class Retries:
                 self.failed(error, failures)
 
     def for_each(
-        self, function: Callable[[Item], Answer], items: Iterable[Item]
-    ) -> list[Answer]:
+        self, function: Callable[[Item], Returned], items: Iterable[Item]
+    ) -> list[Returned]:
         """What `function` returns for every item, several at once.
 
         Raises:
@@ -130,7 +130,7 @@ class Retries:
             raise error
         return [future.result() for future in futures]
 
-    def _end(self, futures: Iterable[Future[Answer]]) -> None:
+    def _end(self, futures: Iterable[Future[Returned]]) -> None:
         self._stop.set()
         for future in futures:
             future.cancel()
