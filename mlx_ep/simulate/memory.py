@@ -35,7 +35,7 @@ class KvPool:
 
     def used_bytes(self, blocks: int) -> float:
         """Of one device, with so many blocks in use."""
-        return self.weight_bytes + blocks * self.block_bytes
+        return float(self.weight_bytes + blocks * self.block_bytes)
 
     def describe(self, index: int) -> str:
         return (
@@ -90,7 +90,7 @@ def kv_blocks(
     """
     block_bytes = token_bytes * settings.block_size
     blocks = int((limit - weights) // block_bytes)
-    if not blocks:
+    if blocks < 1:
         raise ValueError(
             f"leaves no KV block beside the weights' {weights / GIB:.2f} GiB; use "
             "more memory"

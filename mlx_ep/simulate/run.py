@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_ep.cost.profile import find_profile, shipped_profiles
@@ -13,6 +14,7 @@ from mlx_ep.simulate.engine import Engine
 from mlx_ep.simulate.fields import read_json
 from mlx_ep.simulate.flags import settings_of
 from mlx_ep.simulate.group import StepTimes
+from mlx_ep.simulate.memory import kv_blocks
 from mlx_ep.simulate.model import find_model
 from mlx_ep.simulate.routing import ExpertRouting, make_routing
 from mlx_ep.simulate.times.bundle import find_bundle, read_bundle
@@ -65,6 +67,7 @@ def prepare(
         ValueError: times of the hardware are not known, or a file is wrong.
     """
     times = [step_times(args, cluster, group, note) for group in cluster.groups]
+    cluster = _with_whole_attention(cluster, times)
     chosen = None
     if args.request_routing_file is not None:
         chosen = _chosen(args.request_routing_file)
@@ -85,6 +88,32 @@ def prepare(
         chosen=chosen,
         seed=args.seed,
     )
+
+
+def _with_whole_attention(cluster: Cluster, times: Sequence[StepTimes]) -> Cluster:
+    """The cluster with what devices hold where attention is not split over them."""
+    changed = {}
+    for group, own in zip(cluster.groups, times, strict=True):
+        if not isinstance(own, ProfileTimes) or own.arm != "ep-replicated":
+            continue
+        for instance in group:
+            model, settings, pool = instance.model, instance.settings, instance.pool
+            weights = model.weight_bytes(1, instance.ep, 1, settings.itemsize)
+            limit = pool.pool_bytes + pool.weight_bytes
+            token_bytes = model.kv_token_bytes(settings.kv_itemsize)
+            try:
+                whole = kv_blocks(
+                    limit, weights, token_bytes, settings, pool.utilization
+                )
+            except ValueError as error:
+                raise ValueError(
+                    f"{cluster.file}: {instance.where}.npu_mem.mem_size: with whole "
+                    f"attention {error}"
+                ) from error
+            changed[instance.index] = replace(instance, pool=whole)
+    instances = [changed.get(i.index, i) for i in cluster.instances]
+    groups = [tuple(instances[i.index] for i in group) for group in cluster.groups]
+    return replace(cluster, instances=instances, groups=groups)
 
 
 def step_times(

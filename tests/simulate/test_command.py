@@ -298,6 +298,12 @@ def test_a_hardware_profile_is_a_time_model(folder: Path) -> None:
         fast[ranks] = content["instances"][0]["tpot_ms"]["mean"]
         held[ranks] = content["instances"][0]["weight_bytes"]
     assert held[2] < held[1] and fast[1] > 0 and fast[2] > 0
+    # With whole attention each device holds all caches and dense weights.
+    whole = run_command([*argv, "--expert-exchange", "replicated"])
+    assert whole.code == 0, whole.err
+    replicated = json.loads(Path("t.json").read_text())["instances"][0]
+    assert held[2] < replicated["weight_bytes"] < held[1]
+    assert replicated["kv_blocks"] < content["instances"][0]["kv_blocks"]
     bad = run_command([*argv, "--expert-routing-policy", "RR"])
     assert bad.code == 2 and "uniform routing" in bad.err
 
