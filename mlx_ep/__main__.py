@@ -13,6 +13,7 @@ COMMANDS = {
     "doctor": "check kernels, experts and collectives on this cluster",
     "benchmark": "measure expert against tensor parallelism",
     "calibrate": "measure this cluster's hardware profile",
+    "simulate": "serving on a cluster that you do not have",
     "perplexity": "perplexity on a text file",
     "cache_prompt": "keep a prompt's KV cache in a file",
     "overlay": "let mlx-lm's own commands run expert-parallel",
