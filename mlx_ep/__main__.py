@@ -14,6 +14,7 @@ COMMANDS = {
     "benchmark": "measure expert against tensor parallelism",
     "simulate": "serve a trace on a cluster, in simulated time",
     "calibrate": "measure this cluster's hardware profile",
+    "simulate": "serving on a cluster that you do not have",
     "perplexity": "perplexity on a text file",
     "cache_prompt": "keep a prompt's KV cache in a file",
     "overlay": "let mlx-lm's own commands run expert-parallel",

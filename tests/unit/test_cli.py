@@ -56,6 +56,7 @@ VALUES = {
     "placement_file": ("FILE", "FILE"),
     "memory_limit_gb": ("2.5", 2.5),
     "capacity": ("3", 3),
+    "replica_memory": ("2GB", "2GB"),
 }
 
 
@@ -98,7 +99,8 @@ def test_the_help_shows_every_default(command: str) -> None:
 
 
 def test_the_list_of_commands() -> None:
-    assert set(COMMANDS) == set(PARSERS)
+    # simulate has LLMServingSim's flags, and a parser of its own.
+    assert set(COMMANDS) == {*PARSERS, "simulate"}
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert set(scripts) == {f"mlx_ep.{command}" for command in COMMANDS}
     for target in scripts.values():
