@@ -113,26 +113,41 @@ class RoutingRecorder:
         write_record(path, record, num_tokens=self.num_tokens)
 
     def _count(self, num_passes: int) -> None:
-        """Count the oldest passes."""
+        """Count the oldest passes, each layer's together."""
         by_layer: dict[int, list[np.ndarray]] = {}
-        for _ in range(num_passes):
+        numbers: dict[int, list[int]] = {}
+        sums, layers_of = np.zeros((num_passes, 2)), np.zeros((num_passes, 1))
+        for number in range(num_passes):
             layers = self._passes.popleft()
-            rows, distinct = [], []
             for layer, array in layers.items():
                 # sync: ids of earlier passes, which have been computed.
-                ids = to_host(array.astype(mx.int32))
+                ids = to_host(array)
                 by_layer.setdefault(layer, []).append(ids)
-                loads = self._rank_loads(ids)
-                rows.append(_evenness(loads[0]))
-                distinct.append(_evenness(loads[1]))
-            self._note_pass(float(np.mean(rows)), float(np.mean(distinct)))
-            self.num_tokens += len(next(iter(layers.values())))
+                numbers.setdefault(layer, []).append(number)
+            self.num_tokens += len(ids)
+            layers_of[number] = len(layers)
         for layer, found in by_layer.items():
-            ids = np.concatenate(found)
+            lengths = [len(ids) for ids in found]
+            ids = np.concatenate(found).astype(np.int32)
+            sums[numbers[layer]] += self._evenness(ids, lengths)
             taken = np.zeros((len(ids), self.placement.num_experts + 1), np.float32)
             np.put_along_axis(taken, ids, 1.0, axis=1)  # -1 is the last column
             taken = taken[:, :-1]
             self._both[layer] += np.rint(taken.T @ taken).astype(np.int64)
+        for rows, distinct in (sums / layers_of).tolist():  # on host
+            self._note_pass(rows, distinct)
+
+    def _evenness(self, ids: np.ndarray, lengths: list[int]) -> np.ndarray:
+        """``[passes, 2]``: mean over maximum of the ranks' rows, and of their experts.
+
+        Args:
+            ids: of one layer, all passes.
+            lengths: tokens of each pass.
+        """
+        parts = np.split(ids, np.cumsum(lengths)[:-1])
+        return np.array(  # on host
+            [[_evenness(loads) for loads in self._rank_loads(part)] for part in parts]
+        )
 
     def _rank_loads(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows and distinct experts of each rank."""
@@ -166,5 +181,6 @@ class RoutingRecorder:
 
 def _evenness(loads: np.ndarray) -> float:
     """Mean over maximum; 1: all alike, or nothing to do."""
-    most = loads.max()
-    return float(loads.mean() / most) if most else 1.0
+    numbers = loads.tolist()  # on host
+    most = max(numbers)
+    return sum(numbers) / (len(numbers) * most) if most else 1.0

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -17,8 +21,10 @@ from test_exchange import (
     tolerance,
 )
 
+from mlx_ep.placement import read_record
 from tests.support.cases import routing_cases
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_commands, run_ranks
+from tests.support.usage import assert_usage_errors
 
 pytestmark = pytest.mark.requires("ranks")
 
@@ -188,3 +194,33 @@ def test_tokens_of_more_ranks(num_ranks: int) -> None:
     runs = [{"replica_memory": memory_of(experts)} for experts in (4.5, 16)]
     copies = check_tokens(num_ranks, 20, 64, *runs)
     assert 0 < copies[0] < copies[1] == EXPERTS * (num_ranks - 1)
+
+
+GENERATE = [sys.executable, "-m", "mlx_ep.generate", "--ranks", "2", "--no-warmup"]
+
+
+def test_record_and_place_by_it(tmp_path: Path) -> None:
+    """A record of one run places the next one; the text stays."""
+    file = tmp_path / "r.npz"
+    ask = [*GENERATE, "--prompt", "What is a hacker?", "--max-tokens", "8"]
+    ask += ["--replica-memory", memory_of(4.5)]
+    texts = []
+    for more in (["--record", str(file)], ["--placement", str(file)]):
+        ranks = run_commands(2, [*ask, *more], timeout=120)
+        assert [rank.returncode for rank in ranks] == [0, 0], ranks
+        report = ranks[0].stdout
+        assert "8 copies on all ranks" in report
+        texts.append(report.split("==========")[1])
+    assert texts[0] == texts[1]
+    record = read_record(file, EXPERTS)
+    # Every layer saw all tokens.
+    per_layer = record.counts.sum(axis=1)
+    assert record.top_k == 4 and len(set(per_layer.tolist())) == 1
+    assert (
+        per_layer[0] == 4 * json.loads((tmp_path / "r.json").read_text())["num_tokens"]
+    )
+
+
+def test_a_wrong_name_is_said_before_a_weight_is_read() -> None:
+    options = ["--record", "record.json", "--prompt", "x"]
+    assert_usage_errors(2, [(options, "--record must name an .npz file")])
