@@ -12,7 +12,6 @@ COMMANDS = {
     "launch": "start a command on every rank",
     "doctor": "check kernels, experts and collectives on this cluster",
     "benchmark": "measure expert against tensor parallelism",
-    "simulate": "serve a trace on a cluster, in simulated time",
     "calibrate": "measure this cluster's hardware profile",
     "simulate": "serving on a cluster that you do not have",
     "perplexity": "perplexity on a text file",
