@@ -110,7 +110,7 @@ def test_models_that_differ_are_refused(tmp_path):
     assert answers == others
     for name, (_, text) in CHANGES.items():
         assert (text in answers[name]) if text else answers[name] == "", answers[name]
-    assert "| reduction | sum" in answers["EPConfig"].replace("  ", " ")
+    assert "| reduction | partial_sum | per_slot |" in answers["EPConfig"]
 
 
 FLAGS = """
