@@ -135,11 +135,12 @@ def split_experts(tensors: dict[str, mx.array]) -> Iterator[tuple[str, mx.array]
 def load_mlx_ep(group: mx.distributed.Group, path: str) -> tuple[Any, int | None]:
     """The model, and the bytes that the package says it read."""
     import mlx_ep
-    from mlx_ep import api, loading
+    from mlx_ep import loading
+    from mlx_ep.api import calls, install
 
     for owner, name in (
-        (api, "prepare"), (loading.weights, "load_local"), (api, "verify_blocks"),
-        (api, "tune"),
+        (calls, "prepare"), (loading.weights, "load_local"),
+        (install, "verify_blocks"), (install, "tune"),
     ):  # fmt: skip
         setattr(owner, name, _timed(name, getattr(owner, name)))
     model, _ = mlx_ep.load(path, group)

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_ep.api import _check_commits, prepare
+from mlx_ep.api import prepare
+from mlx_ep.api.prepared import check_commits
 from mlx_ep.comm import GroupComm
 from mlx_ep.config import EPConfig
 from mlx_ep.loading import (
@@ -305,9 +306,9 @@ def test_ranks_must_have_one_commit(hub: HubServer, tmp_path: Path) -> None:
     assert hub_commit(find_model("me/stacked", download="ranges")) == commit
     assert hub_commit(find_model("me/stacked", download="full")) == commit
     assert hub_commit(tmp_path) == ""
-    _check_commits(["", commit, "", commit])
+    check_commits(["", commit, "", commit])
     with pytest.raises(ValueError, match=rf"rank 1 has {commit}, rank 2 has other"):
-        _check_commits(["", commit, "other", commit])
+        check_commits(["", commit, "other", commit])
 
 
 class _Terminal(io.StringIO):

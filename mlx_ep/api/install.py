@@ -1,0 +1,139 @@
+"""A model whose switches hold this rank's experts becomes expert-parallel."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_ep.comm import (
+    Comm,
+    gather_objects,
+    note_progress,
+)
+from mlx_ep.config import EPConfig
+from mlx_ep.cost.attention import REPLICATED, AttentionChoice
+from mlx_ep.exchange import STRATEGIES
+from mlx_ep.loading import (
+    Splitter,
+)
+from mlx_ep.metrics import Counters, RankReport
+from mlx_ep.models import (
+    find_moe_sites,
+    install,
+    verify_blocks,
+)
+from mlx_ep.models.blocks import BlockState
+from mlx_ep.models.tensor_parallel import connect
+from mlx_ep.moe import ExpertGroup, RoutingRecorder
+from mlx_ep.placement import Placement
+from mlx_ep.rows import MovesRows
+from mlx_ep.tune import Layer, ModelPolicy, Wish, tune
+
+
+@dataclass
+class ExpertParallel:
+    """What an expert-parallel model says of itself, as ``model.expert_parallel``.
+
+    Attributes:
+        group: the ranks, the placement, and the counters of this rank.
+        blocks: the MoE layers.
+        policy: what runs the experts, by shape and number of rows; ``policy.explain()``
+            prints every option with its times.
+        reports: of every rank, in rank order; empty for a model that was already in
+            memory.
+        attention: how the dense part runs, with the reason and predicted times.
+    """
+
+    group: ExpertGroup
+    blocks: list[BlockState]
+    policy: ModelPolicy | None = None
+    reports: list[RankReport] = field(default_factory=list)
+    attention: AttentionChoice = REPLICATED
+
+    @property
+    def counters(self) -> Counters:
+        return self.group.counters
+
+    def recorder(self) -> RoutingRecorder:
+        """A recorder of this rank's routing, connected to the MoE layers, not started.
+
+        Where ranks have tokens of their own, each records its own.
+        """
+        made = RoutingRecorder(len(self.blocks), self.group.placement)
+        for layer, block in enumerate(self.blocks):
+            block.group = replace(self.group, observe=made.observer(layer))
+        return made
+
+    @property
+    def per_slot_reasons(self) -> list[str]:
+        """Why MoE layers exchange K outputs per token instead of their sum."""
+        found = {b.why_not_routed for b in self.blocks if b.tier == "per-slot"}
+        return sorted(found)
+
+
+def install_experts(
+    model: nn.Module,
+    comm: Comm,
+    placement: Placement,
+    config: EPConfig,
+    splitter: Splitter,
+) -> nn.Module:
+    """Make a model expert-parallel whose switches hold this rank's experts."""
+    note_progress("warmup")
+    shares_routing = _shares_routing(comm, config)
+    group = ExpertGroup.from_config(comm, placement, config, shares_routing)
+    connect(model, group.counted)
+    partial_shared = splitter.made.partial_shared
+    blocks = install(find_moe_sites(model), group, config.reduction, partial_shared)
+    verify_blocks(model, blocks)
+    layers = [
+        Layer(b.site.switch, b.probe.row_dtype, b.probe.top_k)
+        for b in blocks
+        if b.probe
+    ]
+    wish = Wish(config.runner, config.backend, config.warmup)
+    policy = tune(
+        layers,
+        placement.num_experts,
+        comm,
+        wish,
+        moves_rows=isinstance(group.strategy, MovesRows),
+        placement=placement.slots,
+    )
+    if policy.mover is not None:
+        strategy = STRATEGIES.create(config, policy.mover)
+        group = replace(group, strategy=strategy)
+        for block in blocks:
+            block.group = group
+    state = ExpertParallel(
+        group, blocks, policy.with_strategy(group.strategy), attention=splitter.choice
+    )
+    model.expert_parallel = state
+    if reasons := state.per_slot_reasons:
+        warnings.warn(
+            f"{type(model).__module__}: K outputs per token travel instead of their "
+            f"sum, K times the bytes, because {'; '.join(reasons)}.",
+            stacklevel=3,
+        )
+    if shares_routing and any(block.probe is None for block in blocks):
+        warnings.warn(
+            f"{type(model).__module__} keeps its routing inside its MoE blocks: rank "
+            "0's routing cannot be sent to all, and ranks that round differently may "
+            "choose different experts at a near-tie.",
+            stacklevel=3,
+        )
+    return model
+
+
+def _shares_routing(comm: Comm, config: EPConfig) -> bool:
+    """Whether rank 0's routing is sent to all: where ranks may round differently."""
+    if config.shared_routing != "auto":
+        return config.shared_routing == "always"
+    device = mx.device_info()
+    mine = [version("mlx"), platform.machine(), str(device.get("architecture"))]
+    return any(other != mine for other in gather_objects(comm, mine))
