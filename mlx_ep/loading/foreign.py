@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_ep.comm import shortened
 from mlx_ep.loading.headers import TensorInfo, quoted
@@ -117,8 +118,13 @@ def check_numbers(name: str, array: mx.array) -> None:
     if not array.size or not mx.issubdtype(array.dtype, mx.floating):
         return
     # The largest of numbers with NaN among them is NaN: one pass, nothing is written.
-    # sync: loading.
-    if mx.isnan(mx.max(array)).item():
+    if array.dtype == mx.float32 and not mx.metal.is_available():
+        with np.errstate(invalid="ignore"):
+            # sync: loading. NumPy's reduction is several times as fast on a CPU.
+            has_nan = bool(np.isnan(np.max(np.array(array, copy=False))))
+    else:
+        has_nan = bool(mx.isnan(mx.max(array)).item())  # sync: loading
+    if has_nan:
         raise ValueError(
             f"Tensor {quoted(name)} of the checkpoint holds NaN. Download the model "
             "again, or convert it again."
