@@ -37,7 +37,7 @@ HANDLED = 0  # as in control/watch.py
 INVITATION_SIZE = 1024  # bytes
 _WATCH = (
     "import sys; sys.path.append({root!r}); "
-    "from mlx_ep.comm.control.watch import main; main()"
+    "from mlx_ep.comm.control.process import main; main()"
 )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from mlx_ep.comm import shortened
 from mlx_ep.loading.headers import TensorInfo, quoted
+from mlx_ep.types import view_on_host
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
@@ -121,7 +122,7 @@ def check_numbers(name: str, array: mx.array) -> None:
     if array.dtype == mx.float32 and not mx.metal.is_available():
         with np.errstate(invalid="ignore"):
             # sync: loading. NumPy's reduction is several times as fast on a CPU.
-            has_nan = bool(np.isnan(np.max(np.array(array, copy=False))))
+            has_nan = bool(np.isnan(np.max(view_on_host(array))))
     else:
         has_nan = bool(mx.isnan(mx.max(array)).item())  # sync: loading
     if has_nan:

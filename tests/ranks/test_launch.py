@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_ep.launch import make_parser
+from mlx_ep.launch.flags import make_parser
 from tests.support.launchers import rank_environment
 
 pytestmark = pytest.mark.requires("ranks")

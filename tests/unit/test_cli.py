@@ -23,7 +23,7 @@ PARSERS = {
     "plan": "mlx_ep.plan.flags",
     "overlay": "mlx_ep.overlay.make",
     "cache_prompt": "mlx_ep.cache_prompt",
-    "launch": "mlx_ep.launch",
+    "launch": "mlx_ep.launch.flags",
     "doctor": "mlx_ep.doctor",
     "calibrate": "mlx_ep.calibrate",
     "benchmark": "mlx_ep.benchmark.flags",

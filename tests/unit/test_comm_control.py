@@ -362,7 +362,7 @@ def test_a_report_says_who_where_and_since_when():
 
 def test_a_watch_needs_no_mlx():
     code = (
-        "import sys, json; import mlx_ep.comm.control.watch; "
+        "import sys, json; import mlx_ep.comm.control.process; "
         "print(json.dumps([m for m in sys.modules if m.split('.')[0] in "
         "('mlx', 'mlx_lm', 'numpy')]))"
     )

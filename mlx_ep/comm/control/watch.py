@@ -20,9 +20,7 @@ import json
 import math
 import os
 import selectors
-import signal
 import socket
-import sys
 import time
 from collections import deque
 from contextlib import suppress
@@ -385,18 +383,3 @@ class Watch:
             return self._hub.is_done
         is_told = self._seeker is None and self._is_rank_gone and self._code is not None
         return is_told or time.monotonic() >= self._quit_at
-
-
-def main() -> None:
-    """The process."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    link, wake, page, stacks = map(int, sys.argv[1:5])
-    with suppress(ValueError, OSError, ImportError):
-        import resource
-
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        enough = 1024 if most == resource.RLIM_INFINITY else min(most, 1024)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, most))
-    Watch(socket.socket(fileno=link), socket.socket(fileno=wake), page, stacks).run()
-    os._exit(0)  # a thread may still wait for somebody to read its words

@@ -1,0 +1,26 @@
+"""What the process beside a rank starts with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+
+from mlx_ep.comm.control.watch import Watch
+
+
+def main() -> None:
+    """The process."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    link, wake, page, stacks = map(int, sys.argv[1:5])
+    with suppress(ValueError, OSError, ImportError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        enough = 1024 if most == resource.RLIM_INFINITY else min(most, 1024)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, most))
+    Watch(socket.socket(fileno=link), socket.socket(fileno=wake), page, stacks).run()
+    os._exit(0)  # a thread may still wait for somebody to read its words
