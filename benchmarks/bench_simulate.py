@@ -40,7 +40,7 @@ from mlx_ep.simulate.flags import make_parser
 from mlx_ep.simulate.measured import read_measured, read_simulated
 from mlx_ep.simulate.results import write_csv
 from mlx_ep.simulate.run import open_cluster, prepare
-from mlx_ep.simulate.settings import Settings
+from mlx_ep.simulate.settings import EngineSettings
 from mlx_ep.simulate.traces import read_trace
 from mlx_ep.simulate.validate import compare
 from tests.support.simulate.data import (
@@ -181,7 +181,7 @@ def accuracy(
     records: list[dict[str, Any]] = [{"run": run, "seconds": took, "rows": rows}]
     for dataset in (None, trace):
         known = trace_of(measured, dataset)
-        costs, predicted = fit(measured, known, Settings(), 1 << 24, half)
+        costs, predicted = fit(measured, known, EngineSettings(), 1 << 24, half)
         found = errors(measured, predicted, slice(half, len(measured)))
         name = "with token ids" if dataset else "from the recording alone"
         print(f"\nfit of the first half {name}, {costs}: the second half: {found}")

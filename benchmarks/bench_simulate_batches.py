@@ -38,7 +38,7 @@ from mlx_ep.simulate.calibrate import fit, simulated_with, trace_of
 from mlx_ep.simulate.flags import make_parser
 from mlx_ep.simulate.measured import Observed
 from mlx_ep.simulate.run import open_cluster, prepare
-from mlx_ep.simulate.settings import Settings
+from mlx_ep.simulate.settings import EngineSettings
 
 # Prompts, tokens of each, tokens of each answer.
 FITTED = ((4, 64, 80), (16, 64, 64), (8, 256, 48))
@@ -91,9 +91,9 @@ def recording(
     return Observed(*(np.array(part) for part in parts))
 
 
-def settings_of(shapes: Sequence[tuple[int, int, int]]) -> Settings:
+def settings_of(shapes: Sequence[tuple[int, int, int]]) -> EngineSettings:
     """mlx-lm's way: a batch of prompts whole, and no captured graphs."""
-    return Settings(
+    return EngineSettings(
         max_num_seqs=max(count for count, _, _ in shapes),
         max_num_batched_tokens=0,
         enable_prefix_caching=False,

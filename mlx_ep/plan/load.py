@@ -24,7 +24,7 @@ from mlx_ep.simulate.candidates import (
     simulate_candidates,
 )
 from mlx_ep.simulate.model import read_model
-from mlx_ep.simulate.settings import Settings
+from mlx_ep.simulate.settings import EngineSettings
 from mlx_ep.simulate.traces import read_trace
 
 
@@ -87,7 +87,7 @@ def make_load(args: argparse.Namespace) -> Load:
             model_shape(outline.config, name=args.model),
             profiles,
             args.ranks,
-            settings=Settings(),
+            settings=EngineSettings(),
             prices=prices,
             split_problem=split_problem,
             link=args.link,

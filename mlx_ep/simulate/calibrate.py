@@ -21,7 +21,7 @@ from mlx_ep.simulate.flags import CommandParser, add_settings_flags, settings_of
 from mlx_ep.simulate.measured import Observed, read_measured
 from mlx_ep.simulate.memory import KvPool
 from mlx_ep.simulate.model import ModelSizes
-from mlx_ep.simulate.settings import Settings
+from mlx_ep.simulate.settings import EngineSettings
 from mlx_ep.simulate.times.linear_times import LinearTimes, StepCosts
 from mlx_ep.simulate.traces import Trace, TraceRequest, read_trace
 
@@ -136,7 +136,11 @@ def trace_of(measured: Observed, dataset: Path | None) -> Trace:
 
 
 def fit(
-    measured: Observed, trace: Trace, settings: Settings, kv_tokens: int, count: int
+    measured: Observed,
+    trace: Trace,
+    settings: EngineSettings,
+    kv_tokens: int,
+    count: int,
 ) -> tuple[StepCosts, Observed]:
     """Costs that make the first `count` requests take what was measured.
 
@@ -162,7 +166,7 @@ def fit(
 def simulated_with(
     measured: Observed,
     engine: Engine | None,
-    settings: Settings | None = None,
+    settings: EngineSettings | None = None,
     kv_tokens: int = 1 << 24,
     costs: StepCosts = _START,
 ) -> Observed:
@@ -173,7 +177,7 @@ def simulated_with(
     """
     if engine is None:
         trace = trace_of(measured, None)
-        engine, _ = _run(trace, settings or Settings(), kv_tokens, costs)
+        engine, _ = _run(trace, settings or EngineSettings(), kv_tokens, costs)
     else:
         engine.run()
     return _simulated(measured, engine)
@@ -236,7 +240,7 @@ def _least_squares(matrix: np.ndarray, values: np.ndarray) -> list[float]:
 
 
 def _run(
-    trace: Trace, settings: Settings, kv_tokens: int, costs: StepCosts
+    trace: Trace, settings: EngineSettings, kv_tokens: int, costs: StepCosts
 ) -> tuple[Engine, LinearTimes]:
     blocks = max(kv_tokens // settings.block_size, 1)
     link = LinkLevel(1.0, 0.0)

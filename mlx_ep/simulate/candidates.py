@@ -14,7 +14,7 @@ from mlx_ep.simulate.cluster import Cluster, Instance, LinkLevel
 from mlx_ep.simulate.engine import Engine
 from mlx_ep.simulate.memory import GIB, KvPool, kv_blocks
 from mlx_ep.simulate.model import ModelSizes
-from mlx_ep.simulate.settings import Settings
+from mlx_ep.simulate.settings import EngineSettings
 from mlx_ep.simulate.times.profile_times import ProfileTimes
 from mlx_ep.simulate.traces import Trace
 
@@ -81,7 +81,7 @@ def simulate_candidates(
     profiles: Mapping[str, Profile],
     most: int,
     *,
-    settings: Settings,
+    settings: EngineSettings,
     prices: Mapping[str, float | int] | None = None,
     split_problem: Callable[[int], str] = lambda devices: "",
     link: str | None = None,
@@ -123,7 +123,7 @@ def _serve(
     shape: ModelShape,
     profile: Profile,
     way: Way,
-    settings: Settings,
+    settings: EngineSettings,
     link: str | None,
 ) -> Candidate:
     devices = named.devices
@@ -162,7 +162,11 @@ def _serve(
 
 
 def _group(
-    sizes: ModelSizes, profile: Profile, devices: int, way: Way, settings: Settings
+    sizes: ModelSizes,
+    profile: Profile,
+    devices: int,
+    way: Way,
+    settings: EngineSettings,
 ) -> tuple[Instance, ...]:
     """Raises:
     ValueError: it does not fit.

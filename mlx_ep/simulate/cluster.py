@@ -10,7 +10,7 @@ from typing import Literal
 from mlx_ep.simulate.fields import Fields, is_number, read_json
 from mlx_ep.simulate.memory import KvPool, kv_pool
 from mlx_ep.simulate.model import ModelSizes
-from mlx_ep.simulate.settings import Settings, overridden
+from mlx_ep.simulate.settings import EngineSettings, overridden
 
 PdType = Literal["prefill", "decode"]
 # Known to LLMServingSim's files and not simulated here: asked for, they are refused.
@@ -63,7 +63,7 @@ class Instance:
     pp: int
     ep: int
     dp_group: str | None
-    settings: Settings
+    settings: EngineSettings
     pool: KvPool
 
     @property
@@ -110,7 +110,7 @@ class Cluster:
 
 
 def read_cluster(
-    file: Path, settings: Settings, find: Callable[[str], ModelSizes]
+    file: Path, settings: EngineSettings, find: Callable[[str], ModelSizes]
 ) -> Cluster:
     """The cluster of a file.
 
@@ -169,7 +169,7 @@ def _instance(
     fields: Fields,
     node: int,
     index: int,
-    settings: Settings,
+    settings: EngineSettings,
     find: Callable[[str], ModelSizes],
 ) -> Instance:
     _refuse(fields)

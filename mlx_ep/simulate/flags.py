@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from mlx_ep.simulate.engine import ROUTING_POLICIES
 from mlx_ep.simulate.routing import EXPERT_POLICIES
-from mlx_ep.simulate.settings import DTYPES, KV_DTYPES, Settings
+from mlx_ep.simulate.settings import DTYPES, KV_DTYPES, EngineSettings
 from mlx_ep.simulate.times.exchanges import EXCHANGES
 
 LOG_LEVELS = ("WARNING", "INFO", "DEBUG")
@@ -24,8 +24,8 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def add_settings_flags(parser: argparse.ArgumentParser) -> None:
-    """What an engine is told; the defaults are those of `Settings`."""
-    defaults = Settings()
+    """What an engine is told; the defaults are those of `EngineSettings`."""
+    defaults = EngineSettings()
     group = parser.add_argument_group(
         "engine (an instance of the cluster may override)"
     )
@@ -216,9 +216,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def settings_of(args: argparse.Namespace) -> Settings:
+def settings_of(args: argparse.Namespace) -> EngineSettings:
     """The engine settings that the flags say."""
-    return Settings(
+    return EngineSettings(
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         long_prefill_token_threshold=args.long_prefill_token_threshold,

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_ep.simulate.cluster import Instance
 from mlx_ep.simulate.requests import Request
-from mlx_ep.simulate.scheduler import Batch, Scheduler
+from mlx_ep.simulate.scheduler import Scheduler, StepBatch
 from mlx_ep.simulate.steps import StepLog, Stretch
 
 # Most steps that are computed at once: arrays stay small, whatever the trace.
@@ -27,7 +27,7 @@ class StepTimes(Protocol):
     """What a step takes, of a group of instances that step together."""
 
     def stage_ns(
-        self, batches: Sequence[Batch], steps: int, first_step: int
+        self, batches: Sequence[StepBatch], steps: int, first_step: int
     ) -> np.ndarray:
         """``[stages, steps]`` ns of `steps` steps, of which the first is given.
 
@@ -37,7 +37,7 @@ class StepTimes(Protocol):
 
 
 class _InFlight(NamedTuple):
-    batches: Sequence[Batch]
+    batches: Sequence[StepBatch]
     end: int
 
 
@@ -124,7 +124,7 @@ class Group:
         now, first = self.time, self.log.count
         assert now is not None
         batches = [
-            Batch(decodes=[r.computed + 1 for r in member.running])
+            StepBatch(decodes=[r.computed + 1 for r in member.running])
             for member in self.members
         ]
         durations = self._times.stage_ns(batches, steps, first)[0]
@@ -148,7 +148,9 @@ class Group:
         self._in_flight.append(_InFlight(last, int(ends[-1])))
         return []
 
-    def _record(self, ends: np.ndarray, batches: Sequence[Batch], steps: int) -> None:
+    def _record(
+        self, ends: np.ndarray, batches: Sequence[StepBatch], steps: int
+    ) -> None:
         used = [
             i.pool.used_bytes(m.pool.num_used)
             for i, m in zip(self.instances, self.members)

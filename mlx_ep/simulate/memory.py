@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mlx_ep.simulate.fields import Fields
 from mlx_ep.simulate.model import ModelSizes
-from mlx_ep.simulate.settings import Settings
+from mlx_ep.simulate.settings import EngineSettings
 
 GIB = 1 << 30
 
@@ -47,7 +47,7 @@ class KvPool:
 def kv_pool(
     fields: Fields,
     model: ModelSizes,
-    settings: Settings,
+    settings: EngineSettings,
     memory: float | int,
     tp: int,
     pp: int,
@@ -80,7 +80,7 @@ def kv_blocks(
     limit: float | int,
     weights: int,
     token_bytes: float | int,
-    settings: Settings,
+    settings: EngineSettings,
     utilization: float | int,
 ) -> KvPool:
     """The pool beside the weights of a device that may hold `limit` bytes.

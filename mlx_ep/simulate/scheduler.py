@@ -16,11 +16,11 @@ import numpy as np
 
 from mlx_ep.simulate.blocks import BlockPool
 from mlx_ep.simulate.requests import Request
-from mlx_ep.simulate.settings import Settings
+from mlx_ep.simulate.settings import EngineSettings
 
 
 @dataclass(eq=False)
-class Batch:
+class StepBatch:
     """What one instance computes in one step.
 
     Attributes:
@@ -55,7 +55,7 @@ class Scheduler:
     """
 
     def __init__(
-        self, settings: Settings, num_blocks: int, leaves_after_first: bool
+        self, settings: EngineSettings, num_blocks: int, leaves_after_first: bool
     ) -> None:
         self.settings = settings
         self.pool = BlockPool(num_blocks)
@@ -77,8 +77,8 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(
-        self, now: int, step: int, busy: frozenset[int], in_flight: Sequence[Batch]
-    ) -> Batch:
+        self, now: int, step: int, busy: frozenset[int], in_flight: Sequence[StepBatch]
+    ) -> StepBatch:
         """The batch of a step, with everything counted as if it had run.
 
         Args:
@@ -87,7 +87,7 @@ class Scheduler:
             busy: ids of requests that may not be scheduled again yet.
             in_flight: steps that were scheduled and have not ended.
         """
-        batch = Batch()
+        batch = StepBatch()
         budget = self.settings.token_budget
         self._was_preempted = self._is_blocked = False
         index = 0
@@ -136,7 +136,7 @@ class Scheduler:
         return -(-tokens // size) - request.num_blocks
 
     def _make_room(
-        self, request: Request, chunk: int, in_flight: Sequence[Batch]
+        self, request: Request, chunk: int, in_flight: Sequence[StepBatch]
     ) -> bool:
         """Blocks for a running request; the youngest make room. False: it was it."""
         need = self._blocks_for(request, request.computed + chunk)
@@ -152,7 +152,7 @@ class Scheduler:
         request.own_blocks += max(blocks, 0)
         request.room = request.num_blocks * self.settings.block_size
 
-    def _preempt(self, request: Request, in_flight: Sequence[Batch]) -> None:
+    def _preempt(self, request: Request, in_flight: Sequence[StepBatch]) -> None:
         self.pool.give_back(request.own_blocks, request.shared)
         for batch in in_flight:
             if any(other is request for other in batch.making):
@@ -166,7 +166,7 @@ class Scheduler:
         self.waiting.appendleft(request)
         self._was_preempted = True
 
-    def _admit(self, batch: Batch, now: int, step: int, budget: int) -> None:
+    def _admit(self, batch: StepBatch, now: int, step: int, budget: int) -> None:
         settings, pool = self.settings, self.pool
         while self.waiting and budget > 0 and len(self.running) < settings.max_num_seqs:
             request = self.waiting[0]
@@ -203,7 +203,9 @@ class Scheduler:
             self._compute(batch, request, chunk, step)
             budget -= chunk
 
-    def _compute(self, batch: Batch, request: Request, chunk: int, step: int) -> None:
+    def _compute(
+        self, batch: StepBatch, request: Request, chunk: int, step: int
+    ) -> None:
         if chunk == 1:
             batch.decodes.append(request.computed + 1)
         else:
@@ -280,13 +282,13 @@ class Scheduler:
                 high = middle
         return low
 
-    def advance(self, steps: int, first_step: int) -> Batch:
+    def advance(self, steps: int, first_step: int) -> StepBatch:
         """Schedule so many steps that are alike.
 
         Returns:
             The batch of the last of them.
         """
-        last = Batch()
+        last = StepBatch()
         for request in self.running:
             last.decodes.append(request.computed + steps)
             need = self._blocks_for(request, request.computed + steps)

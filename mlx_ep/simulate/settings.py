@@ -12,8 +12,8 @@ KV_DTYPES = ("auto", "fp8")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Settings of one engine, with vLLM's names and defaults.
+class EngineSettings:
+    """EngineSettings of one engine, with vLLM's names and defaults.
 
     Attributes:
         max_num_seqs: sequences that run at once.
@@ -63,7 +63,7 @@ class Settings:
 
     @property
     def graph_sizes(self) -> tuple[int, ...]:
-        """Batch sizes with a graph: 1, 2, 4, eights to 256, sixteens beyond."""
+        """StepBatch sizes with a graph: 1, 2, 4, eights to 256, sixteens beyond."""
         if not self.graphs:
             return ()
         most = min(2 * self.max_num_seqs, 512)
@@ -71,7 +71,9 @@ class Settings:
         return tuple(size for size in sizes if size <= most)
 
 
-def overridden(settings: Settings, fields: Fields, memory: Fields) -> Settings:
+def overridden(
+    settings: EngineSettings, fields: Fields, memory: Fields
+) -> EngineSettings:
     """The settings with what an instance and its `npu_mem` say.
 
     Raises:

@@ -19,7 +19,7 @@ from mlx_ep.placement import Placement
 from mlx_ep.simulate import calibrate, results
 from mlx_ep.simulate.measured import read_measured, read_simulated
 from mlx_ep.simulate.model import read_model
-from mlx_ep.simulate.settings import Settings
+from mlx_ep.simulate.settings import EngineSettings
 from mlx_ep.simulate.times.linear_times import StepCosts
 from tests.support.simulate.data import (
     MOE,
@@ -265,7 +265,7 @@ def test_calibrate_finds_the_costs_of_a_server(folder: Path) -> None:
     _measure(Path("m.jsonl"), Path("out.csv"), 1.0)
     measured = read_measured(Path("m.jsonl"))
     trace = calibrate.trace_of(measured, None)
-    engine, times = calibrate._run(trace, Settings(), 1 << 20, StepCosts(**true))
+    engine, times = calibrate._run(trace, EngineSettings(), 1 << 20, StepCosts(**true))
     solved = calibrate._solve(measured, engine, times, 80)
     assert asdict(solved) == pytest.approx(true, rel=1e-6)
     argv = ["calibrate", "--measured", "m.jsonl", "--output", "fit.json"]

@@ -188,9 +188,11 @@ def test_pipeline_stages_overlap(tmp_path: Path) -> None:
 
 
 def _single_batches(engine: Engine) -> list[Any]:
-    from mlx_ep.simulate.scheduler import Batch
+    from mlx_ep.simulate.scheduler import StepBatch
 
-    return [Batch(decodes=[request.asked.input_tokens]) for request in engine.requests]
+    return [
+        StepBatch(decodes=[request.asked.input_tokens]) for request in engine.requests
+    ]
 
 
 def test_skip_prefill(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from mlx_ep.exchange import STRATEGIES, ExchangeShape, layer_traffic
 from mlx_ep.simulate.cluster import LinkLevel
 from mlx_ep.simulate.links import gather_ns, pairs_ns, reduce_ns, scatter_ns
 from mlx_ep.simulate.model import ModelSizes, read_model
-from mlx_ep.simulate.scheduler import Batch
-from mlx_ep.simulate.settings import Settings
+from mlx_ep.simulate.scheduler import StepBatch
+from mlx_ep.simulate.settings import EngineSettings
 from mlx_ep.simulate.times.attention import AttentionTable, Skew, chunk_equivalent
 from mlx_ep.simulate.times.exchanges import exchange_ns
 from mlx_ep.simulate.times.tables import Line, Surface, sum_of_lines
@@ -143,7 +143,7 @@ def test_collectives_of_rings() -> None:
 
 
 def _bundle_step(
-    folder: Path, content: dict[str, object], batches: list[Batch], *flags: str
+    folder: Path, content: dict[str, object], batches: list[StepBatch], *flags: str
 ) -> float:
     """us of one step of the first group."""
     make_folder(folder, c=content)
@@ -154,7 +154,7 @@ def _bundle_step(
 
 def test_step_of_one_device(tmp_path: Path) -> None:
     """Every layer of the bundle is counted, as often as it runs."""
-    took = _bundle_step(tmp_path, cluster(instance()), [Batch(decodes=[100, 100])])
+    took = _bundle_step(tmp_path, cluster(instance()), [StepBatch(decodes=[100, 100])])
     at = {name: 1 + place + 0.2 for place, name in enumerate(_LAYERS)}
     inside = sum(at[name] for name in _LAYERS[2:6]) + 2 * at["layernorm"]
     # Two tokens take 2 of 16 experts each, those of one rank: 3.75 different ones.
@@ -171,15 +171,15 @@ _LAYERS += ["final_layernorm"]
 def test_long_sequences_take_longer(tmp_path: Path) -> None:
     """Without graphs: two of eight are much longer, alpha is 0.5."""
     content = cluster(instance())
-    even = _bundle_step(tmp_path, content, [Batch(decodes=[250] * 8)])
-    uneven = _bundle_step(tmp_path, content, [Batch(decodes=[100] * 6 + [700] * 2)])
+    even = _bundle_step(tmp_path, content, [StepBatch(decodes=[250] * 8)])
+    uneven = _bundle_step(tmp_path, content, [StepBatch(decodes=[100] * 6 + [700] * 2)])
     longest = attention_us(0, 0, 8, 700) - attention_us(0, 0, 8, 250)
     assert uneven - even == pytest.approx(4 * 0.5 * longest, abs=0.01)
 
 
 def test_communication_follows_tokens(tmp_path: Path) -> None:
     """With --expert-exchange none the exchange is left out, and nothing else."""
-    batches = [Batch(prefills=[(64, 0)]), Batch(decodes=[30] * 7)]
+    batches = [StepBatch(prefills=[(64, 0)]), StepBatch(decodes=[30] * 7)]
     content = two_members()
     flags = ("--expert-exchange", "none")
     moved = _bundle_step(tmp_path, content, batches)
@@ -188,7 +188,7 @@ def test_communication_follows_tokens(tmp_path: Path) -> None:
     expected = 2 * 2000 + 64 * (row + words) / 16 + 64 * row / 16
     assert moved == pytest.approx(4 * expected / 1e3, abs=0.002)
     # An idle member runs one token, and all wait for the longest.
-    idle = _bundle_step(tmp_path, content, [batches[0], Batch()], *flags)
+    idle = _bundle_step(tmp_path, content, [batches[0], StepBatch()], *flags)
     busy = _bundle_step(tmp_path, content, batches, *flags)
     assert 0 < busy - idle < 4 * 10
 
@@ -208,7 +208,7 @@ def test_exchanges_of_this_package(name: str, tmp_path: Path) -> None:
     """Time is that of the collectives that the strategy says it starts."""
     model = _model(tmp_path)
     levels = [(2, LINK)]
-    found = exchange_ns(name, levels, [40, 8], 2, model, Settings())
+    found = exchange_ns(name, levels, [40, 8], 2, model, EngineSettings())
     counts = (48, 48) if name == "replicated" else (40, 8)
     shape = ExchangeShape(
         tokens=TokenCounts(counts), width=64, top_k=2, itemsize=2, sum_itemsize=4,
@@ -216,9 +216,9 @@ def test_exchanges_of_this_package(name: str, tmp_path: Path) -> None:
     )  # fmt: skip
     traffic = layer_traffic(STRATEGIES.create(EPConfig(strategy=name)), shape)
     assert found >= len(traffic.collectives) * LINK.latency
-    more = exchange_ns(name, levels, [80, 16], 2, model, Settings())
+    more = exchange_ns(name, levels, [80, 16], 2, model, EngineSettings())
     assert more > found
-    assert exchange_ns("none", levels, [40, 8], 2, model, Settings()) == 0
+    assert exchange_ns("none", levels, [40, 8], 2, model, EngineSettings()) == 0
 
 
 def _model(folder: Path) -> ModelSizes:

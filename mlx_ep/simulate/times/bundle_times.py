@@ -10,7 +10,7 @@ import numpy as np
 from mlx_ep.simulate.cluster import Cluster, Instance
 from mlx_ep.simulate.links import Levels, gather_ns, reduce_ns, send_ns
 from mlx_ep.simulate.routing import ExpertRouting
-from mlx_ep.simulate.scheduler import Batch
+from mlx_ep.simulate.scheduler import StepBatch
 from mlx_ep.simulate.times.attention import chunk_equivalent
 from mlx_ep.simulate.times.bundle import (
     ATTENTION_LAYERS,
@@ -21,7 +21,7 @@ from mlx_ep.simulate.times.bundle import (
 from mlx_ep.simulate.times.exchanges import exchange_ns
 from mlx_ep.simulate.times.tables import sum_of_lines
 
-_DUMMY = Batch(decodes=[1])
+_DUMMY = StepBatch(decodes=[1])
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class BundleTimes:
         self._expert_cache: dict[tuple[int, int], np.ndarray] = {}
 
     def stage_ns(
-        self, batches: Sequence[Batch], steps: int, first_step: int
+        self, batches: Sequence[StepBatch], steps: int, first_step: int
     ) -> np.ndarray:
         """See `mlx_ep.simulate.group.StepTimes`."""
         members = self._members(batches, steps)
@@ -130,7 +130,7 @@ class BundleTimes:
     def _row_bytes(self) -> int:
         return self._model.width * self._first.settings.itemsize
 
-    def _members(self, batches: Sequence[Batch], steps: int) -> list[_Member]:
+    def _members(self, batches: Sequence[StepBatch], steps: int) -> list[_Member]:
         filled = [batch if batch.num_tokens else _DUMMY for batch in batches]
         padded = self._padded([batch.num_tokens for batch in filled])
         return [
@@ -145,7 +145,7 @@ class BundleTimes:
         size = int(self._graphs[np.searchsorted(self._graphs, longest)])
         return [size] * len(tokens)
 
-    def _member(self, batch: Batch, tokens: int, steps: int) -> _Member:
+    def _member(self, batch: StepBatch, tokens: int, steps: int) -> _Member:
         bundle, model = self._bundle, self._model
         sequences = len(batch.prefills) + len(batch.decodes)
         layer = self._layer.at(tokens) + self._attention(batch, steps)
@@ -161,7 +161,7 @@ class BundleTimes:
             last += gather_ns(self._tp, rows / self._first.tp) / 1e3
         return _Member(tokens, batch.num_tokens, layer, mlp, first, last)
 
-    def _attention(self, batch: Batch, steps: int) -> np.ndarray:
+    def _attention(self, batch: StepBatch, steps: int) -> np.ndarray:
         """``[steps]`` us of one layer."""
         table, count = self._bundle.attention, len(batch.decodes)
         chunk, before = chunk_equivalent(batch.prefills)

@@ -8,7 +8,7 @@ from mlx_ep.config import EPConfig
 from mlx_ep.exchange import STRATEGIES, ExchangeShape, layer_traffic
 from mlx_ep.simulate.links import Levels, gather_ns, pairs_ns, reduce_ns, scatter_ns
 from mlx_ep.simulate.model import ModelSizes
-from mlx_ep.simulate.settings import Settings
+from mlx_ep.simulate.settings import EngineSettings
 from mlx_ep.types import TokenCounts
 
 # vLLM's default, none at all, and the strategies of this package.
@@ -21,7 +21,7 @@ def exchange_ns(
     held: Sequence[int],
     num_ranks: int,
     model: ModelSizes,
-    settings: Settings,
+    settings: EngineSettings,
 ) -> float:
     """ns of the exchange of one MoE layer.
 

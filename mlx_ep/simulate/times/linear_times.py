@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlx_ep.simulate.fields import Fields, read_json
-from mlx_ep.simulate.scheduler import Batch
+from mlx_ep.simulate.scheduler import StepBatch
 
 FORMAT, VERSION = "mlx_ep.step-costs", 1
 
@@ -70,7 +70,7 @@ class LinearTimes:
         self.seen: list[tuple[int, int, int, int, int]] = []
 
     def stage_ns(
-        self, batches: Sequence[Batch], steps: int, first_step: int
+        self, batches: Sequence[StepBatch], steps: int, first_step: int
     ) -> np.ndarray:
         """See `mlx_ep.simulate.group.StepTimes`; one stage."""
         found = []

@@ -10,7 +10,7 @@ from mlx_ep.cost.profile import Profile
 from mlx_ep.cost.shape import ModelShape
 from mlx_ep.cost.step import step_cost
 from mlx_ep.simulate.cluster import Instance
-from mlx_ep.simulate.scheduler import Batch
+from mlx_ep.simulate.scheduler import StepBatch
 from mlx_ep.simulate.times.tables import bracket_one
 
 # Numbers of tokens at which the cost model is asked; between them lines.
@@ -73,7 +73,7 @@ class ProfileTimes:
         self._seconds: dict[tuple[int, int], float] = {}
 
     def stage_ns(
-        self, batches: Sequence[Batch], steps: int, first_step: int
+        self, batches: Sequence[StepBatch], steps: int, first_step: int
     ) -> np.ndarray:
         """See `mlx_ep.simulate.group.StepTimes`; one stage."""
         filled = [batch for batch in batches if batch.num_tokens]
@@ -118,7 +118,7 @@ class ProfileTimes:
             self._seconds[key] = cost.head if logits else cost.seconds - cost.head
         return self._seconds[key]
 
-    def _scores(self, batch: Batch, steps: int) -> np.ndarray:
+    def _scores(self, batch: StepBatch, steps: int) -> np.ndarray:
         """``[steps]`` s: read the caches, or compute, whichever takes longer."""
         later = np.arange(steps)
         total: np.ndarray = np.zeros(steps)
