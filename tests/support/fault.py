@@ -386,15 +386,15 @@ def table(outcomes: list[Outcome]) -> str:
     ]
     for setup, size in SETUPS.items():
         for fault in FAULTS:
-            cells = [
-                " / ".join(
-                    f"{by_case[case].seconds:.1f}"
+            cells = []
+            for point in POINTS:
+                found = [
+                    by_case.get(Case(setup, point, fault, rank))
                     for rank in (0, size - 1)
-                    if (case := Case(setup, point, fault, rank)) in by_case
-                )
-                for point in POINTS
-            ]
-            if any(cells):
+                ]
+                shown = [f"{it.seconds:.1f}" if it else "-" for it in found]
+                cells.append(" / ".join(shown))
+            if any(cell != "- / -" for cell in cells):
                 lines.append(f"| {setup} | {fault} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -6,9 +6,9 @@ import os
 import signal
 import socket
 import sys
-from contextlib import suppress
 
 from mlx_ep.comm.control.watch import Watch
+from mlx_ep.comm.control.wire import allow_newcomers
 
 
 def main() -> None:
@@ -16,11 +16,6 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     link, wake, page, stacks = map(int, sys.argv[1:5])
-    with suppress(ValueError, OSError, ImportError):
-        import resource
-
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        enough = 1024 if most == resource.RLIM_INFINITY else min(most, 1024)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, most))
+    allow_newcomers()
     Watch(socket.socket(fileno=link), socket.socket(fileno=wake), page, stacks).run()
     os._exit(0)  # a thread may still wait for somebody to read its words

@@ -46,6 +46,7 @@ BEAT = 0.5  # seconds between two beats
 LONGEST_TICK = 1.0  # what is longer was a pause of this process, and does not count
 SIGNAL_GRACE = 0.5  # seconds for Python's handler to run after a signal
 LEAVE_GRACE = 1.0  # seconds for the rank to leave by itself after that
+CONNECT_GRACE = 1.0  # seconds for a rank that failed to be connected first
 KILL_AFTER = 0.5  # seconds for the rank to end by itself
 STACKS_AFTER = 0.25  # seconds for the stacks to be written
 HANDLED = 0  # a wake-up byte; the others are the numbers of signals
@@ -76,6 +77,7 @@ class Watch:
         )
         self._stacks_at = math.inf
         self._unsent: list[ControlMessage] = []
+        self._alone: tuple[ControlMessage, float] | None = None  # not known to others
         self._inbox: deque[ControlMessage] = deque()
         self._code: int | None = None  # of the end
         self._kill_at = self._quit_at = self._usage_until = math.inf
@@ -235,7 +237,7 @@ class Watch:
             self._tell_rank({"kind": "listening", "meeting": place.to_json()})
 
     def _on_welcome(self, wire: Wire, messages: list[ControlMessage]) -> None:
-        self._hub_wire, self._seeker = wire, None
+        self._hub_wire, self._seeker, self._alone = wire, None, None
         self._selector.register(wire.socket, selectors.EVENT_READ, self._on_hub_wire)
         self._beat()
         for message in self._unsent:
@@ -267,8 +269,8 @@ class Watch:
         elif message["kind"] != "beat":
             self._unsent.append(message)
             if message["kind"] == "failed":
-                # The others hear of it within LATECOMERS, or never.
-                self._end(message["text"], message["code"])
+                # Better that rank 0 ends all: mpirun ends the others without a word.
+                self._alone = message, time.monotonic() + CONNECT_GRACE
             elif message["kind"] == "usage":
                 self._usage_until = time.monotonic() + LATECOMERS
 
@@ -316,6 +318,10 @@ class Watch:
         if self._grace is not None and now >= self._grace[1]:
             message, self._grace = self._grace[0], None
             self._tell_hub(message)
+        if self._alone is not None and now >= self._alone[1]:
+            # The others hear of it within LATECOMERS, or never.
+            message, self._alone = self._alone[0], None
+            self._end(message["text"], message["code"])
         if now >= self._usage_until and self._hub_wire is None and self._code is None:
             text = f"wrong usage on rank {self._rank}; rank 0 could not be told"
             self._end(text, 2)

@@ -6,6 +6,7 @@ bounded, and so is the number of those who have not shown yet that they know the
 
 from __future__ import annotations
 
+import resource
 import selectors
 import socket
 import time
@@ -215,3 +216,11 @@ def _listen(address: str, ports: tuple[int, ...]) -> socket.socket:
         return listener
     assert problem is not None
     raise problem
+
+
+def allow_newcomers() -> None:
+    """Lets this process have more connections than a door lets in at once."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = 1024 if most == resource.RLIM_INFINITY else min(most, 1024)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, most))
