@@ -338,7 +338,7 @@ def fork_batch(seeds: range, whole: Path, deadline: int) -> tuple[list[str], lis
 def make_whole(folder: Path) -> None:
     """The checkpoint that is damaged, made in another process."""
     code = (
-        "import sys; from pathlib import Path; from tests import tiny;"
+        "import sys; from pathlib import Path; from tests.support import tiny;"
         "tiny.save_checkpoint(Path(sys.argv[1]), tiny.QWEN3_MOE)"
     )
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
