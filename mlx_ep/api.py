@@ -56,6 +56,7 @@ from mlx_ep.loading import (
     memory_problems,
     model_facts,
     read_config,
+    with_memory,
 )
 from mlx_ep.metrics import Counters, RankReport, peak_resident_bytes
 from mlx_ep.models import (
@@ -210,7 +211,7 @@ def prepare(
     Raises:
         ValueError: as `load`.
     """
-    config = _with_memory(config, comm)
+    config = with_memory(config, comm)
     prepared, dense, problem, commit = None, DensePart(), "", ""
     chips = cluster_chips(config, comm)
     try:
@@ -266,25 +267,6 @@ def _config_facts(config: EPConfig) -> dict[str, str]:
     }
 
 
-def _with_memory(config: EPConfig, comm: Comm) -> EPConfig:
-    """The configuration with what each rank may hold, where copies fill the rest.
-
-    What a host offers is shared by the ranks on it. Copies that do not pay are not
-    made, so that a host is rarely full of them.
-    """
-    if config.replica_memory != "auto" or config.memory is not None:
-        return config
-    offers = gather_objects(comm, (host_id(), memory_limit(config.memory_limit_gb)))
-    hosts = [host for host, _ in offers]
-    is_own = config.memory_limit_gb is not None  # for each rank by itself
-    limits = [
-        min(n for other, n in offers if other == host)
-        // (1 if is_own else hosts.count(host))
-        for host, _ in offers
-    ]
-    return replace(config, memory=tuple(limit / 1e9 for limit in limits))
-
-
 def _agreed_placement(
     model: nn.Module, num_experts: int, comm: Comm, config: EPConfig
 ) -> Placement:
@@ -293,7 +275,7 @@ def _agreed_placement(
     Raises:
         ValueError: on every rank, if any rank has a problem or another placement.
     """
-    config = _with_memory(config, comm)
+    config = with_memory(config, comm)
     placement = agreed(
         comm, lambda: choose_placement(config, num_experts, comm.size, lambda: model)
     )
