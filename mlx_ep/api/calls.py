@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_ep.api.install import install_experts
-from mlx_ep.api.prepared import check_placements, config_facts, prepare, with_memory
+from mlx_ep.api.prepared import check_placements, config_facts, prepare
 from mlx_ep.comm import (
     Comm,
     GroupComm,
@@ -23,6 +23,7 @@ from mlx_ep.loading import (
     agree_attention,
     choose_placement,
     keep_part,
+    with_memory,
 )
 from mlx_ep.models import (
     find_moe_sites,

@@ -49,6 +49,7 @@ from mlx_ep.loading import (
     memory_problems,
     model_facts,
     read_config,
+    with_memory,
 )
 from mlx_ep.metrics import RankReport, peak_resident_bytes
 from mlx_ep.models import (
@@ -124,25 +125,6 @@ def config_facts(config: EPConfig) -> dict[str, str]:
     return {
         name: str(value) for name, value in asdict(config).items() if name not in own
     }
-
-
-def with_memory(config: EPConfig, comm: Comm) -> EPConfig:
-    """The configuration with what each rank may hold, where copies fill the rest.
-
-    What a host offers is shared by the ranks on it. Copies that do not pay are not
-    made, so that a host is rarely full of them.
-    """
-    if config.replica_memory != "auto" or config.memory is not None:
-        return config
-    offers = gather_objects(comm, (host_id(), memory_limit(config.memory_limit_gb)))
-    hosts = [host for host, _ in offers]
-    is_own = config.memory_limit_gb is not None  # for each rank by itself
-    limits = [
-        min(n for other, n in offers if other == host)
-        // (1 if is_own else hosts.count(host))
-        for host, _ in offers
-    ]
-    return replace(config, memory=tuple(limit / 1e9 for limit in limits))
 
 
 def check_commits(commits: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_ep.comm import Comm
-from mlx_ep.placement import Record, is_record, write_record
+from mlx_ep.placement import RecordedRouting, is_record, write_record
 from mlx_ep.types import to_host
 
 
@@ -45,7 +45,9 @@ def recorded(path: str | None, model: nn.Module, comm: Comm) -> Iterator[None]:
         write_record(path, record, num_tokens=num_tokens)
 
 
-def _of_all_ranks(record: Record, num_tokens: int, comm: Comm) -> tuple[Record, int]:
+def _of_all_ranks(
+    record: RecordedRouting, num_tokens: int, comm: Comm
+) -> tuple[RecordedRouting, int]:
     """The sum of the ranks' records, each of its own tokens."""
     flat = np.append(record.coactivations.reshape(-1), num_tokens).astype(np.int32)
     # sync: once, at the end of a command.
@@ -53,4 +55,4 @@ def _of_all_ranks(record: Record, num_tokens: int, comm: Comm) -> tuple[Record, 
     both = total[:-1].reshape(record.coactivations.shape)
     # sync: likewise.
     top_k = int(to_host(comm.all_gather(mx.array([record.top_k], mx.int32))).max())
-    return Record(both, top_k), int(total[-1])
+    return RecordedRouting(both, top_k), int(total[-1])

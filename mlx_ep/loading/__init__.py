@@ -13,7 +13,12 @@ from mlx_ep.loading.foreign import foreign_code
 from mlx_ep.loading.hub.fetch import DiskNeed, disk_problems
 from mlx_ep.loading.identity import dense_facts, model_facts
 from mlx_ep.loading.local import load_local
-from mlx_ep.loading.memory import MemoryNeed, memory_limit, memory_problems
+from mlx_ep.loading.memory import (
+    MemoryNeed,
+    memory_limit,
+    memory_problems,
+    with_memory,
+)
 from mlx_ep.loading.rank_tensors import LoadBytes, RankTensor, load_bytes, rank_tensors
 from mlx_ep.loading.shape import model_shape
 from mlx_ep.loading.sizes import choose_placement, expert_sizes, held_bytes
@@ -63,4 +68,5 @@ __all__ = [
     "model_shape",
     "load_bytes",
     "read_config",
+    "with_memory",
 ]

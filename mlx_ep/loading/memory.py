@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
 import psutil
 
+from mlx_ep.comm import Comm, gather_objects, host_id
+from mlx_ep.config import EPConfig
 from mlx_ep.metrics import format_bytes
 
 
@@ -57,3 +60,22 @@ def memory_problems(needs: Sequence[MemoryNeed], limit_is_per_rank: bool) -> lis
             "sysctl iogpu.wired_limit_mb)."
         )
     return problems
+
+
+def with_memory(config: EPConfig, comm: Comm) -> EPConfig:
+    """The configuration with what each rank may hold, where copies fill the rest.
+
+    What a host offers is shared by the ranks on it. Copies that do not pay are not
+    made, so that a host is rarely full of them.
+    """
+    if config.replica_memory != "auto" or config.memory is not None:
+        return config
+    offers = gather_objects(comm, (host_id(), memory_limit(config.memory_limit_gb)))
+    hosts = [host for host, _ in offers]
+    is_own = config.memory_limit_gb is not None  # for each rank by itself
+    limits = [
+        min(n for other, n in offers if other == host)
+        // (1 if is_own else hosts.count(host))
+        for host, _ in offers
+    ]
+    return replace(config, memory=tuple(limit / 1e9 for limit in limits))

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Int
 
-from mlx_ep.placement import Placement, Record, write_record
+from mlx_ep.placement import Placement, RecordedRouting, write_record
 from mlx_ep.types import to_host
 
 log = logging.getLogger("mlx_ep")
@@ -95,9 +95,9 @@ class RoutingRecorder:
         self._count(len(self._passes))
         return list(self._balance)
 
-    def record(self) -> Record:
+    def record(self) -> RecordedRouting:
         """What was recorded on this rank."""
-        return Record(self.coactivations, self.top_k)
+        return RecordedRouting(self.coactivations, self.top_k)
 
     def dump(self, path: str | Path) -> None:
         """Write what was recorded on this rank (`mlx_ep.placement.record`).

@@ -3,15 +3,20 @@
 from mlx_ep.placement.balance import rebalance_experts
 from mlx_ep.placement.choice import DECODE_TOKENS, ReplicaChoice
 from mlx_ep.placement.file import read_placement, write_placement
+from mlx_ep.placement.fill import with_replicas
 from mlx_ep.placement.load import LayerLoad, draw_steps, expected_busiest
 from mlx_ep.placement.placement import Part, Placement, runs
-from mlx_ep.placement.record import Record, is_record, read_record, write_record
+from mlx_ep.placement.record import (
+    RecordedRouting,
+    is_record,
+    read_record,
+    write_record,
+)
 from mlx_ep.placement.replicas import (
     Balanced,
     RankRoom,
     balance,
     balance_while_it_pays,
-    with_replicas,
 )
 from mlx_ep.placement.shares import ExpertSizes, apportion, place
 
@@ -23,7 +28,7 @@ __all__ = [
     "Part",
     "Placement",
     "RankRoom",
-    "Record",
+    "RecordedRouting",
     "ReplicaChoice",
     "apportion",
     "balance",

@@ -24,7 +24,7 @@ from mlx_ep.placement.load import LayerLoad
 FORMAT, VERSION = "mlx_ep.routing", 1
 
 
-class Record(NamedTuple):
+class RecordedRouting(NamedTuple):
     """Recorded routing.
 
     Attributes:
@@ -62,7 +62,7 @@ def is_record(path: str | Path) -> bool:
     return Path(path).suffix == ".npz"
 
 
-def write_record(path: str | Path, record: Record, **more: Any) -> None:
+def write_record(path: str | Path, record: RecordedRouting, **more: Any) -> None:
     """Write ``path`` (.npz) and the .json beside it.
 
     Args:
@@ -87,7 +87,7 @@ def write_record(path: str | Path, record: Record, **more: Any) -> None:
     file.with_suffix(".json").write_text(json.dumps(described, indent=1) + "\n")
 
 
-def read_record(path: str | Path, num_experts: int) -> Record:
+def read_record(path: str | Path, num_experts: int) -> RecordedRouting:
     """A record, for a model of so many experts.
 
     Raises:
@@ -122,4 +122,4 @@ def read_record(path: str | Path, num_experts: int) -> Record:
         raise ValueError(f"{file}: top_k must be 1 to {num_experts}; got {top_k!r}.")
     if not both.size or both.min() < 0 or not both.any():
         raise ValueError(f"{file} must have counts, 0 or more; it has none.")
-    return Record(both, top_k)
+    return RecordedRouting(both, top_k)

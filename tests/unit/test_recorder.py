@@ -15,7 +15,7 @@ from mlx_ep import EPConfig
 from mlx_ep.loading import choose_placement, expert_sizes
 from mlx_ep.moe import RoutingRecorder
 from mlx_ep.moe.recorder import MOST_UNCOUNTED
-from mlx_ep.placement import Placement, Record, read_record, write_record
+from mlx_ep.placement import Placement, RecordedRouting, read_record, write_record
 from tests.support.tiny import QWEN3_MOE, make_model
 
 E, K, LAYERS = 6, 2, 3
@@ -105,7 +105,7 @@ def test_a_wrong_file_is_said(
     tmp_path: Path, change: dict[str, Any], match: str
 ) -> None:
     file = tmp_path / "r.npz"
-    write_record(file, Record(np.ones((LAYERS, E, E), np.int64), K))
+    write_record(file, RecordedRouting(np.ones((LAYERS, E, E), np.int64), K))
     with pytest.raises(ValueError, match="of 7 experts"):
         read_record(file, 7)
     described = json.loads(file.with_suffix(".json").read_text())
@@ -165,7 +165,7 @@ def test_placed_by_a_record(tmp_path: Path) -> None:
     both = np.zeros((LAYERS, 10, 10), np.int64)
     for a, b, n in ((0, 1, 90), (2, 3, 60), (4, 5, 20), (6, 7, 5), (8, 9, 5)):
         both[:, [a, b, a, b], [a, a, b, b]] = n
-    write_record(file := tmp_path / "r.npz", Record(both, K))
+    write_record(file := tmp_path / "r.npz", RecordedRouting(both, K))
     plain = choose_placement(EPConfig(placement_file=str(file)), 10, 2, _outline)
     assert [plain.num_slots(rank) for rank in range(2)] == [5, 5]
     for pair in ((0, 1), (2, 3), (4, 5)):
