@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from mlx_ep.comm import Comm, broadcast_object
 
@@ -123,6 +123,6 @@ def add_json_flag(parser: argparse._ActionsContainer, what: str) -> None:
     )
 
 
-def beside(args: argparse.Namespace) -> TextIO:
+def beside(args: argparse.Namespace) -> Any:
     """Where reports go: the standard output, unless --json has that."""
     return sys.stderr if str(args.json) == "-" else sys.stdout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -12,17 +14,15 @@ from mlx_ep.simulate.candidates import WAYS, Candidate, pick
 from tests.support.simulate.data import MOE, trace_lines, write_trace
 
 
-def _plan(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *flags: str
-) -> tuple[int, str]:
+def _plan(monkeypatch: pytest.MonkeyPatch, *flags: str) -> tuple[int, str]:
     monkeypatch.setattr("sys.argv", ["mlx_ep.plan", *flags])
-    code = 0
-    try:
-        command.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out + captured.err
+    code, printed = 0, io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            command.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return code, printed.getvalue()
 
 
 @pytest.fixture
@@ -34,13 +34,12 @@ def flags(tmp_path: Path) -> list[str]:
 
 def test_table_and_pick(
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     flags: list[str],
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "plan.json"
     more = ["--chip", "m3-ultra,m4-max", "--price", "m3-ultra=4000,m4-max=2500"]
-    code, text = _plan(monkeypatch, capsys, *flags, *more, "--json", str(file))
+    code, text = _plan(monkeypatch, *flags, *more, "--json", str(file))
     assert code == 0, text
     content = json.loads(file.read_text())
     found = content["candidates"]
@@ -57,9 +56,9 @@ def test_table_and_pick(
     assert f"Pick: {fastest['devices']} x {fastest['chip']}" in text
     # Limits that all keep: the cheapest. Limits that none keeps: exit code 1.
     easy = ["--most-ttft", "100000", "--most-tpot", "100000"]
-    code, text = _plan(monkeypatch, capsys, *flags, *more, *easy)
+    code, text = _plan(monkeypatch, *flags, *more, *easy)
     assert code == 0 and "Pick: 1 x m4-max, one Mac alone, 2500." in text
-    code, text = _plan(monkeypatch, capsys, *flags, *more, "--most-tpot", "0.001")
+    code, text = _plan(monkeypatch, *flags, *more, "--most-tpot", "0.001")
     assert code == 1 and "No candidate runs and keeps the limits." in text
 
 
@@ -75,22 +74,20 @@ def test_table_and_pick(
 )
 def test_wrong_flags(
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     flags: list[str],
     more: list[str],
     text: str,
 ) -> None:
-    code, printed = _plan(monkeypatch, capsys, *flags, *more)
+    code, printed = _plan(monkeypatch, *flags, *more)
     assert code == 2 and text in printed and len(printed.splitlines()) == 1
 
 
 def test_limits_need_a_load(
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     flags: list[str],
 ) -> None:
     few = [flags[0], flags[1], "--ranks", "2", "--most-tpot", "5"]
-    code, printed = _plan(monkeypatch, capsys, *few)
+    code, printed = _plan(monkeypatch, *few)
     assert code == 2 and "--most-tpot goes with --simulate" in printed
 
 

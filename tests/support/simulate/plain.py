@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from mlx_ep.simulate.cluster import Cluster
-from mlx_ep.simulate.scheduler import Batch
+from mlx_ep.simulate.scheduler import StepBatch
 from mlx_ep.simulate.traces import Trace
 
 
@@ -105,8 +105,8 @@ class PlainInstance:
 
     def schedule(
         self, now: int, flying: list[list[tuple[PlainRequest, bool, bool]]]
-    ) -> tuple[Batch, list[tuple[PlainRequest, bool, bool]]]:
-        settings, batch = self.settings, Batch()
+    ) -> tuple[StepBatch, list[tuple[PlainRequest, bool, bool]]]:
+        settings, batch = self.settings, StepBatch()
         marks: list[tuple[PlainRequest, bool, bool]] = []
         budget = settings.max_num_batched_tokens or 10**18
         preempted = False
@@ -171,7 +171,7 @@ class PlainInstance:
 
     def compute(
         self,
-        batch: Batch,
+        batch: StepBatch,
         marks: list[tuple[PlainRequest, bool, bool]],
         request: PlainRequest,
         chunk: int,
