@@ -1,7 +1,5 @@
 """The watch of one rank: the process beside it (see `mlx_ep.comm.control`).
 
-    python -P -c "... watch.main()" link wake page stacks      (file descriptors)
-
 From the rank come, as lines of JSON over the link, its configuration first, then:
 
     meet(meeting)       where the watches meet, once the group exists
@@ -383,7 +381,7 @@ class Watch:
             self._quit_at = time.monotonic() + LATECOMERS
 
     def _is_done(self) -> bool:
-        if self._code is not None and not self._is_rank_gone and self._code != 0:
+        if self._code and not self._is_rank_gone:
             return False  # it is killed in a moment
         if self._hub is not None:
             return self._hub.is_done
