@@ -57,7 +57,6 @@ VALUES = {
     "placement_file": ("FILE", "FILE"),
     "memory_limit_gb": ("2.5", 2.5),
     "capacity": ("3", 3),
-    "replica_memory": ("2GB", "2GB"),
 }
 
 
