@@ -12,7 +12,7 @@ from mlx_ep.exchange import STRATEGIES
 from mlx_ep.loading.source import EMBEDDED_MODEL
 
 # Which rank holds which experts.
-PLACEMENT = ("memory", "placement_file", "ep_size")
+PLACEMENT = ("memory", "replica_memory", "placement_file", "ep_size")
 _DATA_HELP = (
     "; data, with --prompts-file: each rank runs attention and KV cache of its own "
     "sequences only"

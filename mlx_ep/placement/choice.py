@@ -140,6 +140,10 @@ class ReplicaChoice:
         served[order] = np.repeat(ranks, quotas.reshape(-1))
         return served.reshape(expert_ids.shape)
 
+    def row_loads(self, counts: Int[np.ndarray, " E"]) -> Int[np.ndarray, " P"]:
+        """Rows of each rank, where `rows` divides so many rows of each expert."""
+        return self._row_quotas(counts).sum(axis=0)
+
     def _row_quotas(self, counts: np.ndarray) -> np.ndarray:
         """``[E, P]``: rows of each expert on each rank."""
         num_ranks = self.num_ranks

@@ -21,6 +21,7 @@ from mlx_ep.placement import Placement, write_placement
 from mlx_ep.plan.build import Plan, make_plan
 from mlx_ep.plan.flags import make_parser
 from mlx_ep.plan.load import check_load_flags, make_load, print_load
+from mlx_ep.plan.picture import check_picture_flags, plot_record
 from mlx_ep.plan.report import needs_json, needs_table, workload_lines
 from mlx_ep.plan.speeds import speeds_text
 
@@ -98,12 +99,15 @@ def main() -> None:
             cli.check_output("--json", args.json)
         if args.write_placement is not None:
             cli.check_output("--write-placement", args.write_placement)
+        check_picture_flags(args)
         check_load_flags(args)
         if args.simulate is not None:
             return print_load(make_load(args), args)
         plan = make_plan(args)
         if args.write_placement:
             write_placement(args.write_placement, plan.placement)
+        if args.plot is not None:
+            plot_record(args.plot, args.record, plan.placement)
     except ValueError as error:
         parser.error(str(error))
     if str(args.json) != "-":

@@ -62,6 +62,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     model = ModelOutline.open(path)
     config = EPConfig(
         memory=args.memory,
+        replica_memory=args.replica_memory,
         placement_file=args.placement_file,
         ep_size=args.ep_size,
     )

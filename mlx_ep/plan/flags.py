@@ -47,6 +47,19 @@ def make_parser() -> cli.Parser:
         metavar="FILE",
         help="Write the placement as a file for --placement.",
     )
+    cluster.add_argument(
+        "--record",
+        metavar="FILE.npz",
+        help="What mlx_ep.generate --record wrote: places by it, as --placement "
+        "FILE.npz does, and is what --plot shows.",
+    )
+    cluster.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="With --record: draw the load of every layer and rank, with the experts "
+        "in their order and as placed.",
+    )
     use = parser.add_argument_group("use")
     use.add_argument(
         "--context",

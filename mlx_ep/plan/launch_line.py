@@ -35,6 +35,8 @@ def launch_line(
     if args.memory is not None:
         words += ["--memory", ",".join(f"{gb:g}" for gb in args.memory)]
         words += ["--context", str(context)] if context else []
+    if args.replica_memory != "0":
+        words += ["--replica-memory", args.replica_memory]
     if args.placement_file is not None:
         words += ["--placement", args.placement_file]
     if args.ep_size is not None:
