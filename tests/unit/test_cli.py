@@ -52,7 +52,6 @@ VALUES = {
     "strategy": ("deepep", "all_to_all"),
     "attention": ("auto", "auto"),
     "memory": ("5,6.5", (5.0, 6.5)),
-    "replica_memory": ("24GB", "24GB"),
     "warmup": (None, False),
     "placement_file": ("FILE", "FILE"),
     "memory_limit_gb": ("2.5", 2.5),
