@@ -163,7 +163,7 @@ def test_wrong_usage_known_on_all_ranks(tmp_path: Path) -> None:
             (["--model", broken["UNKNOWN"]], "not supported"),
             (
                 ["--model", broken["INCOMPLETE"]],
-                "does not describe a model of type qwen3_moe",
+                "does not describe a model of type 'qwen3_moe'",
             ),
             (["--model", broken["MISSING"]], "lacks 1 of the 2 weight files"),
             (["--model", broken["TRUNCATED"]], "is truncated"),
@@ -279,14 +279,13 @@ from pathlib import Path
 rank = os.environ["MLX_RANK"]
 os.chdir({str(tmp_path)!r})
 import mlx_ep.loading.weights as weights
-opened = weights.Checkpoint.open
-def open_and_cut(path):
-    checkpoint = opened(path)
+load_local = weights.load_local
+def cut_and_load(*args):
     if rank == "1":
-        file = path / "model.safetensors"
+        file = Path(rank, "model.safetensors")
         file.write_bytes(file.read_bytes()[:100_000])
-    return checkpoint
-weights.Checkpoint.open = open_and_cut
+    return load_local(*args)
+weights.load_local = cut_and_load
 sys.argv = ["mlx_ep.generate", "--model", f"./{{rank}}"]
 from mlx_ep.generate import main
 main()

@@ -113,6 +113,7 @@ def run_ranks(
     transport: str = "ring",
     timeout: float = 60.0,
     env: Mapping[str, str] | None = None,
+    checks_shapes: bool = True,
 ) -> list[Any]:
     """Call `function(group, *args)` on `num_ranks` ranks.
 
@@ -123,6 +124,8 @@ def run_ranks(
         transport: "ring" or "mpi"; one rank uses neither, its group is a singleton.
         timeout: seconds for everything, from the start of the processes.
         env: environment variables added for the ranks.
+        checks_shapes: whether shapes are checked in a test; not where something is
+            timed. Ranks without these checks start an interpreter each.
 
     Returns:
         The results, in rank order.
@@ -140,7 +143,9 @@ def run_ranks(
             (directory / "job").write_bytes(
                 pickle.dumps((sys.path, transport, num_ranks, call))
             )
-            problem = _run_job(num_ranks, transport, timeout, env, directory)
+            problem = _run_job(
+                num_ranks, transport, timeout, env, directory, checks_shapes
+            )
             if problem is None:
                 return [_result(directory, rank) for rank in range(num_ranks)]
             outputs = [_read(directory / f"output.{r}") for r in range(num_ranks)]
@@ -225,11 +230,14 @@ def _run_job(
     timeout: float,
     env: Mapping[str, str] | None,
     directory: Path,
+    checks_shapes: bool,
 ) -> str | None:
     """Start the ranks and wait; returns what went wrong, or None."""
     command = [sys.executable, str(Path(__file__).resolve()), str(directory)]
     environment = rank_environment(env)
-    is_forked = transport == "ring" and can_fork(environment)
+    if not checks_shapes:
+        environment.pop("PYTEST_CURRENT_TEST", None)
+    is_forked = checks_shapes and transport == "ring" and can_fork(environment)
     deadline = time.monotonic() + timeout
     with (directory / "launcher").open("wb") as log:
         # mlx 0.32.4 under mpirun -n 1 calls MPI_Init and never MPI_Finalize, which

@@ -16,8 +16,7 @@ def on_rank(group: mx.distributed.Group, number: int) -> list[int]:
 
 
 @pytest.mark.requires("ranks")
-def test_a_benchmark_s_ranks_check_no_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PYTEST_CURRENT_TEST", raising=False)  # as from a command line
+def test_a_benchmark_s_ranks_check_no_shapes() -> None:
     assert run_pinned(1, on_rank, 7) == [[7, 1, 0]]
 
 
