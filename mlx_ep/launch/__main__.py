@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from mlx_ep.launch.connections import connections
 from mlx_ep.launch.flags import make_parser
 from mlx_ep.launch.mpi import run_mpi
-from mlx_ep.launch.ranks import LaunchedRanks
+from mlx_ep.launch.run import StartedRanks
+from mlx_ep.launch.transport import transport
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     if args.backend == "mpi":
         sys.exit(run_mpi(args))
     try:
-        run = LaunchedRanks(args, *connections(args))
+        run = StartedRanks(args, *transport(args))
         run.start()
     except ValueError as error:
         parser.error(str(error))

@@ -1,4 +1,4 @@
-"""The command line of mlx_ep.launch, checked."""
+"""The flags of ``mlx_ep.launch``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mlx_ep import cli
 from mlx_ep.cli.hosts import BACKENDS, list_hosts, read_hostfile
-from mlx_ep.launch.connections import FIRST_PORT
 from mlx_ep.launch.mpi import find_mpirun
+from mlx_ep.launch.transport import FIRST_PORT
 
 
 def make_parser() -> cli.Parser:
@@ -71,11 +71,11 @@ def make_parser() -> cli.Parser:
         "(default: the command as it stands).",
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    parser.finishers.append(check)
+    parser.finishers.append(_check)
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace) -> None:
     """Make the hosts of the flags; ``args.hosts`` is a `Hosts` from here on.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Ranks by mpirun."""
+"""Ranks that mpirun starts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mlx_ep.launch.connections import SECRET, rank_command, variable_entries
-from mlx_ep.launch.ranks import exit_code
+from mlx_ep.launch.words import SECRET, command, entries, exit_code
 
 
 def find_mpirun() -> str | None:
@@ -44,9 +43,9 @@ def run_mpi(args: argparse.Namespace) -> int:
     library = _mpi_library(mpirun)
     os.environ.update(library)
     os.environ.setdefault(SECRET, secrets.token_hex(16))
-    given = [entry.partition("=")[0] for entry in variable_entries(args)]
+    given = [entry.partition("=")[0] for entry in entries(args)]
     names = [SECRET, *library, *given]
-    for entry in variable_entries(args):
+    for entry in entries(args):
         name, _, value = entry.partition("=")
         os.environ[name] = value
     with tempfile.NamedTemporaryFile("w", suffix=".hosts") as file:
@@ -54,14 +53,14 @@ def run_mpi(args: argparse.Namespace) -> int:
         for name in dict.fromkeys(hosts):
             print(f"{name} slots={hosts.count(name)}", file=file)
         file.flush()
-        command = [
+        words = [
             mpirun, "-n", str(len(hosts)), "--hostfile", file.name,
             *(["-wdir", args.cwd] if args.cwd else []),
             *(word for name in names for word in ("-x", name)),
             *(word for arg in args.mpi_arg for word in shlex.split(arg)),
-            *rank_command(args, all(host.is_here for host in args.hosts.ranks)),
+            *command(args, all(host.is_here for host in args.hosts.ranks)),
         ]  # fmt: skip
-        with subprocess.Popen(command) as process:
+        with subprocess.Popen(words) as process:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, lambda n, _: process.send_signal(n))
             return exit_code(process.wait())

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from mlx_ep.launch import run as launch_run
+from mlx_ep.launch.__main__ import main
 from mlx_ep.launch.flags import make_parser
+from mlx_ep.launch.transport import transport
 from tests.support.launchers import rank_environment
 
 pytestmark = pytest.mark.requires("ranks")
@@ -27,9 +30,10 @@ PROGRAM = """
 import json, os, signal, sys, time
 rank = int(os.environ.get("MLX_RANK", 0))
 hosts = os.environ.get("MLX_HOSTFILE")
-print(json.dumps({"rank": rank, "secret": os.environ["MLX_EP_SECRET"],
+sys.stdout.write(json.dumps({"rank": rank, "secret": os.environ["MLX_EP_SECRET"],
     "hosts": json.load(open(hosts)) if hosts else None,
-    "extra": os.environ.get("EXTRA"), "stdin": sys.stdin.read()}), flush=True)
+    "extra": os.environ.get("EXTRA"), "stdin": sys.stdin.read()}) + "\\n")
+sys.stdout.flush()
 print("an error", file=sys.stderr, flush=True)
 what = sys.argv[1] if rank == int(sys.argv[2]) else "wait"
 if what == "fail": sys.exit(3)
@@ -80,9 +84,9 @@ def test_the_code_of_the_rank_that_fails_first(
 ) -> None:
     """The others, which would sleep for a minute, are ended."""
     patched = [sys.executable, "-c", (
-        "import sys; from mlx_ep import launch; launch._GRACE = 0.5;"
+        "import sys; from mlx_ep.launch import main, run; run._GRACE = 0.5;"
         f"sys.argv = {['mlx_ep.launch', '-n', '2', '--', program, what, victim]!r};"
-        "launch.main()"
+        "main()"
     )]  # fmt: skip
     start = time.monotonic()
     done = subprocess.run(patched, capture_output=True, text=True, timeout=60, input="")
@@ -146,12 +150,10 @@ def test_mpi() -> None:
 
 def remote_script(argv: list[str], rank: int) -> str:
     """What the shell of another host would run."""
-    from mlx_ep import launch as module
-
     args = make_parser().parse_args(argv)
-    run = object.__new__(module._Run)
+    run = object.__new__(launch_run.StartedRanks)
     run._args = args
-    run._files, run._variables = module._transport(args)
+    run._files, run._variables = transport(args)
     return run._script(rank)
 
 
@@ -215,15 +217,13 @@ HOST = {"ssh": "mac1", "ips": ["192.168.1.11"]}
 def test_wrong_usage(
     argv: list[str], text: str, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    from mlx_ep import launch as module
-
     if "--hostfile" in argv and not argv[argv.index("--hostfile") + 1].startswith("/"):
         file = tmp_path / "hosts.json"
         file.write_text(argv[argv.index("--hostfile") + 1])
         argv[argv.index("--hostfile") + 1] = str(file)
     monkeypatch.setattr(sys, "argv", ["mlx_ep.launch", *argv])
     with pytest.raises(SystemExit) as ended:
-        module.main()
+        main()
     said = capsys.readouterr().err
     assert ended.value.code == 2
     assert text in said

@@ -56,6 +56,7 @@ VALUES = {
     "placement_file": ("FILE", "FILE"),
     "memory_limit_gb": ("2.5", 2.5),
     "capacity": ("3", 3),
+    "replica_memory": ("24GB", "24GB"),
 }
 
 

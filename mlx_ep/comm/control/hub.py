@@ -34,6 +34,7 @@ from mlx_ep.comm.control.wire import Door, Wire
 
 STACKS_LIMIT = 1.0  # seconds for the ranks to say where they are
 USAGE_LIMIT = 1.0  # seconds for the others to find the same wrong usage
+USAGE_START = 5.0  # for those that have not come yet: hosts start seconds apart
 LATECOMERS = 5.0  # seconds for a rank that is still starting to hear why it ends
 FAREWELL = 1.5  # seconds for the last words to be read
 MARKS_KNOWN = 1024  # fingerprints of the latest steps
@@ -72,7 +73,7 @@ class Hub:
         self._marks: dict[int, tuple[int, int]] = {}  # number: value, rank
         self._left: set[int] = set()
         self._usage: dict[int, str] = {}
-        self._usage_until = math.inf
+        self._usage_since = math.inf
         self._left_since = math.inf
         self._ending: ControlMessage | None = None
         self._asked: set[int] = set()
@@ -144,8 +145,7 @@ class Hub:
         elif kind == "usage":
             self._usage[rank] = message["text"]
             self._left.add(rank)
-            until = time.monotonic() + USAGE_LIMIT
-            self._usage_until = min(self._usage_until, until)
+            self._usage_since = min(self._usage_since, time.monotonic())
             self._end_if_all_left()
         elif kind == "leave":
             self._left.add(rank)
@@ -188,8 +188,9 @@ class Hub:
         self._look_for_missing(seconds)
         self._look_for_stopped(seconds)
         self._look_for_late(seconds)
-        if now > self._usage_until and self._ending is None:
-            self._usage_until = math.inf
+        limit = USAGE_START if self.missing else USAGE_LIMIT
+        if now - self._usage_since > limit:
+            self._usage_since = math.inf
             rank = min(self._usage)
             self.fail(rank, f"wrong usage on rank {rank}: {self._usage[rank]}", 2)
         if now - self._left_since > CLOSE_NOTE:

@@ -1,4 +1,4 @@
-"""Ranks that are started here and by ssh, from their start to the exit code."""
+"""Ranks that this process starts, here or by ssh, until all have ended."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from types import FrameType
 from typing import IO
 
 from mlx_ep.cli.hosts import Host
-from mlx_ep.launch.connections import SECRET, rank_command, variable_entries
+from mlx_ep.launch.words import SECRET, command, entries, exit_code
 
 _GRACE = 15.0  # seconds that ranks have to end by themselves when one has failed
 _KILL_GRACE = 5.0  # and after they were told to
@@ -38,7 +38,7 @@ class _Rank:
     threads: list[threading.Thread] = field(default_factory=list)
 
 
-class LaunchedRanks:
+class StartedRanks:
     """All ranks of a run, from start to exit code."""
 
     def __init__(
@@ -50,8 +50,8 @@ class LaunchedRanks:
         self._args, self._files = args, files
         # As the ranks read it; on other hosts it is not on a command line.
         self._secret = os.environ.get(SECRET) or secrets.token_hex(16)
-        entries = dict(entry.split("=", 1) for entry in variable_entries(args))
-        self._variables = {**variables, **entries}
+        given = dict(entry.split("=", 1) for entry in entries(args))
+        self._variables = {**variables, **given}
         self._folder = tempfile.TemporaryDirectory(prefix="mlx_ep-launch-")
         self._lock = threading.Lock()
         self._told_to_end = 0  # the signal
@@ -109,7 +109,7 @@ class LaunchedRanks:
         pipe = None if is_first_here else subprocess.PIPE
         if host.is_here:
             process = subprocess.Popen(
-                rank_command(self._args, True),
+                command(self._args, True),
                 env=os.environ | self._environment(number),
                 cwd=self._args.cwd,
                 stdin=None if is_first_here else subprocess.DEVNULL,
@@ -173,7 +173,7 @@ class LaunchedRanks:
                 f'printf %s {shlex.quote(content)} > "${name}"',
                 f"export MLX_RANK={number}",
             ]
-        lines.append(f"exec {shlex.join(rank_command(self._args, False))}")
+        lines.append(f"exec {shlex.join(command(self._args, False))}")
         return f"exec /bin/bash -c {shlex.quote('; '.join(lines))}"
 
     def _copy(self, number: int, source: IO[bytes], sink: IO[bytes]) -> None:
@@ -219,8 +219,3 @@ def _feed(sink: IO[bytes] | None) -> None:
         sink.flush()
     sink.write(b"\x04")  # the end of the input, for the terminal there
     sink.flush()
-
-
-def exit_code(returncode: int) -> int:
-    """As a shell gives it: 128 and the signal that ended a process."""
-    return returncode if returncode >= 0 else 128 - returncode

@@ -1,20 +1,18 @@
-"""What MLX connects the ranks by, and the words of a rank's command."""
+"""What MLX connects by, as mlx.launch gives it to the ranks."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import socket
-import sys
 from collections.abc import Sequence
 
 from mlx_ep.cli.hosts import Host
 
-SECRET = "MLX_EP_SECRET"
 FIRST_PORT = 32323  # mlx.launch's
 
 
-def connections(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
+def transport(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
     """Files (by the variable that names each) and variables that MLX connects by.
 
     Raises:
@@ -73,21 +71,3 @@ def _ports(args: argparse.Namespace) -> list[int]:
     for each in sockets:
         each.close()
     return ports
-
-
-def variable_entries(args: argparse.Namespace) -> list[str]:
-    """Variables of the hostfile and of --env, which goes first."""
-    return [*args.hosts.env, *args.env]
-
-
-def rank_command(args: argparse.Namespace, is_here: bool) -> list[str]:
-    """The command on a host: Python's own words get a Python before them."""
-    first = args.command[0]
-    python = sys.executable if is_here else args.python
-    if python is None:
-        return args.command
-    if first.startswith("mlx_ep.") and "/" not in first:
-        return [python, "-m", *args.command]
-    if first == "-m" or first.endswith(".py"):
-        return [python, *args.command]
-    return args.command
