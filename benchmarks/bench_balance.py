@@ -12,8 +12,8 @@ Computed, not measured, but for the seconds of the algorithms:
 - choice: seconds of one choice, and experts of the busiest rank where each token takes
   a copy at random instead.
 
-The figures that the busiest rank is compared with were drawn too, with two decimals;
-they are met within SAMPLING.
+The figures that the busiest rank is compared with at T=1 were given with two decimals
+and are taken to be drawn too: the limits printed are SAMPLING above them.
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@
 Each combination starts `mlx_ep.generate` on the embedded model, lets one rank fail and
 looks at what is left: the seconds until every rank has ended, exit codes, the report of
 rank 0, processes that live on, ports that stay taken. Exit code 1 if one falls short.
+
+Over 400 lines, because a combination, what is done to it and what is looked at are read
+together.
 """
 
 from __future__ import annotations
