@@ -115,7 +115,7 @@ def beside_our_experts(state: BlockState, x: mx.array) -> int:
         return evaluated(mx.zeros(x.shape))
 
     with mock.patch.object(ExpertGroup, "weighted_sum", weighted_sum):
-        output = state.holder(x)
+        output = state.form.holder(x)
     return primitives(*found) + primitives(output)
 
 
@@ -178,7 +178,7 @@ def host_syncs(function: Callable[[], object]) -> int:
 def kernels_as_ops(state: BlockState) -> Iterator[None]:
     """The block with runner metal, its kernels replaced by their twins."""
     with mock.patch.object(metal_runner, "metal", ops):
-        runner = switch_runner(state.site.switch)
+        runner = switch_runner(state.form.site.switch)
         kernels = runner.runner("metal")
         with mock.patch.object(runner, "partial_sum", kernels.partial_sum):
             yield
@@ -199,13 +199,14 @@ def measure_family(
         def run(block: nn.Module, x: mx.array = x) -> None:
             mx.eval(block(x))
 
-        difference = mx.abs(gather.holder(x) - block(x)).max() / mx.abs(block(x)).max()
+        theirs, found = block(x), gather.form.holder(x)
+        difference = mx.abs(found - theirs).max() / mx.abs(theirs).max()
         count = max(3, samples // max(1, num_tokens // 8))
         times = interleaved(
             {
                 "mlx-lm": lambda block=block: run(block),
-                "gather": lambda block=gather.holder: run(block),
-                "auto": lambda block=auto.holder: run(block),
+                "gather": lambda block=gather.form.holder: run(block),
+                "auto": lambda block=auto.form.holder: run(block),
             },
             count,
             WARMUP,
@@ -231,16 +232,16 @@ def counts(
     block: nn.Module, path: tuple[str, ...], state: BlockState, x: mx.array
 ) -> dict[str, Any]:
     """What does not depend on the machine."""
-    both = {"mlx_lm": block, "ours": state.holder}
+    both = {"mlx_lm": block, "ours": state.form.holder}
     found: dict[str, Any] = {}
     for name, module in both.items():
         found[f"primitives_{name}"] = primitives(module(x))
         found[f"calls_{name}"] = python_calls(lambda module=module: module(x))
     found["beside_mlx_lm"] = beside_the_experts(block, path, x)
     found["beside_ours"] = beside_our_experts(state, x)
-    found["syncs_gather"] = host_syncs(lambda: state.holder(x))
+    found["syncs_gather"] = host_syncs(lambda: state.form.holder(x))
     with kernels_as_ops(state):
-        found["syncs_metal"] = host_syncs(lambda: state.holder(x))
+        found["syncs_metal"] = host_syncs(lambda: state.form.holder(x))
     return found
 
 

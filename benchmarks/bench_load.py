@@ -140,7 +140,7 @@ def load_mlx_ep(group: mx.distributed.Group, path: str) -> tuple[Any, int | None
 
     for owner, name in (
         (calls, "prepare"), (loading.weights, "load_local"),
-        (install, "verify_blocks"), (install, "tune"),
+        (install, "find_forms"), (install, "tune"),
     ):  # fmt: skip
         setattr(owner, name, _timed(name, getattr(owner, name)))
     model, _ = mlx_ep.load(path, group)
@@ -151,7 +151,7 @@ def load_mlx_ep(group: mx.distributed.Group, path: str) -> tuple[Any, int | None
 PHASES = {
     "prepare": "check",
     "load_local": "read",
-    "verify_blocks": "try the blocks",
+    "find_forms": "try the blocks",
     "tune": "time the experts",
 }
 _SECONDS: dict[str, float] = {}

@@ -10,24 +10,13 @@ from importlib.metadata import version
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_ep.comm import (
-    Comm,
-    gather_objects,
-    note_progress,
-)
+from mlx_ep.comm import Comm, gather_objects, note_progress
 from mlx_ep.config import EPConfig
 from mlx_ep.cost.attention import REPLICATED, AttentionChoice
 from mlx_ep.exchange import STRATEGIES
-from mlx_ep.loading import (
-    Splitter,
-)
+from mlx_ep.loading import Splitter
 from mlx_ep.metrics import Counters, RankReport
-from mlx_ep.models import (
-    find_moe_sites,
-    install,
-    verify_blocks,
-)
-from mlx_ep.models.blocks import BlockState
+from mlx_ep.models import BlockState, find_forms, install
 from mlx_ep.models.tensor_parallel import connect
 from mlx_ep.moe import ExpertGroup, RoutingRecorder
 from mlx_ep.placement import Placement
@@ -72,7 +61,8 @@ class ExpertParallel:
     @property
     def per_slot_reasons(self) -> list[str]:
         """Why MoE layers exchange K outputs per token instead of their sum."""
-        found = {b.why_not_routed for b in self.blocks if b.tier == "per-slot"}
+        forms = [block.form for block in self.blocks]
+        found = {form.why_not_routed for form in forms if form.tier == "per-slot"}
         return sorted(found)
 
 
@@ -83,35 +73,42 @@ def install_experts(
     config: EPConfig,
     splitter: Splitter,
 ) -> nn.Module:
-    """Make a model expert-parallel whose switches hold this rank's experts."""
+    """Make a model expert-parallel whose switches hold this rank's experts.
+
+    First it is known how each block runs and what runs its experts and moves its rows;
+    then the group is made, with its strategy, and the blocks get it.
+    """
     note_progress("warmup")
-    shares_routing = _shares_routing(comm, config)
-    group = ExpertGroup.from_config(comm, placement, config, shares_routing)
-    connect(model, group.counted)
-    partial_shared = splitter.made.partial_shared
-    blocks = install(find_moe_sites(model), group, config.reduction, partial_shared)
-    verify_blocks(model, blocks)
-    layers = [
-        Layer(b.site.switch, b.probe.row_dtype, b.probe.top_k)
-        for b in blocks
-        if b.probe
-    ]
-    wish = Wish(config.runner, config.backend, config.warmup)
+    plain = STRATEGIES.create(config)  # what it needs is known without a mover
+    connect(model, comm)  # what is tried is not counted
+    forms = find_forms(
+        model,
+        comm,
+        is_sharded=plain.is_sharded,
+        partial_shared=splitter.made.partial_shared,
+    )
     policy = tune(
-        layers,
+        [
+            Layer(form.site.switch, form.probe.row_dtype, form.probe.top_k)
+            for form in forms
+            if form.probe
+        ],
         placement.num_experts,
         comm,
-        wish,
-        moves_rows=isinstance(group.strategy, MovesRows),
+        Wish(config.runner, config.backend, config.warmup),
+        moves_rows=isinstance(plain, MovesRows),
         placement=placement.slots,
     )
-    if policy.mover is not None:
-        strategy = STRATEGIES.create(config, policy.mover)
-        group = replace(group, strategy=strategy)
-        for block in blocks:
-            block.group = group
+    shares_routing = _shares_routing(comm, config)
+    group = ExpertGroup.from_config(
+        comm, placement, config, shares_routing, policy.mover
+    )
+    connect(model, group.counted)
     state = ExpertParallel(
-        group, blocks, policy.with_strategy(group.strategy), attention=splitter.choice
+        group,
+        install(forms, group, config.reduction),
+        policy.with_strategy(group.strategy),
+        attention=splitter.choice,
     )
     model.expert_parallel = state
     if reasons := state.per_slot_reasons:
@@ -120,7 +117,7 @@ def install_experts(
             f"sum, K times the bytes, because {'; '.join(reasons)}.",
             stacklevel=3,
         )
-    if shares_routing and any(block.probe is None for block in blocks):
+    if shares_routing and any(form.probe is None for form in forms):
         warnings.warn(
             f"{type(model).__module__} keeps its routing inside its MoE blocks: rank "
             "0's routing cannot be sent to all, and ranks that round differently may "

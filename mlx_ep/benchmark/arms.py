@@ -20,8 +20,7 @@ from mlx_ep.benchmark.shapes import LayerShape, NumberFormat, why_no_tensor_para
 from mlx_ep.comm import GroupComm
 from mlx_ep.config import EPConfig
 from mlx_ep.metrics import STAGES, StageTimings
-from mlx_ep.models import find_moe_sites, install, verify_blocks
-from mlx_ep.models.blocks import BlockState
+from mlx_ep.models import BlockState, find_forms, install
 from mlx_ep.moe import ExpertGroup
 from mlx_ep.placement import Placement
 from mlx_ep.tune import Layer, Wish, tune
@@ -256,8 +255,9 @@ def build_arms(
             group = ExpertGroup.from_config(comm, placement, config)
             block = block_of(switch)
             model = OneLayer(block, shape.width, dtype)
-            (state,) = install(find_moe_sites(model), group, "partial_sum")
-            verify_blocks(model, [state])
+            is_sharded = group.strategy.is_sharded
+            forms = find_forms(model, comm, is_sharded=is_sharded)
+            (state,) = install(forms, group, "partial_sum")
             held = weight_bytes(switch)
             arms.append(LayerArm(name, runner, block, held, comm, group, state))
     return arms

@@ -1,6 +1,7 @@
 """The MoE blocks of mlx-lm models, found by structure and made expert-parallel."""
 
-from mlx_ep.models.blocks import install, verify_blocks
+from mlx_ep.models.block_form import BlockForm, find_forms
+from mlx_ep.models.blocks import BlockState, install
 from mlx_ep.models.families import (
     FAMILIES,
     Family,
@@ -15,11 +16,14 @@ from mlx_ep.models.tensor_names import ExpertTensor, expert_tensor
 from mlx_ep.models.tensor_parallel import tensor_problem
 
 __all__ = [
+    "BlockForm",
+    "BlockState",
     "FAMILIES",
     "ExpertTensor",
     "Family",
     "MoESite",
     "expert_tensor",
+    "find_forms",
     "find_moe_sites",
     "install",
     "keep_experts",
@@ -28,6 +32,5 @@ __all__ = [
     "stack_shape",
     "stack_tensors",
     "tensor_problem",
-    "verify_blocks",
     "why_not_here",
 ]

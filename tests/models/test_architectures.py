@@ -247,7 +247,7 @@ def test_identity_experts_are_found_with_any_weights(seed: int) -> None:
     config = ARCHITECTURES["longcat_flash"]
     expected = architectures.logits(architectures.make_model(config, seed))
     model = mlx_ep.parallelize(architectures.make_model(config, seed))
-    assert {block.tier for block in model.expert_parallel.blocks} == {"routed"}
+    assert {block.form.tier for block in model.expert_parallel.blocks} == {"routed"}
     found = architectures.logits(model)
     limit = TOLERANCE * float(np.abs(expected).max())
     np.testing.assert_allclose(found, expected, rtol=0, atol=limit)

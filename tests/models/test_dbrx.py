@@ -103,7 +103,7 @@ def test_a_loaded_model_is_parallelized(quantize: bool) -> None:
         model, _ = quantize_model(model, dict(CONFIG), **AFFINE)
     expected = logits(model)
     model = mlx_ep.parallelize(model)
-    assert {block.tier for block in model.expert_parallel.blocks} == {"routed"}
+    assert {block.form.tier for block in model.expert_parallel.blocks} == {"routed"}
     np.testing.assert_allclose(logits(model), expected, rtol=0, atol=1e-5)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -11,10 +10,10 @@ import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchGLU
 
-import mlx_ep
 from mlx_ep.comm import GroupComm
-from mlx_ep.models import blocks, routing_probe
+from mlx_ep.models import find_forms, routing_probe
 from mlx_ep.models.block_call import BlockCall
+from mlx_ep.models.block_form import agree_forms
 from mlx_ep.models.partial_sum import PartialSum, find_partial_sum
 from mlx_ep.models.routing_probe import IdentityProbe, StandInProbe, find_probe
 from tests.support import tiny
@@ -285,22 +284,35 @@ class _OtherRank(GroupComm):
 
 
 def test_ranks_that_disagree_take_the_way_that_needs_no_check() -> None:
-    model = mlx_ep.parallelize(tiny.make_model(tiny.QWEN3_MOE))
-    states = model.expert_parallel.blocks
-    for state in states:
-        state.group = replace(state.group, comm=_OtherRank(mx.distributed.init()))
-    blocks._agree(states)
-    for state in states:
-        assert state.tier == "per-slot"
-        assert state.why_not_routed == "the ranks' checks of it disagree"
+    model = tiny.make_model(tiny.QWEN3_MOE)
+    comm = _OtherRank(mx.distributed.init())
+    for form in find_forms(model, comm, is_sharded=False):
+        assert form.tier == "per-slot"
+        assert form.why_not_routed == "the ranks' checks of it disagree"
 
 
 def test_blocks_of_one_class_share_the_lowest_tier() -> None:
-    model = mlx_ep.parallelize(tiny.make_model(tiny.QWEN3_MOE))
-    first, second = model.expert_parallel.blocks
+    model = tiny.make_model(tiny.QWEN3_MOE)
+    comm = GroupComm(mx.distributed.init())
+    first, second = find_forms(model, comm, is_sharded=False)
+    assert (first.tier, second.tier) == ("routed", "routed")
     way = PartialSum(in_block=False, shared_once=True)
-    first.probe, first.partial_sum, first.why_not_routed = None, way, "a reason"
-    blocks._agree([first, second])
-    for state in (first, second):
-        assert (state.tier, state.partial_sum) == ("partial-sum", way)
-        assert state.why_not_routed == "a reason"
+    first = first.lowered("partial-sum", way, "a reason")
+    for form in agree_forms([first, second], comm):
+        assert (form.tier, form.partial_sum) == ("partial-sum", way)
+        assert form.why_not_routed == "a reason"
+
+
+def test_blocks_are_tried_on_a_model_that_stays_as_it_is() -> None:
+    """Also where the trial fails."""
+    model = tiny.make_model(tiny.QWEN3_MOE)
+    comm = GroupComm(mx.distributed.init())
+    before = {path: type(module) for path, module in model.named_modules()}
+    find_forms(model, comm, is_sharded=False)
+    model.lm_head = None
+    with pytest.raises(TypeError):
+        find_forms(model, comm, is_sharded=False)
+    del model.lm_head
+    after = {path: type(module) for path, module in model.named_modules()}
+    assert after == {path: kind for path, kind in before.items() if path != "lm_head"}
+    assert not any(hasattr(m, "expert_parallel") for m in model.modules())

@@ -137,6 +137,8 @@ def answers_on_rank(group, num_prompts, max_tokens, runs):
         counters = model.expert_parallel.counters
         pairs = counters.pairs_computed, counters.pairs_routed
         results.append((answers, *pairs, placement.slots.num_experts - EXPERTS))
+    # mlx-lm has begun the step after the last token, which needs all ranks.
+    model.expert_parallel.group.comm.barrier()
     return results
 
 

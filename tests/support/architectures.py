@@ -28,7 +28,7 @@ from mlx_lm.utils import _get_classes, load_model, quantize_model, save_model
 
 import mlx_ep
 from mlx_ep.config import EPConfig
-from mlx_ep.models import blocks, find_moe_sites, keep_experts, stack_experts
+from mlx_ep.models import block_form, find_moe_sites, keep_experts, stack_experts
 from tests.support import tiny
 from tests.support.hub_layouts import HUB_LAYOUTS
 from tests.support.metal_stand_in import metal_stand_in
@@ -83,7 +83,7 @@ class Measured:
         difference: the largest of a logit to mlx-lm's in one process.
         half_error: of a checkpoint in half precision, see `Saved.error`.
         digest: of the logits' bits.
-        tiers: of its MoE blocks, see `BlockState.tier`.
+        tiers: of its MoE blocks, see `BlockForm.tier`.
         in_block: whether the blocks' own code adds the ranks' parts.
         reasons: why blocks are not in the tier ``routed``.
         warned: whether a warning said that K outputs per token travel.
@@ -253,15 +253,15 @@ def measure(group: mx.distributed.Group, jobs: list[Job]) -> list[list[Measured]
 
 @contextmanager
 def _best_tier(tier: str) -> Iterator[None]:
-    names = ("find_probe", "find_partial_sum")[: blocks.TIERS.index(tier)]
-    before = {name: getattr(blocks, name) for name in names}
+    names = ("find_probe", "find_partial_sum")[: block_form.TIERS.index(tier)]
+    before = {name: getattr(block_form, name) for name in names}
     for name in names:
-        setattr(blocks, name, lambda *_: (None, "it was not looked for"))
+        setattr(block_form, name, lambda *_: (None, "it was not looked for"))
     try:
         yield
     finally:
         for name, function in before.items():
-            setattr(blocks, name, function)
+            setattr(block_form, name, function)
 
 
 def _measure(group: mx.distributed.Group, one: Saved, config: EPConfig) -> Measured:
@@ -274,13 +274,14 @@ def _measure(group: mx.distributed.Group, one: Saved, config: EPConfig) -> Measu
         return Measured(error=f"{type(error).__name__}: {error}")
     state = model.expert_parallel
     report = state.reports[group.rank()]
+    forms = [block.form for block in state.blocks]
     return Measured(
         difference=float(np.abs(found - one.expected).max()),
         half_error=one.error(found) if one.is_half else 0.0,
         digest=hashlib.sha256(found.tobytes()).hexdigest(),
-        tiers=sorted({block.tier for block in state.blocks}),
-        in_block=any(b.partial_sum and b.partial_sum.in_block for b in state.blocks),
-        reasons=sorted({b.why_not_routed for b in state.blocks} - {""}),
+        tiers=sorted({form.tier for form in forms}),
+        in_block=any(form.partial_sum and form.partial_sum.in_block for form in forms),
+        reasons=sorted({form.why_not_routed for form in forms} - {""}),
         warned=any("K outputs per token travel" in str(w.message) for w in caught),
         read_bytes=report.read_bytes,
         held_bytes=report.held_bytes,

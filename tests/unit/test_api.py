@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -12,12 +14,15 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_ep
+from mlx_ep.api import install
 from mlx_ep.config import EPConfig
 from mlx_ep.loading import MemoryNeed, find_model, memory_problems
 from mlx_ep.metrics import RankReport
-from mlx_ep.models import find_moe_sites, routing_probe
-from mlx_ep.models.blocks import BlockState
+from mlx_ep.models import BlockState, find_moe_sites, routing_probe
 from mlx_ep.models.routing_probe import IdentityProbe, StandInProbe
+from mlx_ep.moe import ExpertGroup
+from mlx_ep.rows import Mover
+from mlx_ep.tune import ModelPolicy, tune
 from tests.support import tiny
 
 
@@ -126,8 +131,8 @@ def test_a_block_runs_once_per_call(config: dict) -> None:
     model = mlx_ep.parallelize(tiny.make_model(config))
     calls: dict[str, int] = {}
     for block in model.expert_parallel.blocks:
-        assert type(block.probe) is StandInProbe, block.why_not_routed
-        assert block.probe.top_k == 3
+        assert type(block.form.probe) is StandInProbe, block.form.why_not_routed
+        assert block.form.probe.top_k == 3
         _count_calls(block, calls)
     mx.eval(model(mx.array([[5, 6, 7]])))
     assert calls == dict.fromkeys(calls, 1)
@@ -135,7 +140,7 @@ def test_a_block_runs_once_per_call(config: dict) -> None:
 
 
 def _count_calls(block: BlockState, calls: dict[str, int]) -> None:
-    path, code = block.site.path, block.block_class.__call__
+    path, code = block.form.site.path, block.block_class.__call__
 
     def counted(self: object, *args: object) -> mx.array:
         calls[path] = calls.get(path, 0) + 1
@@ -163,10 +168,10 @@ def test_routing_is_found_by_structure(
     monkeypatch.setattr(routing_probe, "_takes_stand_in", lambda *_: False)
     model = mlx_ep.parallelize(tiny.make_model(config))
     for block in model.expert_parallel.blocks:
-        assert type(block.probe) is IdentityProbe, block.why_not_routed
-        assert block.probe.width == width
-        assert block.probe.has_shared == has_shared
-        assert block.probe.top_k == 3
+        assert type(block.form.probe) is IdentityProbe, block.form.why_not_routed
+        assert block.form.probe.width == width
+        assert block.form.probe.has_shared == has_shared
+        assert block.form.probe.top_k == 3
     found = model(mx.array([[5, 6, 7]]))
     np.testing.assert_allclose(np.array(found), np.array(expected), atol=1e-4)
 
@@ -210,3 +215,28 @@ def test_every_public_name_is_there() -> None:
 def test_all_to_all_of_one_rank_is_the_identity() -> None:
     x = mx.arange(6).reshape(3, 2)
     assert mlx_ep.all_to_all(x).tolist() == x.tolist()
+
+
+def test_what_moves_rows_is_given_when_the_group_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One group, one strategy of it, and a trial of the blocks before both."""
+    mover, made = Mover(), []
+
+    def tuned(*args: Any, **settings: Any) -> ModelPolicy:
+        assert not made and settings["moves_rows"]
+        return replace(tune(*args, **settings), mover=mover)
+
+    from_config = ExpertGroup.from_config
+
+    def make(*args: Any) -> ExpertGroup:
+        made.append(from_config(*args))
+        return made[-1]
+
+    monkeypatch.setattr(install, "tune", tuned)
+    monkeypatch.setattr(ExpertGroup, "from_config", make)
+    config = EPConfig(strategy="all_to_all")
+    model = mlx_ep.parallelize(tiny.make_model(tiny.QWEN3_MOE), config=config)
+    assert len(made) == 1
+    assert made[0].strategy.mover is mover
+    assert all(block.group is made[0] for block in model.expert_parallel.blocks)

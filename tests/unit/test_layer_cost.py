@@ -28,7 +28,7 @@ def test_a_layer_on_one_rank_costs_little_more_than_the_block(family: str) -> No
     # The weighting of the outputs has one more: gates are [T, K] in between.
     assert found["primitives_ours"] <= found["primitives_mlx_lm"] + more + 1
     assert found["syncs_gather"] == found["syncs_metal"] == 0
-    assert mx.array_equal(state.holder(x), block(x))  # float32: the same bits
+    assert mx.array_equal(state.form.holder(x), block(x))  # float32: the same bits
 
 
 def test_waits_are_counted_once_per_array() -> None:
