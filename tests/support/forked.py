@@ -1,25 +1,30 @@
-"""Ranks forked from one process that has imported MLX, mlx-lm and this package.
+"""Python processes forked from one that has imported MLX, mlx-lm and this package.
 
-Importing them takes 2 seconds of a core for every rank, and 4 more where shapes are
-checked; a fork takes none of it. That process has no threads and no group, so that a
-rank has nothing but modules from it. Ranks of commands are never forked: they show what
-a user starts.
+Importing them takes 1.3 seconds of a core for every process, and 4 more where shapes
+are checked; a fork takes none of it. What a fork cannot show is a start from nothing:
+imports in another order, and sets that each process orders in its own way. Tests of
+that start an interpreter (`run_commands(..., forks=False)`, `mlx.launch`, `mpirun`).
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
-from collections.abc import Callable, Mapping
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from functools import cache
-from multiprocessing import forkserver
 from pathlib import Path
-from unittest import mock
+from typing import IO
 
+from tests.support.fork_server import HEADER
 from tests.support.launchers import rank_environment
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-# Read where they are used, not when a module is imported: they may differ by rank.
+# Read where they are used, not when a module is imported: they may differ by process.
 _READ_LATER = {
     "MLX_EP_BACKEND",
     "MLX_HOSTFILE",
@@ -30,61 +35,114 @@ _READ_LATER = {
 _VARIABLES = rank_environment(None)  # with which everything is imported
 
 
-class ForkedRank:
-    """A rank, with as much of subprocess.Popen as `tests.support.ranks` uses."""
+class ForkedProcess:
+    """A forked process, with what tests use of `subprocess.Popen`."""
 
     def __init__(
         self,
-        main: Callable[[Path], None],
-        directory: Path,
+        argv: Sequence[str],
         environment: Mapping[str, str],
+        files: Sequence[IO[bytes]],
+        checks_shapes: bool = False,
     ) -> None:
-        arguments = (main, directory, dict(environment), os.getcwd())
-        self._process = _CONTEXT.Process(target=_run, args=arguments)
-        self._process.start()
+        """Start it.
 
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
+        Args:
+            argv: a command line that `can_fork` allows.
+            environment: likewise.
+            files: its stdin, stdout and stderr.
+            checks_shapes: whether shapes are checked in this package.
+        """
+        self.args = argv
+        self.returncode: int | None = None
+        request = {
+            "argv": list(argv[1:]),
+            "environment": dict(environment),
+            "directory": os.getcwd(),
+        }
+        data = json.dumps(request).encode()
+        self._status, theirs = os.pipe()
+        server, _ = _server("checked" if checks_shapes else "plain")
+        numbers = [file.fileno() for file in files]
+        socket.send_fds(server, [HEADER.pack(len(data))], [*numbers, theirs])
+        server.sendall(data)
+        os.close(theirs)
+        self._text = b""
+        pid = self._line(None)
+        assert pid is not None  # without a timeout
+        self.pid = pid
+
+    def _line(self, timeout: float | None) -> int | None:
+        """The next number that the server says of this process."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while b"\n" not in self._text:
+            left = None if deadline is None else max(deadline - time.monotonic(), 0)
+            if not select.select([self._status], [], [], left)[0]:
+                return None
+            data = os.read(self._status, 64)
+            if not data:
+                raise RuntimeError("the process from which others are forked is gone")
+            self._text += data
+        line, _, self._text = self._text.partition(b"\n")
+        return int(line)
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        """The exit code, or None while it runs."""
+        return self._ended(0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, when it has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: it did not within `timeout` seconds.
+        """
+        code = self._ended(timeout)
+        if code is None:
+            assert timeout is not None
+            raise subprocess.TimeoutExpired(list(self.args), timeout)
+        return code
+
+    def _ended(self, timeout: float | None) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._line(timeout)
+            if self.returncode is not None:
+                os.close(self._status)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
-        self._process.kill()
-
-    def wait(self) -> None:
-        self._process.join()
+        """Kill it, unless it has ended."""
+        self.send_signal(signal.SIGKILL)
 
 
-def can_fork(environment: Mapping[str, str]) -> bool:
-    """Whether ranks with these variables can be forked; has all imported if they can.
+def can_fork(argv: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Whether a command line with these variables can run in a fork.
 
-    Only in a test: a benchmark must not run with checks of shapes.
+    Only in a test: what is timed elsewhere is a process of its own.
     """
     names = (environment.keys() | _VARIABLES.keys()) - _READ_LATER
-    if "PYTEST_CURRENT_TEST" not in os.environ or any(
-        environment.get(name) != _VARIABLES.get(name) for name in names
-    ):
-        return False
-    _import_once()
-    return True
+    return (
+        "PYTEST_CURRENT_TEST" in os.environ
+        and argv[0] == sys.executable
+        and (argv[1] in ("-m", "-c") or argv[1].endswith(".py"))
+        and all(environment.get(name) == _VARIABLES.get(name) for name in names)
+    )
 
 
 @cache
-def _import_once() -> None:
-    _CONTEXT.set_forkserver_preload(["tests.support.preloaded"])
-    with mock.patch.dict(os.environ, _VARIABLES, clear=True):
-        forkserver.ensure_running()
-    first = _CONTEXT.Process(target=int)  # it runs when all has been imported
-    first.start()
-    first.join()
-
-
-def _run(
-    main: Callable[[Path], None], directory: Path, environment: dict[str, str], cwd: str
-) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(cwd)
-    main(directory)
+def _server(kind: str) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """The socket of a server that has imported everything, and the server."""
+    ours, theirs = socket.socketpair()
+    script = Path(__file__).with_name("fork_server.py")
+    process = subprocess.Popen(
+        [sys.executable, str(script), kind, str(theirs.fileno())],
+        env=_VARIABLES,
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+    )
+    theirs.close()
+    return ours, process

@@ -1,18 +1,27 @@
-"""What the process of `forked.py` has imported before ranks are forked from it."""
+"""What a process of `fork_server.py` has imported before others are forked from it."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 
-from jaxtyping import install_import_hook
 
-# Shapes are checked as pytest checks them in its own process.
-install_import_hook("mlx_ep", "beartype.beartype")
+def import_all(checks_shapes: bool) -> None:
+    """Import this package and what it uses.
 
-import mlx_ep  # noqa: E402
-import tests.support.tiny  # noqa: E402, F401
+    Args:
+        checks_shapes: as pytest checks them in its own process.
+    """
+    if checks_shapes:
+        from jaxtyping import install_import_hook
 
-for module in pkgutil.walk_packages(mlx_ep.__path__, "mlx_ep."):
-    if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
+        install_import_hook("mlx_ep", "beartype.beartype")
+    import mlx_lm.server  # noqa: F401
+    from transformers import AutoTokenizer  # noqa: F401
+
+    import mlx_ep
+    import tests.support.tiny  # noqa: F401
+
+    for module in pkgutil.walk_packages(mlx_ep.__path__, "mlx_ep."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)

@@ -4,9 +4,9 @@
 a command line on every rank. Neither goes through `mlx.launch`, which returns 0
 even when every rank fails.
 
-In a test, ranks over the ring are forked (`tests/support/forked.py`) and check all
-shapes; over MPI they start from nothing, and rank 0 checks those of the rooms in
-`CHECKED`.
+In a test, ranks over the ring and commands are forked (`tests/support/forked.py`), and
+ranks of `run_ranks` check all shapes; over MPI they start from nothing, and rank 0
+checks those of the rooms in `CHECKED`.
 
 pytest is not needed here.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import multiprocessing
 import os
 import pickle
 import signal
@@ -29,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from tests.support.forked import ForkedRank, can_fork
+from tests.support.forked import ForkedProcess, can_fork
 from tests.support.launchers import (
     mpirun_command,
     rank_environment,
@@ -38,6 +37,7 @@ from tests.support.launchers import (
 
 __all__ = [
     "RankOutcome",
+    "Process",
     "RanksError",
     "StartedCommands",
     "run_commands",
@@ -52,6 +52,9 @@ GRACE_SECONDS = 1.5
 
 # The rooms whose arrays travel between ranks: their shapes are checked over MPI too.
 CHECKED = [f"mlx_ep.{room}" for room in ("types", "rows", "experts", "exchange", "moe")]
+
+
+Process = subprocess.Popen[bytes] | ForkedProcess
 
 
 class RanksError(RuntimeError):
@@ -69,9 +72,9 @@ class RankOutcome:
 
 @dataclass
 class StartedCommands:
-    """Running ranks; `processes[rank]` is the Popen object of a rank."""
+    """Running ranks; `processes[rank]` is the process of a rank."""
 
-    processes: list[subprocess.Popen[bytes]]
+    processes: list[Process]
     directory: Path
     _files: list[IO[bytes]] = field(default_factory=list)
 
@@ -170,17 +173,19 @@ def run_commands(
     timeout: float = 60.0,
     env: Mapping[str, str] | None = None,
     stdin: str | None = None,
+    forks: bool = True,
 ) -> list[RankOutcome]:
     """Run the command line `argv` on every rank and return how each one ended.
 
     Args:
         argv: the command; start it with `sys.executable` for a Python module.
         stdin: text that every rank reads, as `mlx.launch` hands it to all.
+        forks: False: every rank starts an interpreter, as a user's does.
 
     Raises:
         RanksError: not all ranks ended within `timeout` seconds.
     """
-    with start_commands(num_ranks, argv, transport, env, stdin) as started:
+    with start_commands(num_ranks, argv, transport, env, stdin, forks) as started:
         return started.wait(timeout)
 
 
@@ -191,6 +196,7 @@ def start_commands(
     transport: str = "ring",
     env: Mapping[str, str] | None = None,
     stdin: str | None = None,
+    forks: bool = True,
 ) -> Iterator[StartedCommands]:
     """Start `argv` on every rank; ranks still running at the end are killed."""
     if transport != "ring":
@@ -208,10 +214,13 @@ def start_commands(
                     for stream in ("stdout", "stderr")
                 ]
                 started._files += files
+                environment = rank_environment(env) | variables
                 started.processes.append(
-                    subprocess.Popen(
+                    ForkedProcess(argv, environment, files)
+                    if forks and can_fork(argv, environment)
+                    else subprocess.Popen(
                         list(argv),
-                        env=rank_environment(env) | variables,
+                        env=environment,
                         stdin=files[0],
                         stdout=files[1],
                         stderr=files[2],
@@ -237,22 +246,23 @@ def _run_job(
     environment = rank_environment(env)
     if not checks_shapes:
         environment.pop("PYTEST_CURRENT_TEST", None)
-    is_forked = checks_shapes and transport == "ring" and can_fork(environment)
+    is_forked = checks_shapes and transport == "ring" and can_fork(command, environment)
     deadline = time.monotonic() + timeout
     with (directory / "launcher").open("wb") as log:
         # mlx 0.32.4 under mpirun -n 1 calls MPI_Init and never MPI_Finalize, which
         # mpirun reports as a failure: one rank needs no launcher anyway.
-        processes: list[subprocess.Popen[bytes] | ForkedRank]
+        processes: list[Process]
         if transport == "ring" or (transport == "mpi" and num_ranks == 1):
             environments = [
                 environment | variables
                 for variables in ring_variables(num_ranks, directory)
             ]
             if is_forked:
-                processes = [
-                    ForkedRank(_rank_main, directory, variables)
-                    for variables in environments
-                ]
+                with Path(os.devnull).open("rb") as nothing:
+                    processes = [
+                        ForkedProcess(command, variables, (nothing, log, log), True)
+                        for variables in environments
+                    ]
             else:
                 processes = [
                     subprocess.Popen(
@@ -298,9 +308,7 @@ def _run_job(
     return problem
 
 
-def _stop(
-    pids: Sequence[int], processes: Sequence[subprocess.Popen[bytes] | ForkedRank]
-) -> None:
+def _stop(pids: Sequence[int], processes: Sequence[Process]) -> None:
     """Ask the ranks among `pids` for their stacks, then kill what still runs."""
     if any(process.poll() is None for process in processes):
         for pid in pids:
@@ -347,7 +355,7 @@ def _rank_main(directory: Path) -> None:
         sys.path[:] = path
         import mlx.core as mx
 
-        is_forked = multiprocessing.parent_process() is not None
+        is_forked = "mlx_ep.api" in sys.modules
         if rank == 0 and os.environ.get("PYTEST_CURRENT_TEST") and not is_forked:
             from jaxtyping import install_import_hook
 

@@ -1,0 +1,122 @@
+"""A process from which others are forked: run as a script by `forked.py`.
+
+It imports everything, and then answers requests on a socket: a command line, variables,
+a folder, and four open files (stdin, stdout, stderr, and where to say how it ended). A
+child runs the command line as a Python started with it would, to the interpreter's own
+end. No thread runs here, and no random number has been drawn.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import struct
+import sys
+import types
+from typing import Any
+
+HEADER = struct.Struct("!I")  # bytes of the request that follows
+NUM_FILES = 4
+
+
+def serve(control: socket.socket) -> list[str]:
+    """Fork for every request; returns in each child, with what it is to run."""
+    status_of: dict[int, int] = {}
+    woken, wakes = os.pipe()
+    os.set_blocking(wakes, False)
+    signal.set_wakeup_fd(wakes)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    # Ctrl-C in a terminal is for pytest, which ends its children by itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    selector = selectors.DefaultSelector()
+    selector.register(control, selectors.EVENT_READ)
+    selector.register(woken, selectors.EVENT_READ)
+    while True:
+        ready = {key.fileobj for key, _ in selector.select()}
+        if woken in ready:
+            os.read(woken, 4096)
+            _report_ended(status_of)
+        if control not in ready:
+            continue
+        header, files, *_ = socket.recv_fds(control, HEADER.size, NUM_FILES)
+        if not header:
+            sys.exit()  # pytest is gone
+        request = json.loads(_read(control, HEADER.unpack(header)[0]))
+        pid = os.fork()
+        if pid == 0:
+            selector.close()
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for end in (woken, wakes, *status_of.values()):
+                os.close(end)
+            control.close()
+            return _become(request, files)
+        for file in files[:3]:
+            os.close(file)
+        status_of[pid] = files[3]
+        os.write(files[3], b"%d\n" % pid)
+
+
+def _read(control: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        data += control.recv(size - len(data))
+    return data
+
+
+def _report_ended(status_of: dict[int, int]) -> None:
+    while status_of:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            return
+        file = status_of.pop(pid)
+        os.write(file, b"%d\n" % os.waitstatus_to_exitcode(status))
+        os.close(file)
+
+
+def _become(request: dict[str, Any], files: list[int]) -> list[str]:
+    for number, file in enumerate(files[:3]):
+        os.dup2(file, number)
+    for file in files:
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["directory"])
+    argv: list[str] = request["argv"]
+    return argv
+
+
+def run(argv: list[str]) -> None:
+    """What ``python ARGV...`` does: ``-m MODULE``, ``-c CODE`` or a script."""
+    what, *rest = argv
+    if what == "-m":
+        sys.path[0] = os.getcwd()
+        sys.argv = rest
+        # Else runpy warns that it runs a module that has been imported.
+        if not hasattr(sys.modules.get(rest[0]), "__path__"):
+            sys.modules.pop(rest[0], None)
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif what == "-c":
+        sys.path[0] = ""
+        sys.argv = ["-c", *rest[1:]]
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), vars(main))
+    else:
+        sys.path[0] = os.path.dirname(os.path.abspath(what))
+        sys.argv = argv
+        runpy.run_path(what, run_name="__main__")
+
+
+if __name__ == "__main__":
+    from tests.support.preloaded import import_all
+
+    import_all(checks_shapes=sys.argv[1] == "checked")
+    gc.collect()
+    gc.freeze()  # no collection in a child touches, and copies, what is imported
+    run(serve(socket.socket(fileno=int(sys.argv[2]))))
