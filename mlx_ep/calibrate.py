@@ -21,6 +21,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ep import cli
 from mlx_ep.comm import Comm, gather_objects
+from mlx_ep.cost.plausible import implausible
 from mlx_ep.cost.profile import Profile, from_json, slowest, to_json, write_profile
 from mlx_ep.cost.profile_store import store_profile
 from mlx_ep.cost.profile_table import profile_table
@@ -106,7 +107,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="Seconds instead of a minute: small experts, few samples. To try it out.",
+        help="Seconds instead of a minute: small experts, few samples. To try it out: "
+        "without --output it goes where no command looks for a profile.",
     )
     return parser
 
@@ -369,10 +371,14 @@ def main() -> None:
         if comm.rank == 0:
             file = args.output
             if file is None:
-                file = store_profile(profile, cache_folder(), comm.transport, chips)
+                file = store_profile(
+                    profile, cache_folder(), comm.transport, chips, quick=args.quick
+                )
             else:
                 write_profile(profile, file)
             print(profile_table(profile))
+            for line in implausible(profile):
+                print(f"IMPLAUSIBLE: {line}")
             print(f"\n{profile.note}\nwritten to {file}", flush=True)
 
     cli.run(make_parser(), body)

@@ -28,10 +28,20 @@ def profile_file(folder: Path, transport: str, chips: Sequence[str]) -> Path:
 
 
 def store_profile(
-    profile: Profile, folder: Path, transport: str, chips: Sequence[str]
+    profile: Profile,
+    folder: Path,
+    transport: str,
+    chips: Sequence[str],
+    quick: bool = False,
 ) -> Path:
-    """Keep what was measured on a cluster; arguments as of `profile_file`."""
+    """Keep what was measured on a cluster; other arguments as of `profile_file`.
+
+    Args:
+        quick: of few samples: kept beside the others, where nothing looks for it.
+    """
     file = profile_file(folder, transport, chips)
+    if quick:
+        file = file.parent.parent / "profiles-quick" / file.name
     write_profile(profile, file)
     return file
 

@@ -19,6 +19,7 @@ from mlx_ep.cost.attention import (
     choose_attention,
     cluster_speeds,
 )
+from mlx_ep.cost.plausible import implausible
 from mlx_ep.cost.profile import Profile, find_profile, shipped_profiles
 from mlx_ep.cost.profile_store import find_calibrated
 from mlx_ep.loading.memory import MemoryNeed, memory_problems
@@ -110,6 +111,8 @@ def known_speeds(chips: Sequence[str], rank: int, transport: str) -> Speeds:
 
 def _speeds(profile: Profile, transport: str, num_ranks: int) -> Speeds:
     source = f"{profile.kind}: {profile.name}"
+    if problems := implausible(profile):
+        source += f", implausible: {problems[0]}"
     links = [link for link in profile.links.values() if link.transport == transport]
     latency = ASSUMED.latency
     if links:

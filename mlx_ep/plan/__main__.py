@@ -13,6 +13,7 @@ from textwrap import fill
 from typing import Any
 
 from mlx_ep import cli
+from mlx_ep.cost.plausible import implausible
 from mlx_ep.loading.caches import cache_growth
 from mlx_ep.loading.estimate import rank_outline
 from mlx_ep.loading.sizes import held_bytes
@@ -55,10 +56,21 @@ def plan_text(plan: Plan, name: str) -> str:
         ]
     if plan.speeds:
         text = speeds_text(plan.speeds, plan.profiles, workload.context)
-        lines += ["", text]
+        lines += ["", text, *_warnings(plan)]
     else:
         lines += ["", f"Speeds: {plan.no_speeds}."]
     return "\n".join(map(_wrapped, "\n".join(lines).split("\n")))
+
+
+def _warnings(plan: Plan) -> list[str]:
+    """Of measured profiles whose numbers cannot be right."""
+    return [
+        f"WARNING: the profile {profile.name} is implausible, measure it again with "
+        f"mlx_ep.calibrate: {problems[0]}"
+        + (f"; and {len(problems) - 1} more" if len(problems) > 1 else "")
+        for profile in {p.name: p for p in plan.profiles}.values()
+        if (problems := implausible(profile))
+    ]
 
 
 def _wrapped(line: str) -> str:

@@ -79,7 +79,10 @@ def test_speeds_of_a_calibrated_cluster(
     # m3-ultra's ring of 2: two messages of 288 us and a crossing of 180 us, 16 KB.
     assert speeds.latency == pytest.approx(2 * 288e-6 + 180e-6, rel=0.02)
     assert speeds.is_measured
-    assert "2 x Chip, ring" in speeds.source
+    assert "2 x Chip, ring" in speeds.source and "implausible" not in speeds.source
+    _write(tmp_path, "odd", ["Odd"] * 2, memory_bandwidth=5.0)
+    odd = known_speeds(["Odd"] * 2, 0, "ring")
+    assert "implausible: memory_bandwidth = 5: must be from" in odd.source
     # Other chips, ranks or cables are another cluster.
     assert known_speeds(["Other"] * 2, 0, "ring") == ASSUMED
     assert known_speeds(["Chip"] * 3, 0, "ring") == ASSUMED

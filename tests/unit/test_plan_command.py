@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlx_ep.cost.profile import find_profile
+from mlx_ep.cost.profile import find_profile, write_profile
 from mlx_ep.loading.estimate import RankNeed
 from mlx_ep.placement import read_placement
 from mlx_ep.plan import __main__ as command
@@ -233,3 +234,13 @@ def test_missing_bytes() -> None:
     assert RankNeed(**values).missing_bytes == 0
     assert RankNeed(**values, memory=16).missing_bytes == -1
     assert RankNeed(**values, memory=14).missing_bytes == 1
+
+
+def test_a_profile_that_cannot_be_right_is_warned_of(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "profile.json"
+    write_profile(replace(find_profile("m3-ultra"), sync_seconds=3.0), file)
+    flags = ("--model", "jargon-moe", "--ranks", "2", "--profile", str(file))
+    code, text = _run(monkeypatch, capsys, *flags)
+    assert code == 0, text
+    assert "is implausible, measure it again" in " ".join(text.split())
+    assert "sync_seconds = 3: must be from 1e-07 to 0.05" in " ".join(text.split())
