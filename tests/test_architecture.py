@@ -77,7 +77,7 @@ MAY_IMPORT = {
         "cli", "config", "cost", "loading", "metrics", "models", "placement",
         "simulate", "tune",
     },
-    "simulate": {"types", "config", "cost", "exchange", "loading", "measure"},
+    "simulate": {"types", "cli", "config", "cost", "exchange", "loading", "measure"},
     "benchmark": {
         "types", "api", "cli", "comm", "config", "cost", "data_parallel", "exchange",
         "loading", "measure", "metrics", "models", "moe", "placement", "tune",

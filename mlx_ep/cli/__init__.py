@@ -1,53 +1,110 @@
-"""What commands share: flags, starting on all ranks, sampling, checks, reports."""
+"""What commands share: flags, starting on all ranks, sampling, checks, reports.
 
-from mlx_ep.cli.checks import (
-    check_cache,
-    check_cache_flags,
-    check_for_model,
-    check_sampling,
-)
-from mlx_ep.cli.flags import (
-    PLACEMENT,
-    add_config_flags,
-    add_ep_flags,
-    add_model_flags,
-    add_ranks_flag,
-    check_strategy,
-)
-from mlx_ep.cli.generation import (
-    KV_BITS,
-    KV_GROUP_SIZES,
-    add_cache_flags,
-    add_sampling_flags,
-    cache_options,
-    rank_sampler,
-    seed_ranks,
-    shared_sampler,
-)
-from mlx_ep.cli.inputs import (
-    add_json_flag,
-    beside,
-    check_output,
-    check_outputs,
-    on_rank_0,
-    read_text,
-    write_json,
-)
-from mlx_ep.cli.parser import (
-    Parser,
-    UsageError,
-    above_zero,
-    at_least,
-    at_least_zero,
-    fraction,
-    gigabytes,
-    half,
-    not_empty,
-    positive,
-)
-from mlx_ep.cli.prompt_cache import PromptCache, read_prompt_cache
-from mlx_ep.cli.run import prepare_model, print_reports, run, usage_errors
-from mlx_ep.cli.say import rank_of_environment
+The names below are imported when they are first used: a command that needs no model,
+such as `mlx_ep.simulate`, does not load mlx-lm and its tokenizers for its flags.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlx_ep.cli.checks import (
+        check_cache,
+        check_cache_flags,
+        check_for_model,
+        check_sampling,
+    )
+    from mlx_ep.cli.flags import (
+        PLACEMENT,
+        add_config_flags,
+        add_ep_flags,
+        add_model_flags,
+        add_ranks_flag,
+        check_strategy,
+    )
+    from mlx_ep.cli.generation import (
+        KV_BITS,
+        KV_GROUP_SIZES,
+        add_cache_flags,
+        add_sampling_flags,
+        cache_options,
+        rank_sampler,
+        seed_ranks,
+        shared_sampler,
+    )
+    from mlx_ep.cli.inputs import (
+        add_json_flag,
+        beside,
+        check_output,
+        check_outputs,
+        on_rank_0,
+        read_text,
+        write_json,
+    )
+    from mlx_ep.cli.parser import (
+        Parser,
+        UsageError,
+        above_zero,
+        at_least,
+        at_least_zero,
+        fraction,
+        gigabytes,
+        half,
+        not_empty,
+        part,
+        positive,
+    )
+    from mlx_ep.cli.prompt_cache import PromptCache, read_prompt_cache
+    from mlx_ep.cli.say import rank_of_environment
+    from mlx_ep.cli.start import prepare_model, print_reports, run, usage_errors
+
+_HOMES = {
+    "check_cache": "checks",
+    "check_cache_flags": "checks",
+    "check_for_model": "checks",
+    "check_sampling": "checks",
+    "PLACEMENT": "flags",
+    "add_config_flags": "flags",
+    "add_ep_flags": "flags",
+    "add_model_flags": "flags",
+    "add_ranks_flag": "flags",
+    "check_strategy": "flags",
+    "KV_BITS": "generation",
+    "KV_GROUP_SIZES": "generation",
+    "add_cache_flags": "generation",
+    "add_sampling_flags": "generation",
+    "cache_options": "generation",
+    "rank_sampler": "generation",
+    "seed_ranks": "generation",
+    "shared_sampler": "generation",
+    "add_json_flag": "inputs",
+    "beside": "inputs",
+    "check_output": "inputs",
+    "check_outputs": "inputs",
+    "on_rank_0": "inputs",
+    "read_text": "inputs",
+    "write_json": "inputs",
+    "Parser": "parser",
+    "UsageError": "parser",
+    "above_zero": "parser",
+    "at_least": "parser",
+    "at_least_zero": "parser",
+    "fraction": "parser",
+    "gigabytes": "parser",
+    "half": "parser",
+    "not_empty": "parser",
+    "part": "parser",
+    "positive": "parser",
+    "PromptCache": "prompt_cache",
+    "read_prompt_cache": "prompt_cache",
+    "prepare_model": "start",
+    "print_reports": "start",
+    "run": "start",
+    "usage_errors": "start",
+    "rank_of_environment": "say",
+}
 
 __all__ = [
     "Parser",
@@ -59,6 +116,7 @@ __all__ = [
     "gigabytes",
     "half",
     "not_empty",
+    "part",
     "positive",
     "PLACEMENT",
     "add_config_flags",
@@ -93,3 +151,9 @@ __all__ = [
     "usage_errors",
     "rank_of_environment",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mlx_ep.cli' has no attribute {name!r}")
+    return getattr(import_module(f"mlx_ep.cli.{_HOMES[name]}"), name)

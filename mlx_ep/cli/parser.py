@@ -73,6 +73,7 @@ class Parser(_Level):
         self.add_argument("--version", action="version", version=versions())
         self.add_argument(
             "--log-level",
+            type=str.lower,
             choices=("debug", "info", "warning", "error"),
             default="info",
             help="What is said on the standard error beside bars and results.",
@@ -160,6 +161,14 @@ def at_least_zero(text: str) -> float:
     number = _number(text)
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return number
+
+
+def part(text: str) -> float:
+    """An argparse type: a number above 0 and at most 1."""
+    number = _number(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
     return number
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
+from mlx_ep import cli
 from mlx_ep.simulate.engine import Engine
-from mlx_ep.simulate.flags import make_parser
-from mlx_ep.simulate.plot import check_can_plot, plot_run
+from mlx_ep.simulate.flags import check_files, make_parser
+from mlx_ep.simulate.plot import plot_run
 from mlx_ep.simulate.results import Totals, moments, served, totals_text, write_csv
 from mlx_ep.simulate.run import open_cluster, prepare
 from mlx_ep.simulate.traces import read_trace
+
+_log = logging.getLogger("mlx_ep.simulate")
 
 
 def main() -> None:
@@ -37,20 +40,13 @@ def main() -> None:
 
 def _prepare(args: argparse.Namespace) -> Engine:
     """Everything read and checked."""
-    if args.plot:
-        check_can_plot()
+    check_files(args, "json", "plot")
     output = _output(args)
-    for file in (output, args.json, args.plot):
-        if file is not None and file.is_dir():
-            raise ValueError(f"{file} must be a file; it is a folder.")
+    if output is not None:
+        cli.check_output("--output", output)
     cluster = open_cluster(args)
     trace = read_trace(args.dataset).first(args.num_reqs)
-
-    def note(text: str) -> None:
-        if args.log_level == "DEBUG":
-            print(f"[DEBUG] {text}")
-
-    return prepare(args, cluster, trace, note)
+    return prepare(args, cluster, trace, _log.debug)
 
 
 def _output(args: argparse.Namespace) -> Path | None:
@@ -76,13 +72,14 @@ def _serve(engine: Engine, args: argparse.Namespace) -> None:
     else:
         for one in served(engine):
             totals.add(one)
-    if args.log_level != "WARNING":
+    out = cli.beside(args)
+    if args.log_level in ("debug", "info"):
         for moment in moments(engine, args.log_interval):
-            print(moment.line())
+            print(moment.line(), file=out)
     content = totals.content(engine)
-    print(totals_text(content))
+    print(totals_text(content), file=out)
     if args.json is not None:
-        args.json.write_text(json.dumps(content, indent=2) + "\n")
+        cli.write_json(args.json, content)
     if args.plot is not None:
         plot_run(args.plot, engine, list(served(engine)), args.log_interval)
 

@@ -7,7 +7,6 @@ so that the costs are a linear fit, repeated until the steps stay the same.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from mlx_ep import cli
 from mlx_ep.simulate.cluster import Cluster, Instance, LinkLevel
 from mlx_ep.simulate.engine import Engine
-from mlx_ep.simulate.flags import CommandParser, add_settings_flags, settings_of
+from mlx_ep.simulate.flags import add_settings_flags, check_files, settings_of
 from mlx_ep.simulate.measured import Observed, read_measured
 from mlx_ep.simulate.memory import KvPool
 from mlx_ep.simulate.model import ModelSizes
@@ -31,7 +31,7 @@ _ROUNDS = 16
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = CommandParser(
+    parser = cli.Parser(
         prog="mlx_ep.simulate calibrate",
         description="Fits what a step takes (a fixed part, per prompt token, per "
         "sequence and per key) to a recorded run of one server.",
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--fit",
-        type=float,
+        type=cli.part,
         default=1.0,
         metavar="PART",
         help="Fit the times of the first part of the requests only, and say how well "
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--kv-tokens",
-        type=int,
+        type=cli.positive,
         default=1 << 24,
         help="That the server's KV blocks hold (default: %(default)s).",
     )
@@ -69,15 +69,11 @@ def main(argv: Sequence[str]) -> None:
         metavar="FILE",
         help="Write the costs, to be the hardware of an instance in a cluster file.",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Write the errors.")
+    cli.add_json_flag(parser, "costs and errors")
     add_settings_flags(parser)
     args = parser.parse_args(argv)
     try:
-        if not 0 < args.fit <= 1 or args.kv_tokens < 1:
-            raise ValueError(
-                "--fit must be above 0 and at most 1, and --kv-tokens 1 or more; got "
-                f"{args.fit:g} and {args.kv_tokens}."
-            )
+        check_files(args, "output", "json")
         measured = read_measured(args.measured)
         trace = trace_of(measured, None if args.dataset is None else args.dataset)
         settings = settings_of(args)
@@ -86,7 +82,8 @@ def main(argv: Sequence[str]) -> None:
     except ValueError as error:
         parser.error(str(error))
     report: dict[str, Any] = {"costs": asdict(costs)}
-    print("  ".join(f"{name} {value:.4g} s" for name, value in asdict(costs).items()))
+    text = "  ".join(f"{name} {value:.4g} s" for name, value in asdict(costs).items())
+    print(text, file=cli.beside(args))
     parts = [("fitted", slice(0, fitted)), ("held out", slice(fitted, len(measured)))]
     for name, part in parts:
         if part.start == part.stop:
@@ -94,12 +91,13 @@ def main(argv: Sequence[str]) -> None:
         report[name] = errors(measured, predicted, part)
         print(
             f"{name}: {part.stop - part.start} requests, median error: "
-            + ", ".join(f"{key} {value:.1f}%" for key, value in report[name].items())
+            + ", ".join(f"{key} {value:.1f}%" for key, value in report[name].items()),
+            file=cli.beside(args),
         )
     if args.output is not None:
         costs.write(args.output)
     if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        cli.write_json(args.json, report)
 
 
 def trace_of(measured: Observed, dataset: Path | None) -> Trace:

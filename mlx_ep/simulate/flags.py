@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
+from mlx_ep import cli
 from mlx_ep.simulate.engine import ROUTING_POLICIES
+from mlx_ep.simulate.plot import check_can_plot
 from mlx_ep.simulate.routing import EXPERT_POLICIES
 from mlx_ep.simulate.settings import DTYPES, KV_DTYPES, EngineSettings
 from mlx_ep.simulate.times.exchanges import EXCHANGES
-
-LOG_LEVELS = ("WARNING", "INFO", "DEBUG")
-
-
-class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as those of `mlx_ep.cli`, which would load
-    mlx-lm and its tokenizers: longer than a simulation takes.
-    """
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
 def add_settings_flags(parser: argparse.ArgumentParser) -> None:
@@ -31,19 +21,19 @@ def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-num-seqs",
-        type=_positive,
+        type=cli.positive,
         default=defaults.max_num_seqs,
         help="Sequences that run at once (default: %(default)s).",
     )
     group.add_argument(
         "--max-num-batched-tokens",
-        type=_count,
+        type=cli.at_least(0),
         default=defaults.max_num_batched_tokens,
         help="Tokens of one step; 0: no limit (default: %(default)s).",
     )
     group.add_argument(
         "--long-prefill-token-threshold",
-        type=_count,
+        type=cli.at_least(0),
         default=defaults.long_prefill_token_threshold,
         help="Prompt tokens of one request in a step; 0: no limit (default: "
         "%(default)s).",
@@ -63,14 +53,14 @@ def add_settings_flags(parser: argparse.ArgumentParser) -> None:
         )
     group.add_argument(
         "--npu-memory-utilization",
-        type=_part,
+        type=cli.part,
         default=defaults.memory_utilization,
         metavar="PART",
         help="Of a device's memory, for weights and KV blocks (default: %(default)s).",
     )
     group.add_argument(
         "--block-size",
-        type=_positive,
+        type=cli.positive,
         default=defaults.block_size,
         help="Tokens of a KV block (default: %(default)s).",
     )
@@ -158,12 +148,15 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
         help="With a profile: which of its links (default: its first).",
     )
     group.add_argument(
-        "--seed", type=int, default=0, help="Of RAND (default: %(default)s)."
+        "--seed",
+        type=cli.at_least(0),
+        default=0,
+        help="Of RAND (default: %(default)s).",
     )
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(
         prog="mlx_ep.simulate",
         description="Serving on a cluster, in simulated time: no device, no weights. "
         "Further commands: mlx_ep.simulate validate, mlx_ep.simulate calibrate.",
@@ -180,7 +173,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     load.add_argument(
         "--num-reqs",
-        type=_count,
+        type=cli.at_least(0),
         default=0,
         help="The first so many requests; 0: all (default: %(default)s).",
     )
@@ -192,7 +185,7 @@ def make_parser() -> argparse.ArgumentParser:
     load.add_argument(
         "--run-id", default="", help="In the name of --output (default: none)."
     )
-    load.add_argument("--json", type=Path, metavar="FILE", help="Write totals as JSON.")
+    cli.add_json_flag(load, "totals")
     load.add_argument(
         "--plot",
         type=Path,
@@ -201,16 +194,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     load.add_argument(
         "--log-interval",
-        type=_seconds,
+        type=cli.above_zero,
         default=1.0,
         metavar="SECONDS",
-        help="Of simulated time between log lines (default: %(default)s).",
-    )
-    load.add_argument(
-        "--log-level",
-        choices=LOG_LEVELS,
-        default="INFO",
-        help="WARNING: no log lines; DEBUG: also where everything was read from "
+        help="Of simulated time between log lines; --log-level warning leaves them out "
         "(default: %(default)s).",
     )
     return parser
@@ -235,28 +222,18 @@ def settings_of(args: argparse.Namespace) -> EngineSettings:
     )
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {number}")
-    return number
+def check_files(args: argparse.Namespace, *names: str) -> None:
+    """Whether the files that are written at the end can be.
 
+    Args:
+        names: of the flags that name them, as attributes of `args`.
 
-def _positive(text: str) -> int:
-    if not _count(text):
-        raise argparse.ArgumentTypeError("must be 1 or more, got 0")
-    return int(text)
-
-
-def _part(text: str) -> float:
-    number = float(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
-    return number
-
-
-def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return number
+    Raises:
+        ValueError: one cannot, or --plot cannot draw here.
+    """
+    for name in names:
+        file = getattr(args, name)
+        if file is not None and not (name == "json" and str(file) == "-"):
+            cli.check_output(f"--{name}", Path(file))
+    if "plot" in names and args.plot is not None:
+        check_can_plot()

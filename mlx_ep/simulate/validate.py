@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_ep.simulate.flags import CommandParser
+from mlx_ep import cli
+from mlx_ep.simulate.flags import check_files
 from mlx_ep.simulate.measured import METRICS, Observed, read_measured, read_simulated
-from mlx_ep.simulate.plot import check_can_plot, plot_comparison
+from mlx_ep.simulate.plot import plot_comparison
 
 STATISTICS = ("mean", "median", "P90", "P95", "P99")
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = CommandParser(
+    parser = cli.Parser(
         prog="mlx_ep.simulate validate",
         description="TTFT, TPOT and latency, measured and simulated.",
     )
@@ -36,11 +36,10 @@ def main(argv: Sequence[str]) -> None:
         help="The --output of mlx_ep.simulate for the same requests.",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="Draw both, as PNG.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Write the table.")
+    cli.add_json_flag(parser, "the table")
     args = parser.parse_args(argv)
     try:
-        if args.plot:
-            check_can_plot()
+        check_files(args, "json", "plot")
         measured, simulated = (
             read_measured(args.measured),
             read_simulated(args.simulated),
@@ -48,9 +47,9 @@ def main(argv: Sequence[str]) -> None:
         rows = compare(measured, simulated)
     except ValueError as error:
         parser.error(str(error))
-    print(table_text(rows))
+    print(table_text(rows), file=cli.beside(args))
     if args.json is not None:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        cli.write_json(args.json, rows)
     if args.plot is not None:
         plot_comparison(args.plot, measured.metrics, simulated.metrics)
 

@@ -129,7 +129,7 @@ def test_run_id_json_and_levels(folder: Path) -> None:
     lines = Path("out-a1.csv").read_text().splitlines()
     assert content["clocks_ns"] == max(int(line.split(",")[6]) for line in lines[1:])
     few = run_command([*TUTORIAL.split(), "--num-reqs", "3", "--log-level", "DEBUG"])
-    assert "[DEBUG] nodes[0].instances[0]: times from" in few.out
+    assert "debug: nodes[0].instances[0]: times from" in few.err
     assert len(Path("out.csv").read_text().splitlines()) == 4
 
 

@@ -142,7 +142,7 @@ BAD_LINES: list[tuple[Any, str]] = [
 BAD_FLAGS: list[tuple[list[str], str]] = [
     (["--block-size", "0"], "--block-size: must be 1 or more"),
     (["--npu-memory-utilization", "0"], "must be above 0 and at most 1"),
-    (["--log-interval", "0"], "must be above 0"),
+    (["--log-interval", "0"], "must be a number above 0"),
     (["--dtype", "fp4"], "invalid choice: 'fp4'"),
     (["--num-reqs", "-1"], "must be 0 or more"),
     (["--request-routing-policy", "CUSTOM"], "go together"),
@@ -150,7 +150,7 @@ BAD_FLAGS: list[tuple[list[str], str]] = [
     (["--expert-routing-file", "x"], "--expert-routing-file goes with"),
     (["--dataset", "none.jsonl"], "none.jsonl: cannot be read"),
     (["--cluster-config", "none.json"], "none.json: cannot be read"),
-    (["--output", "."], "must be a file; it is a folder"),
+    (["--output", "."], "must be a file in a folder that can be written"),
     (["--no-enable-chunked-prefill", "--max-num-batched-tokens", "8"], "must fit"),
 ]
 
