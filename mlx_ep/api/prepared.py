@@ -85,7 +85,9 @@ def prepare(
         commit = hub_commit(path)
         weights_of = loading.dummy_weights if dummy_weights else checkpoint_weights
         weights = weights_of(path, comm.rank, comm.size, config)
-        tokenizer = _load_tokenizer(path, dummy_weights, tokenizer_config or {})
+        tokenizer = _load_tokenizer(
+            path, weights.config, dummy_weights, tokenizer_config or {}
+        )
         dense = dense_part(config, comm, weights.outline, chips)
         prepared = PreparedModel(comm, config, weights, tokenizer)
     except ValueError as error:
@@ -154,7 +156,10 @@ def check_placements(digests: Sequence[str]) -> None:
 
 
 def _load_tokenizer(
-    path: Path, dummy_weights: bool, tokenizer_config: dict[str, Any]
+    path: Path,
+    model_config: dict[str, Any],
+    dummy_weights: bool,
+    tokenizer_config: dict[str, Any],
 ) -> TokenizerWrapper:
     """The model's tokenizer; for dummy weights without one, the embedded model's."""
     if not has_tokenizer(path):
@@ -164,9 +169,10 @@ def _load_tokenizer(
                 "Download the model again."
             )
         path = find_model(EMBEDDED_MODEL)
+        model_config = read_config(path)
     with foreign_code(f"{path}: its tokenizer cannot be loaded"):
         return load_tokenizer(
-            path, tokenizer_config, eos_token_ids=read_config(path).get("eos_token_id")
+            path, tokenizer_config, eos_token_ids=model_config.get("eos_token_id")
         )
 
 

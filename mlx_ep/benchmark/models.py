@@ -27,7 +27,7 @@ from mlx_ep.loading import (
     find_model,
     held_bytes,
 )
-from mlx_ep.models.tensor_parallel import tensor_problem
+from mlx_ep.models import shard_problem, tensor_problem
 from mlx_ep.moe import ExpertGroup
 
 
@@ -126,29 +126,9 @@ class ModelSource:
 def why_no_shard(source: ModelSource, num_ranks: int) -> str:
     """Why mlx-lm's ``shard()`` cannot split the model over P ranks, or ""."""
     model = source.whole().outline()
-    if not hasattr(model, "shard"):
-        file = type(model).__module__.replace(".", "/")
-        return f"mlx-lm's {file}.py has no shard()"
-    if problem := tensor_problem(model, num_ranks):
+    if hasattr(model, "shard") and (problem := tensor_problem(model, num_ranks)):
         return problem.partition("Use --attention")[0].strip().rstrip(".")
-    try:
-        model.shard(_Ranks(num_ranks))
-    except ValueError as error:  # a width or its groups that P does not divide
-        return f"shard() cannot split it over {num_ranks} ranks: {error}"
-    return ""
-
-
-@dataclass(frozen=True)
-class _Ranks:
-    """What ``shard()`` asks of a group."""
-
-    count: int
-
-    def rank(self) -> int:
-        return 0
-
-    def size(self) -> int:
-        return self.count
+    return shard_problem(model, num_ranks)
 
 
 @dataclass(frozen=True)

@@ -93,13 +93,6 @@ class Schedule:
                         tuple((t.origin, t.target) for t in transfers),
                     )
 
-    def bytes_sent(self, chunk_bytes: ChunkBytes) -> list[int]:
-        """Bytes each rank sends, passed-on chunks included."""
-        totals = [0] * self.num_ranks
-        for (source, _), count in self._loads(chunk_bytes).items():
-            totals[source] += count
-        return totals
-
     def busiest_link_bytes(self, chunk_bytes: ChunkBytes) -> int:
         """Bytes over the busiest link, one direction of one pair of ranks."""
         return max(self._loads(chunk_bytes).values(), default=0)

@@ -17,6 +17,7 @@ from mlx_ep.loading.memory import (
     MemoryNeed,
     memory_limit,
     memory_problems,
+    shortages,
     with_memory,
 )
 from mlx_ep.loading.rank_tensors import LoadBytes, RankTensor, load_bytes, rank_tensors
@@ -68,5 +69,6 @@ __all__ = [
     "model_shape",
     "load_bytes",
     "read_config",
+    "shortages",
     "with_memory",
 ]

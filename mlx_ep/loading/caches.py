@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import maybe_quantize_kv_cache
-from mlx_lm.models.cache import ArraysCache
+from mlx_lm.models.cache import ArraysCache, CacheList
 from mlx_lm.models.cache import make_prompt_cache as make_caches
 
 from mlx_ep.models import find_moe_sites
@@ -26,6 +26,7 @@ from mlx_ep.models import find_moe_sites
 PREFILL_STEP = 2048  # mlx-lm's
 # Two lengths: what differs between them grows in another way than by what it is handed.
 _PROBE_TOKENS = (16, 48)
+_CACHE_STEP = 256  # tokens by which mlx-lm's KVCache grows
 
 
 @dataclass(frozen=True)
@@ -256,3 +257,60 @@ def _forget_numbers(value: Any) -> Any:
 
 def _is_cache(value: Any) -> bool:
     return hasattr(value, "nbytes") and not isinstance(value, mx.array)
+
+
+class CacheShapes:
+    """What the caches of one sequence hold, per token and at all.
+
+    Attributes:
+        growing: bytes for each token.
+        windowed: bytes for each of the last `window` tokens.
+        fixed: bytes whatever the context.
+        layers: that have keys; `window_layers`: those of them with the window.
+    """
+
+    def __init__(self, model: nn.Module, itemsize: int, index_topk: int) -> None:
+        """Of a model's caches, from shapes alone.
+
+        Args:
+            itemsize: bytes of a floating-point number, whatever the model's dtype.
+            index_topk: of the keys that DeepSeek's sparse attention chooses; else 0.
+        """
+        self.growing = self.windowed = self.fixed = 0
+        self.layers = self.window_layers = self.window = 0
+        few, more = (_filled(model, count * _CACHE_STEP) for count in (1, 2))
+        for before, after in zip(few, more, strict=True):
+            sizes = [_state_bytes(cache, itemsize) for cache in (before, after)]
+            per_token = (sizes[1] - sizes[0]) // _CACHE_STEP
+            self.fixed += sizes[0] - _CACHE_STEP * per_token
+            if not per_token:
+                continue
+            self.layers += 1
+            if window := getattr(before, "max_size", 0):
+                self.window, self.windowed = window, self.windowed + per_token
+                self.window_layers += 1
+            elif index_topk and isinstance(before, CacheList):
+                # Of the chosen keys and values the latents are read, of all the index.
+                chosen = [_state_bytes(c.caches[0], itemsize) for c in (before, after)]
+                latents = (chosen[1] - chosen[0]) // _CACHE_STEP
+                self.window, self.windowed = index_topk, self.windowed + latents
+                self.growing += per_token - latents
+            else:
+                self.growing += per_token
+
+
+def _filled(model: nn.Module, num_tokens: int) -> list[Any]:
+    caches: list[Any] = make_caches(model)
+    run_shapes(model, num_tokens, caches)
+    return caches
+
+
+def _state_bytes(cache: Any, itemsize: int) -> int:
+    arrays = dict(tree_flatten(cache.state)).values()
+    return sum(
+        array.size * itemsize
+        if mx.issubdtype(array.dtype, mx.floating)
+        else array.nbytes
+        for array in arrays
+        if isinstance(array, mx.array)
+    )

@@ -15,16 +15,10 @@ from mlx_ep.loading.checkpoint import Checkpoint, read_config
 from mlx_ep.loading.dummy import build_dummy
 from mlx_ep.loading.local import count_experts, model_class, outline
 from mlx_ep.loading.rank_tensors import load_bytes
-from mlx_ep.loading.sizes import experts_bytes, held_bytes
+from mlx_ep.loading.sizes import DTYPES, experts_bytes, held_bytes
 from mlx_ep.loading.working import working_memory
 from mlx_ep.models.tensor_parallel import connect, split_dense
 from mlx_ep.placement import Placement
-
-_DTYPES = {
-    "float32": mx.float32,
-    "float16": mx.float16,
-    "bfloat16": mx.bfloat16,
-}
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ class ModelOutline:
             (str(c[key]) for c in (text, config) for key in _DTYPE_KEYS if key in c),
             "bfloat16",
         ).removeprefix("torch.")
-        dtype = _DTYPES.get(name, mx.bfloat16)
+        dtype = DTYPES.get(name, mx.bfloat16)
         source = f"{path / 'config.json'} alone, what is not quantized as {name}"
         if "quantization" not in config and "quantization_config" in config:
             source += (
@@ -152,6 +146,11 @@ class RankNeed:
     def missing_bytes(self) -> int:
         """Above 0: it does not fit."""
         return 0 if self.memory is None else self.total_bytes - self.memory
+
+
+def fits(needs: Sequence[RankNeed]) -> bool:
+    """Whether no rank needs more than it may hold, as far as that is said."""
+    return not any(need.missing_bytes > 0 for need in needs)
 
 
 def rank_needs(

@@ -37,29 +37,39 @@ def memory_limit(limit_gb: float | None) -> int:
 
 
 def memory_problems(needs: Sequence[MemoryNeed], limit_is_per_rank: bool) -> list[str]:
-    """Per rank, why its weights do not fit, or ""; ranks on one host share its memory.
+    """Per rank, why its weights do not fit, or ""; see `shortages`."""
+    return [
+        shortage
+        and f"the weights of rank {rank} do not fit: {shortage}. Use more Macs, a "
+        "smaller quantization, or raise --memory-limit-gb (on a Mac: sysctl "
+        "iogpu.wired_limit_mb)."
+        for rank, shortage in enumerate(shortages(needs, limit_is_per_rank))
+    ]
+
+
+def shortages(needs: Sequence[MemoryNeed], limit_is_per_rank: bool) -> list[str]:
+    """Per rank, how much more it needs than there is, or "".
+
+    Ranks on one host share its memory.
 
     Args:
         needs: of every rank, in rank order.
         limit_is_per_rank: the limits are the user's, for each rank by itself.
     """
-    problems = []
-    for rank, need in enumerate(needs):
+    found = []
+    for need in needs:
         sharing = [other for other in needs if other.host == need.host]
         if limit_is_per_rank:
             sharing = [need]
         needed = sum(other.num_bytes for other in sharing)
         if needed <= need.limit:
-            problems.append("")
+            found.append("")
             continue
         whose = f"{len(sharing)} ranks on this host need" if sharing[1:] else "it needs"
-        problems.append(
-            f"the weights of rank {rank} do not fit: {whose} {format_bytes(needed)}, "
-            f"{format_bytes(need.limit)} are to be had. Use more Macs, a smaller "
-            "quantization, or raise --memory-limit-gb (on a Mac: "
-            "sysctl iogpu.wired_limit_mb)."
+        found.append(
+            f"{whose} {format_bytes(needed)}, {format_bytes(need.limit)} are to be had"
         )
-    return problems
+    return found
 
 
 def with_memory(config: EPConfig, comm: Comm) -> EPConfig:

@@ -12,32 +12,21 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
-from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 from mlx_ep.cost.shape import LayerShape, MatrixTotal, ModelShape
+from mlx_ep.loading.caches import CacheShapes
 from mlx_ep.loading.dummy import build_dummy
 from mlx_ep.loading.local import count_experts
-from mlx_ep.models import MoESite, find_moe_sites
+from mlx_ep.loading.sizes import DTYPES
+from mlx_ep.loading.working import switch_input
+from mlx_ep.models import MoESite, find_moe_sites, shard_problem
 from mlx_ep.placement import Placement
 from mlx_ep.types import Packing
 
-_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ATTENTION = re.compile(r"attn|attention|mixer|mamba|conv|ssm")
 _LAYER = re.compile(r"(^|\.)(layers|blocks|h)\.\d+\.")
 # Ranks that `shard()` is tried with: what it splits in two it splits in four.
 _TRIED_RANKS = 2
-_CACHE_STEP = 256  # tokens by which mlx-lm's KVCache grows
-
-
-class _TwoRanks:
-    """Stands for a group where mlx-lm only asks how many there are."""
-
-    def size(self) -> int:
-        return _TRIED_RANKS
-
-    def rank(self) -> int:
-        return 0
 
 
 def model_shape(
@@ -53,26 +42,19 @@ def model_shape(
     Raises:
         ValueError: mlx-lm has no such model, or it has no routed experts.
     """
-    itemsize = _DTYPES[dtype]
+    itemsize = DTYPES[dtype].size
     num_experts = count_experts(config)
     model = build_dummy(config, Placement.contiguous(num_experts, 1), 0)
     sites = find_moe_sites(model)
     text = config.get("text_config", config)
     full = _by_part(model, sites, itemsize)
     layers = len(model.layers)
-    caches = _Caches(model, itemsize, text.get("index_topk", 0))
+    caches = CacheShapes(model, itemsize, text.get("index_topk", 0))
     macs = _macs(text)
     switch = sites[0].projections[-1]
     _, expert_width, width = _matrix(sites[0].projections[0])
-    has_shard = hasattr(model, "shard")
-    split = {}
-    if has_shard:
-        try:
-            model.shard(_TwoRanks())
-        except ValueError:  # heads or widths that two do not divide
-            has_shard = False
-        else:
-            split = _by_part(model, sites, itemsize)
+    has_shard = not shard_problem(model, _TRIED_RANKS)
+    split = _by_part(model, sites, itemsize) if has_shard else {}
 
     def part(key: str) -> MatrixTotal:
         found = full.get(key, MatrixTotal())
@@ -94,7 +76,7 @@ def model_shape(
         num_experts=num_experts,
         width=width,
         expert_width=expert_width,
-        top_k=_top_k(text),
+        top_k=switch_input(model).top_k,
         expert_bytes=experts.num_bytes // (len(sites) * num_experts),
         packing=Packing.of(switch, dtype),
         itemsize=itemsize,
@@ -187,15 +169,6 @@ def _bytes(module: nn.Module, itemsize: int) -> int:
     )
 
 
-def _top_k(text: dict[str, Any]) -> int:
-    for key in ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "topk"):
-        if key in text:
-            return int(text[key])
-    raise ValueError(
-        "config.json must say how many experts a token takes (num_experts_per_tok)."
-    )
-
-
 def _macs(text: dict[str, Any]) -> int:
     """Multiply-adds of one layer for one query and one key."""
     heads = text.get("num_attention_heads", 0)
@@ -209,54 +182,3 @@ def _macs(text: dict[str, Any]) -> int:
 def _indexer_macs(text: dict[str, Any]) -> int:
     """Of DeepSeek's sparse attention, which scores all keys to choose some."""
     return int(text.get("index_n_heads", 0) * text.get("index_head_dim", 0))
-
-
-class _Caches:
-    """What the caches of one sequence hold, per token and at all.
-
-    Attributes:
-        growing: bytes for each token.
-        windowed: bytes for each of the last `window` tokens.
-        fixed: bytes whatever the context.
-        layers: that have keys; `window_layers`: those of them with the window.
-    """
-
-    def __init__(self, model: nn.Module, itemsize: int, index_topk: int) -> None:
-        self.growing = self.windowed = self.fixed = 0
-        self.layers = self.window_layers = self.window = 0
-        few, more = (_filled(model, count * _CACHE_STEP) for count in (1, 2))
-        for before, after in zip(few, more, strict=True):
-            sizes = [_state_bytes(cache, itemsize) for cache in (before, after)]
-            per_token = (sizes[1] - sizes[0]) // _CACHE_STEP
-            self.fixed += sizes[0] - _CACHE_STEP * per_token
-            if not per_token:
-                continue
-            self.layers += 1
-            if window := getattr(before, "max_size", 0):
-                self.window, self.windowed = window, self.windowed + per_token
-                self.window_layers += 1
-            elif index_topk and isinstance(before, CacheList):
-                # Of the chosen keys and values the latents are read, of all the index.
-                chosen = [_state_bytes(c.caches[0], itemsize) for c in (before, after)]
-                latents = (chosen[1] - chosen[0]) // _CACHE_STEP
-                self.window, self.windowed = index_topk, self.windowed + latents
-                self.growing += per_token - latents
-            else:
-                self.growing += per_token
-
-
-def _filled(model: nn.Module, tokens: int) -> list[Any]:
-    cache: list[Any] = make_prompt_cache(model)
-    model(mx.zeros((1, tokens), mx.int32), cache=cache)
-    return cache
-
-
-def _state_bytes(cache: Any, itemsize: int) -> int:
-    arrays = dict(tree_flatten(cache.state)).values()
-    return sum(
-        array.size * itemsize
-        if mx.issubdtype(array.dtype, mx.floating)
-        else array.nbytes
-        for array in arrays
-        if isinstance(array, mx.array)
-    )

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import lcm
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_ep.config import EPConfig
 from mlx_ep.loading.caches import PREFILL_STEP, cache_bytes
 from mlx_ep.loading.widths import named_projections, width_problem
-from mlx_ep.loading.working import working_memory
+from mlx_ep.loading.working import switch_input, working_memory
 from mlx_ep.models import find_moe_sites
 from mlx_ep.placement import (
     ExpertSizes,
@@ -25,6 +26,12 @@ from mlx_ep.placement import (
     with_replicas,
 )
 
+# What a config.json calls the dtype of what is not quantized.
+DTYPES = {
+    "float32": mx.float32,
+    "float16": mx.float16,
+    "bfloat16": mx.bfloat16,
+}
 _INPUT_NAMES = ("down_proj", "fc2")
 
 
@@ -60,24 +67,6 @@ def expert_sizes(model: nn.Module) -> ExpertSizes:
         widths=tuple(sorted({projection.input_dims for projection in takers})),
         unit=lcm(*(getattr(projection, "group_size", 1) for projection in takers)),
     )
-
-
-def experts_per_token(model: nn.Module) -> int:
-    """K, as the model's configuration calls it; 8 where no usual name is found."""
-    args = getattr(model, "args", None)
-    for owner in (args, getattr(args, "text_config", None)):
-        for name in (
-            "num_experts_per_tok",
-            "moe_topk",
-            "top_k",
-            "num_experts_per_token",
-        ):
-            found = (
-                owner.get(name) if isinstance(owner, dict) else getattr(owner, name, 0)
-            )
-            if isinstance(found, int) and found > 0:
-                return found
-    return 8
 
 
 def choose_placement(
@@ -153,7 +142,7 @@ def choose_placement(
         if record is not None:
             load = record.whole_load()
         else:
-            load = LayerLoad.uniform(num_experts, experts_per_token(model))
+            load = LayerLoad.uniform(num_experts, switch_input(model).top_k)
         return with_replicas(
             base,
             sizes.expert_bytes,

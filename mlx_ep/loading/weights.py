@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.nn as nn
 
@@ -40,6 +41,7 @@ class RankWeights:
         outline: makes the same model with nothing read and nothing evaluated.
         fetch: what of it has to come from the hub before `build`; None: nothing.
         files: of the weights; none for random ones.
+        config: of the model's config.json, which is read once.
     """
 
     placement: Placement
@@ -48,6 +50,7 @@ class RankWeights:
     outline: Callable[[], nn.Module]
     fetch: HubFetch | None = None
     files: tuple[Path, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 def checkpoint_weights(
@@ -95,6 +98,7 @@ def checkpoint_weights(
         lambda: outline(checkpoint, placement, rank),
         hub_fetch(checkpoint, placement, rank),
         tuple(sorted({info.file for info in checkpoint.tensors.values()})),
+        described,
     )
 
 
@@ -124,4 +128,6 @@ def dummy_weights(
         fill_dummy(model, placement, rank, change)
         return model, 0
 
-    return RankWeights(placement, held_bytes(model), build, lambda: model)
+    return RankWeights(
+        placement, held_bytes(model), build, lambda: model, config=description
+    )

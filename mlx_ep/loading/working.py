@@ -52,7 +52,7 @@ def working_memory(
         num_tokens: T.
         part: what the rank holds of their width; None: all of it, or as the model.
     """
-    seen = _switch_input(model)
+    seen = switch_input(model)
     up = find_moe_sites(model)[0].projections[-2]
     width = up.output_dims if part is None else part.columns
     hidden, widest = _dense_widths(model)
@@ -62,17 +62,23 @@ def working_memory(
 
 
 @dataclass
-class _SwitchInput:
-    """What a switch is called with."""
+class SwitchInput:
+    """What a switch is called with.
+
+    Attributes:
+        top_k: K, its last axis of ids.
+        width: of its rows, D.
+        itemsize: bytes of their numbers.
+    """
 
     top_k: int = 0
     width: int = 0
     itemsize: int = 0
 
 
-def _switch_input(model: nn.Module) -> _SwitchInput:
+def switch_input(model: nn.Module) -> SwitchInput:
     """K, D and the itemsize of rows, seen in a forward pass that is not evaluated."""
-    seen = _SwitchInput()
+    seen = SwitchInput()
 
     def call(self: nn.Module, x: mx.array, ids: mx.array) -> mx.array:
         seen.top_k, seen.width, seen.itemsize = ids.shape[-1], x.shape[-1], x.itemsize

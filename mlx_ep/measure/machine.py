@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_ep.comm import Comm, gather_objects, host_id
-from mlx_ep.loading import memory_limit
+from mlx_ep.loading import MemoryNeed, memory_limit, shortages
 from mlx_ep.metrics import format_bytes
 from mlx_ep.rows import uses_metal
 
@@ -141,18 +141,10 @@ def check_memory(comm: Comm, num_bytes: int, limit_gb: float | None) -> None:
     Raises:
         ValueError: on every rank: the ranks of a host need more than it has.
     """
-    host = host_id()
-    ranks = gather_objects(comm, [host, num_bytes, memory_limit(limit_gb)])
-    problems = []
-    for rank, (host, _, limit) in enumerate(ranks):
-        sharing = [need for other, need, _ in ranks if other == host]
-        needed = ranks[rank][1] if limit_gb is not None else sum(sharing)
-        if needed > limit:
-            whose = "it needs" if limit_gb is not None else f"the ranks of {host} need"
-            problems.append(
-                f"rank {rank}: {whose} {format_bytes(needed)}, {format_bytes(limit)} "
-                "are to be had"
-            )
+    mine = MemoryNeed(host_id(), num_bytes, memory_limit(limit_gb))
+    needs = [MemoryNeed(*need) for need in gather_objects(comm, mine)]
+    found = shortages(needs, limit_gb is not None)
+    problems = [f"rank {rank}: {text}" for rank, text in enumerate(found) if text]
     if problems:
         raise ValueError(
             f"The arms do not fit together ({'; '.join(problems)}). Leave out arm "

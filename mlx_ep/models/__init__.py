@@ -13,7 +13,7 @@ from mlx_ep.models.families import (
 )
 from mlx_ep.models.sites import MoESite, find_moe_sites, keep_experts
 from mlx_ep.models.tensor_names import ExpertTensor, expert_tensor
-from mlx_ep.models.tensor_parallel import tensor_problem
+from mlx_ep.models.tensor_parallel import shard_problem, tensor_problem
 
 __all__ = [
     "BlockForm",
@@ -27,6 +27,7 @@ __all__ = [
     "find_moe_sites",
     "install",
     "keep_experts",
+    "shard_problem",
     "stack_experts",
     "stack_quantization",
     "stack_shape",

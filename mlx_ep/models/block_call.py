@@ -14,6 +14,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_ep.models.ranks import Ranks
+
 SHARED_NAMES = ("shared_experts", "shared_expert", "share_expert", "shared_mlp")
 
 # Gives arrays, or what stands for them.
@@ -21,21 +23,10 @@ Stub = Callable[..., Any]
 Reduce = Callable[[mx.array], mx.array]
 
 
-class _Ranks:
-    """Stands for the ranks as a block's `sharding_group`.
-
-    Of size 1, so that the block divides no other work among ranks than its experts.
-    """
-
-    def size(self) -> int:
-        return 1
-
-    def rank(self) -> int:
-        return 0
-
-
-# One for all blocks: mlx.nn keeps every group that it has seen.
-_RANKS = _Ranks()
+# Stands for the ranks as a block's `sharding_group`. Of size 1, so that the block
+# divides no other work among ranks than its experts; one for all blocks, since mlx.nn
+# keeps every group that it has seen.
+_RANKS = Ranks(0, 1)
 
 
 class _Replaced:

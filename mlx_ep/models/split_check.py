@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_ep.models.block_call import SHARED_NAMES
+from mlx_ep.models.ranks import Ranks
 from mlx_ep.models.sharded_layers import COLLECTIVE_LAYERS, PLAIN_LAYERS
 from mlx_ep.models.sites import MoESite
 
@@ -23,7 +24,6 @@ class DenseSplit:
     Attributes:
         whole_bytes: of the parameters that it splits, before.
         kept_bytes: what this rank has of them.
-        dense_bytes: of all parameters but the routed experts', before.
         collectives: of one forward pass, beside those of the MoE layers.
         partial_shared: paths of the MoE blocks whose shared experts are split: their
             outputs on a rank are partial sums.
@@ -32,31 +32,9 @@ class DenseSplit:
 
     whole_bytes: int = 0
     kept_bytes: int = 0
-    dense_bytes: int = 0
     collectives: int = 0
     partial_shared: frozenset[str] = field(default_factory=frozenset)
     problem: str = ""
-
-    @property
-    def kept_fraction(self) -> float:
-        """The part of the dense bytes that this rank holds, 0 to 1."""
-        if not self.dense_bytes:
-            return 1.0
-        return 1.0 - (self.whole_bytes - self.kept_bytes) / self.dense_bytes
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """What ``shard()`` asks of a group. No collective runs over it."""
-
-    number: int
-    count: int
-
-    def rank(self) -> int:
-        return self.number
-
-    def size(self) -> int:
-        return self.count
 
 
 class Before:
@@ -136,14 +114,10 @@ class Before:
     ) -> DenseSplit:
         """What came of it; the parameters are made independent of the whole ones."""
         changed = self.changed(model)
-        experts = {id(a) for s in sites for a in _arrays(s.switch)}
         _let_go_of_the_rest(model, self.arrays)
         return DenseSplit(
             whole_bytes=sum(self.parameters[path].nbytes for path in changed),
             kept_bytes=sum(array.nbytes for array in changed.values()),
-            dense_bytes=sum(
-                a.nbytes for a in self.parameters.values() if id(a) not in experts
-            ),
             collectives=sum(isinstance(m, COLLECTIVE_LAYERS) for m in model.modules()),
             partial_shared=self._partial_shared(model, sites, changed, ranks),
         )
@@ -178,10 +152,6 @@ def _let_go_of_the_rest(model: nn.Module, before: Sequence[mx.array]) -> None:
         for name, value in module.items():
             if isinstance(value, mx.array) and id(value) not in whole:
                 module[name] = mx.contiguous(value)
-
-
-def _arrays(module: nn.Module) -> list[mx.array]:
-    return list(dict(tree_flatten(module.parameters())).values())
 
 
 def cannot_split(model: nn.Module, num_ranks: int, why: str) -> ValueError:

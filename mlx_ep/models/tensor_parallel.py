@@ -23,6 +23,7 @@ import mlx.nn as nn
 
 from mlx_ep.comm import Comm
 from mlx_ep.models.block_call import SHARED_NAMES
+from mlx_ep.models.ranks import Ranks
 from mlx_ep.models.sharded_layers import (
     COLLECTIVE_LAYERS,
     GATHERED_BY_OWNER,
@@ -34,7 +35,6 @@ from mlx_ep.models.split_check import (
     USE_REPLICATED,
     Before,
     DenseSplit,
-    Ranks,
     cannot_split,
     model_file,
 )
@@ -47,6 +47,21 @@ def tensor_problem(model: nn.Module, num_ranks: int) -> str:
     built from its config.json will do.
     """
     return plan_split(model, num_ranks).problem
+
+
+def shard_problem(model: nn.Module, num_ranks: int, rank: int = 0) -> str:
+    """Why mlx-lm's own ``shard()`` cannot split all of a model over P ranks, or "".
+
+    Where it can, the model is split now, as far as shapes go: experts too, and without
+    the checks of `split_dense`.
+    """
+    if not hasattr(model, "shard"):
+        return f"mlx-lm's {model_file(model).removeprefix('mlx_lm/')} has no shard()"
+    try:
+        model.shard(Ranks(rank, num_ranks))
+    except ValueError as error:  # heads, widths or their groups that P does not divide
+        return f"shard() cannot split it over {num_ranks} ranks: {error}"
+    return ""
 
 
 def plan_split(model: nn.Module, num_ranks: int, rank: int = 0) -> DenseSplit:

@@ -111,15 +111,6 @@ class ReplicaChoice:
             chosen[order[place]] = rank
         return chosen
 
-    def bound(self, expert_ids: Sequence[int]) -> int:
-        """Distinct experts that the busiest rank reads at least, for equal speeds."""
-        distinct = {e for e in expert_ids if e >= 0}
-        single = [0] * self.num_ranks
-        for expert in distinct:
-            if len(self.holders[expert]) == 1:
-                single[self.holders[expert][0]] += 1
-        return max([-(-len(distinct) // self.num_ranks), *single])
-
     def rows(self, expert_ids: Int[np.ndarray, "T K"]) -> Int[np.ndarray, "T K"]:
         """The rank of each (token, k) pair where rows count, -1 for none.
 

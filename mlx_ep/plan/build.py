@@ -12,7 +12,7 @@ from mlx_ep.cost.attention import choose_attention
 from mlx_ep.cost.profile import Profile
 from mlx_ep.loading import find_model, model_shape
 from mlx_ep.loading.caches import CacheQuantization
-from mlx_ep.loading.estimate import ModelOutline, RankNeed, Workload, rank_needs
+from mlx_ep.loading.estimate import ModelOutline, RankNeed, Workload, fits, rank_needs
 from mlx_ep.models.tensor_parallel import plan_split
 from mlx_ep.placement import Placement
 from mlx_ep.plan.advice import advice
@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return not any(need.missing_bytes > 0 for need in self.needs)
+        return fits(self.needs)
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -144,10 +144,6 @@ def _attention(
     return chosen, found[choice.attention], choice.reason
 
 
-def _fits(needs: Sequence[RankNeed]) -> bool:
-    return not any(need.missing_bytes > 0 for need in needs)
-
-
 def _with_speeds(plan: Plan, args: argparse.Namespace) -> Plan:
     num_ranks = plan.placement.num_ranks
     profiles = _profiles(args, num_ranks)
@@ -209,15 +205,15 @@ def _fit_together(plan: Plan, can_split: bool) -> dict[str, bool]:
         return {}
     placement, model = plan.placement, plan.model
     replicated = replace(plan.workload, attention="replicated")
-    fits = {"ep-replicated": _fits(rank_needs(model, placement, replicated, memory))}
+    found = {"ep-replicated": fits(rank_needs(model, placement, replicated, memory))}
     if can_split:
         tensor = replace(plan.workload, attention="tensor")
-        found = rank_needs(model, placement, tensor, memory)
-        fits["ep-tensor"] = _fits(found)
+        needs = rank_needs(model, placement, tensor, memory)
+        found["ep-tensor"] = fits(needs)
         # The experts' widths are split evenly, whatever a rank has.
-        experts = sum(need.expert_bytes for need in found) // placement.num_ranks
-        fits["tp"] = all(
+        experts = sum(need.expert_bytes for need in needs) // placement.num_ranks
+        found["tp"] = all(
             need.total_bytes - need.expert_bytes + experts <= limit
-            for need, limit in zip(found, memory, strict=True)
+            for need, limit in zip(needs, memory, strict=True)
         )
-    return fits
+    return found

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mlx_ep.config import EPConfig
 from mlx_ep.loading import choose_placement
-from mlx_ep.loading.estimate import ModelOutline, RankNeed, Workload, rank_needs
+from mlx_ep.loading.estimate import ModelOutline, RankNeed, Workload, fits, rank_needs
 from mlx_ep.placement import Placement
 
 
@@ -25,7 +25,7 @@ class Split(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        return not any(need.missing_bytes > 0 for need in self.needs)
+        return fits(self.needs)
 
 
 # What a workload would be split like.

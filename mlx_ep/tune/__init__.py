@@ -12,7 +12,6 @@ from mlx_ep.tune.choose import (
     default_backend,
     default_movement,
     default_option,
-    default_strategy,
 )
 from mlx_ep.tune.experts import TOLERANCE, ExpertsProblem, Layer, reference
 from mlx_ep.tune.explain import explain
@@ -32,7 +31,6 @@ __all__ = [
     "default_backend",
     "default_movement",
     "default_option",
-    "default_strategy",
     "TOLERANCE",
     "ExpertsProblem",
     "Layer",

@@ -8,13 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mlx_ep.comm import Transport
-from mlx_ep.config import EPConfig
-from mlx_ep.exchange.auto import Auto
 from mlx_ep.rows import Backend, Option
 from mlx_ep.tune.check import Finding
 from mlx_ep.tune.problem import Problem
-from mlx_ep.types import TokenCounts
 
 # Uncalibrated defaults of the specification, not measured here: on a Mac, the CPU runs
 # calls of few tokens, the GPU those of many or, in between, of many bytes.
@@ -72,13 +68,6 @@ def default_movement(
     ops = [option for option in possible if option.runner == "ops"]
     there = [option for option in ops if option.backend == backend]
     return (there or ops or list(possible))[0]
-
-
-def default_strategy(
-    tokens: TokenCounts, top_k: int, transport: Transport, config: EPConfig
-) -> str:
-    """The strategy that `auto` takes; the name of its class in `mlx_ep.exchange`."""
-    return type(Auto(config).choose(tokens, top_k, transport)).__name__
 
 
 @dataclass(frozen=True)

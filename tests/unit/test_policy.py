@@ -14,7 +14,6 @@ import pytest
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_ep.comm import GroupComm
-from mlx_ep.config import EPConfig
 from mlx_ep.experts import RUNNERS, switch_runner
 from mlx_ep.experts.blas import BlasRunner
 from mlx_ep.experts.table import BACKENDS
@@ -29,12 +28,11 @@ from mlx_ep.tune import (
     cache,
     default_backend,
     default_option,
-    default_strategy,
     measure,
     tune,
 )
 from mlx_ep.tune.cache import cache_folder, cache_key, read_findings, write_findings
-from mlx_ep.types import Rows, TokenCounts
+from mlx_ep.types import Rows
 from tests.support.switches import KERNELS, D, E, F, fail, make_layer, make_switch
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -88,13 +86,6 @@ def test_default_option_takes_no_unmeasured_kernel() -> None:
     assert default_option(2048, 8192, [GATHER, BLAS]) == BLAS
     assert default_option(1, 8192, [GATHER]) == GATHER
     assert default_option(1, 8192, [KERNELS]) == KERNELS  # it was forced
-
-
-def test_default_strategy_is_that_of_auto() -> None:
-    config = EPConfig(strategy="auto")
-    few, many = TokenCounts((1, 1)), TokenCounts((500, 500))
-    assert default_strategy(few, 8, "ring", config) == "LowLatency"
-    assert default_strategy(many, 1, "ring", config) == "Normal"
 
 
 # ---------------------------------------------------------------- predictions

@@ -120,18 +120,26 @@ def test_a_relay_of_four_ranks_by_hand():
     ]
 
 
+def bytes_sent(schedule, chunk_bytes):
+    """Bytes each rank sends, passed-on chunks included."""
+    totals = [0] * schedule.num_ranks
+    for (source, _), count in schedule._loads(chunk_bytes).items():
+        totals[source] += count
+    return totals
+
+
 def test_bytes_of_a_uniform_all_to_all():
     # Pairwise: one chunk to each other rank, one on each link.
-    assert pairwise_schedule(5).bytes_sent(10) == [40] * 5
+    assert bytes_sent(pairwise_schedule(5), 10) == [40] * 5
     assert pairwise_schedule(5).busiest_link_bytes(10) == 10
     # Gather: all 4 chunks of 3 ranks pass every link of the ring.
-    assert gather_schedule(4).bytes_sent(10) == [120] * 4
+    assert bytes_sent(gather_schedule(4), 10) == [120] * 4
     assert gather_schedule(4).busiest_link_bytes(10) == 120
     # Relay of 4: 12 chunks, 4 of them over two hops, on 8 links.
-    assert relay_schedule(4).bytes_sent(10) == [40] * 4
+    assert bytes_sent(relay_schedule(4), 10) == [40] * 4
     assert relay_schedule(4).busiest_link_bytes(10) == 20
-    assert exchange_schedule(2).bytes_sent(10) == [10, 10]
-    assert gather_schedule(1).bytes_sent(10) == [0]
+    assert bytes_sent(exchange_schedule(2), 10) == [10, 10]
+    assert bytes_sent(gather_schedule(1), 10) == [0]
     assert gather_schedule(1).busiest_link_bytes(10) == 0
 
 
@@ -141,9 +149,9 @@ def test_bytes_of_a_pairwise_all_to_all_are_those_of_its_chunks(data, num_ranks)
     row = st.lists(st.integers(0, 99), min_size=num_ranks, max_size=num_ranks)
     sizes = data.draw(st.lists(row, min_size=num_ranks, max_size=num_ranks))
     expected = [sum(sizes[rank]) - sizes[rank][rank] for rank in range(num_ranks)]
-    assert pairwise_schedule(num_ranks).bytes_sent(sizes) == expected
+    assert bytes_sent(pairwise_schedule(num_ranks), sizes) == expected
     # Every hop repeats the chunk, so a relay never sends less.
-    assert sum(relay_schedule(num_ranks).bytes_sent(sizes)) >= sum(expected)
+    assert sum(bytes_sent(relay_schedule(num_ranks), sizes)) >= sum(expected)
 
 
 @settings(deadline=None)
@@ -152,7 +160,7 @@ def test_relays_are_busy_both_ways_alike(num_ranks):
     # The sum of the distances to all other ranks, shared by two directions.
     hops = sum(min(d, num_ranks - d) for d in range(1, num_ranks))
     schedule = relay_schedule(num_ranks)
-    assert sum(schedule.bytes_sent(1)) == num_ranks * hops
+    assert sum(bytes_sent(schedule, 1)) == num_ranks * hops
     assert schedule.busiest_link_bytes(1) <= hops / 2 + 1
 
 

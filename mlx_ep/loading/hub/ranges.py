@@ -44,10 +44,6 @@ class RangeSet:
         self._starts[first:last] = [start]
         self._stops[first:last] = [stop]
 
-    def covers(self, span: Span) -> bool:
-        """Whether every byte of `span` is in the set."""
-        return not self.missing(span)
-
     def missing(self, span: Span) -> list[Span]:
         """The parts of `span` that are not in the set, in order."""
         found, position = [], span.start
