@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server over all ranks: `python -m mlx_ep.server`."""
