@@ -73,6 +73,9 @@ MAY_IMPORT = {
     },
     "perplexity": {"types", "cli", "comm"},
     "overlay": {"api", "cli", "comm", "config", "loading"},
+    "server": {
+        "types", "comm", "data_parallel", "loading", "metrics", "moe",
+    },
     "plan": {
         "cli", "config", "cost", "loading", "metrics", "models", "placement",
         "simulate", "tune",

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server over all ranks: `python -m mlx_ep.server`."""
+"""One endpoint over all ranks: the engine that serves batches, and its HTTP side."""

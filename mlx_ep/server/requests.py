@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
-class QueueFull(Exception):
+class QueueFull(Exception):  # noqa: N818
     """As many requests wait as may; `retry_after` in seconds."""
 
     def __init__(self, retry_after: int):
@@ -22,7 +22,7 @@ class QueueFull(Exception):
         self.retry_after = retry_after
 
 
-class Stopping(Exception):
+class Stopping(Exception):  # noqa: N818
     """The server drains or has failed; the message says why."""
 
 
