@@ -47,6 +47,8 @@ Deliver = Callable[[Token], None]
 RecordAction = Literal["start", "stop", "dump"]
 # Steps between two looks at the experts' loads, while they are recorded.
 LOADS_EVERY = 32
+# Steps between two looks at a rank's memory, while the same sequences run.
+LOOK_EVERY = 16
 RECORD_LIMIT = 60.0  # s until an answer of the recorder is given up
 _KIB = 1024
 
@@ -58,6 +60,8 @@ class ServingEngine:
         attention: ``replicated``, ``tensor`` or ``data``.
         context: most tokens of a prompt and its answer together.
         pools: memory for KV caches.
+        goodbye: called when the engine has failed and all have been told: the process
+            may end when it returns, in less than 0.2 s.
     """
 
     def __init__(
@@ -89,6 +93,8 @@ class ServingEngine:
         self._record: tuple[RecordAction, Future[dict[str, object]]] | None = None
         self._is_draining = self._is_stopping = False
         self._stop_reason = ""
+        self._status = [0] * STATUS
+        self.goodbye: Callable[[], object] | None = None
         self._state = EngineState(
             0, 0, 0, (0, 0), 0, 0, sum(p.limit for p in worker.prefixes), attention,
             self._ranks([]),
@@ -155,7 +161,9 @@ class ServingEngine:
         answer: Future[dict[str, object]] = Future()
         with self._wake:
             while self._record is not None:
-                self._wake.wait(RECORD_LIMIT)
+                self._wake.wait()
+            if self._state.failed or self._is_stopping:
+                raise Stopping(self._state.failed or "the server is ending")
             self._record = action, answer
             self._wake.notify()
         try:
@@ -242,8 +250,6 @@ class ServingEngine:
     def _tell(self, decision: Decision) -> list[Heard]:
         """The collective of the step."""
         worker = self._worker
-        memory, kv_bytes = resident_bytes() // _KIB, worker.kv_bytes // _KIB
-        status = [memory, kv_bytes, worker.num_active]
         payload = b""
         if self._comm.rank == 0:
             payload = encode_decision(decision) if self._comm.size > 1 else b""
@@ -253,7 +259,15 @@ class ServingEngine:
             place: (drawn.token, drawn.finish_reason)
             for place, drawn in worker.drawn.items()
         }
-        return self._exchange(tokens, status, payload)
+        return self._exchange(tokens, self._look(), payload)
+
+    def _look(self) -> list[int]:
+        """What this rank says of itself: looked at when sequences come or go."""
+        active = self._worker.num_active
+        if active != self._status[2] or self._state.steps % LOOK_EVERY == 0:
+            memory, kv_bytes = resident_bytes(), self._worker.kv_bytes
+            self._status = [memory // _KIB, kv_bytes // _KIB, active]
+        return self._status
 
     def _act(self, decision: Decision) -> None:
         """What the decision says beside sequences."""
@@ -315,19 +329,23 @@ class ServingEngine:
         self._send(Token(request, None, finish_reason=reason, message=message))
 
     def _end_all(self, reason: str) -> None:
-        for request in list(self._deliver):
-            self._end(request, "error", reason)
         with self._wake:
             self._is_stopping = True
+            open_ones = list(self._deliver)
             if self._record is not None:
                 self._record[1].set_exception(Stopping(reason))
                 self._record = None
+            self._wake.notify_all()
+        for request in open_ones:
+            self._end(request, "error", reason)
 
     def _fail(self, reason: str) -> None:
         """The engine cannot go on; on whatever thread."""
         with self._lock:
             self._state = replace(self._state, failed=reason)
         self._end_all(reason)
+        if self.goodbye is not None:
+            self.goodbye()
 
     # The state ------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -121,7 +122,12 @@ def options_facts(options: EngineOptions) -> dict[str, Any]:
 
 def resident_bytes() -> int:
     """Of this process, now."""
-    return int(psutil.Process().memory_info().rss)
+    return int(_this_process().memory_info().rss)
+
+
+@cache
+def _this_process() -> psutil.Process:
+    return psutil.Process()
 
 
 def _free_bytes() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,6 @@ class Script:
         requests: one after another.
         at_once: requests that are open at most.
         cancel_after: by id: after so many tokens.
-        rounds: the first `rounds` parts of the requests wait for one another.
     """
 
     requests: list[Request]
@@ -143,24 +142,33 @@ def serve(
 ) -> list[Outcome]:
     """Play scripts on one engine, one after another; every rank must call it."""
     engine = load_engine(group, folder, config, options)
-    played: list[Outcome] = []
-
-    def client() -> None:
-        try:
-            for script in scripts:
-                played.append(play(engine, script))
-        finally:
-            engine.stop()
-
-    thread = threading.Thread(target=client)
-    if group.rank() == 0:
-        thread.start()
-    engine.run()
-    if group.rank() == 0:
-        thread.join()
+    played = with_client(engine, group, lambda: [play(engine, s) for s in scripts])
+    if played is not None:
         return played
     worker = engine._worker
     return [Outcome({}, None, len(worker.running), worker.kv_bytes, 0.0)]
+
+
+def with_client(
+    engine: ServingEngine, group: mx.distributed.Group, client: Callable[[], Any]
+) -> Any:
+    """Run an engine while rank 0 runs a client beside it; what that gave, or None."""
+    given: list[Any] = []
+
+    def run() -> None:
+        try:
+            given.append(client())
+        finally:
+            engine.stop()
+
+    thread = threading.Thread(target=run)
+    if group.rank() == 0:
+        thread.start()
+    engine.run()
+    if group.rank() != 0:
+        return None
+    thread.join()
+    return given[0]
 
 
 def play(engine: ServingEngine, script: Script, timeout: float = 120.0) -> Outcome:
