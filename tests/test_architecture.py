@@ -73,6 +73,10 @@ MAY_IMPORT = {
     },
     "perplexity": {"types", "cli", "comm"},
     "overlay": {"api", "cli", "comm", "config", "loading"},
+    "server": {
+        "types", "comm", "config", "cost", "data_parallel", "loading", "metrics",
+        "models", "moe", "tune",
+    },
     "plan": {
         "cli", "config", "cost", "loading", "metrics", "models", "placement",
         "simulate", "tune",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         note_prefill,
         note_progress,
         note_step,
+        on_end,
     )
     from mlx_ep.comm.objects import (
         agreed,
@@ -55,6 +56,7 @@ _HOMES = {
     "note_prefill": "liveness",
     "note_progress": "liveness",
     "note_step": "liveness",
+    "on_end": "liveness",
     "Limits": "control.limits",
     "UsageError": "liveness",
     "transport_of_environment": "capabilities",
@@ -83,6 +85,7 @@ __all__ = [
     "note_prefill",
     "note_progress",
     "note_step",
+    "on_end",
     "Limits",
     "UsageError",
     "transport_of_environment",

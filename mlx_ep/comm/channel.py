@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from mlx_ep.comm.environment import check_environment
 
 BEAT = 0.5  # seconds between two signs of life of the interpreter
 FLUSH_LIMIT = 0.2  # seconds: nobody may read what is flushed
+GOODBYE_LIMIT = 0.2  # seconds for `on_end`; the watch kills after 0.5
 ENDED_BY_WATCH = 10.0  # seconds for the watch to answer a failure
 # mlx.launch sends SIGTERM; a dropped SSH session sends SIGHUP, unless under nohup.
 TOLD_TO_END = (signal.SIGTERM, signal.SIGHUP)
@@ -87,6 +89,7 @@ class Liveness:
         self._ready = threading.Event()
         self._is_listening = threading.Event()
         self._texts: list[str] = []
+        self.on_end: Callable[[str], object] | None = None
         self._send(
             rank=rank,
             size=size,
@@ -299,6 +302,8 @@ class Liveness:
     def _hear(self, message: dict[str, Any]) -> None:
         kind = message["kind"]
         if kind == "end":
+            if self.on_end is not None:
+                _run_shortly(self.on_end, message["text"])
             _exit_now(message["code"])
         elif kind == "joined":
             self._joined.set()
@@ -346,6 +351,13 @@ def _launcher_pid() -> int | None:
 def say(words: str) -> None:
     with suppress(OSError):  # whoever read it is gone
         print(words, file=sys.stderr, flush=True)
+
+
+def _run_shortly(say_goodbye: Callable[[str], object], text: str) -> None:
+    """In a thread: what it waits for must not keep the process."""
+    words = threading.Thread(target=say_goodbye, args=(text,), daemon=True)
+    words.start()
+    words.join(GOODBYE_LIMIT)
 
 
 def _exit_now(code: int) -> NoReturn:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import signal
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
@@ -34,6 +34,7 @@ __all__ = [
     "start_early",
     "fail_with",
     "joined_texts",
+    "on_end",
     "note_progress",
     "note_step",
     "note_prefill",
@@ -150,6 +151,19 @@ def fail_with(error: BaseException) -> NoReturn:
     # says more than our traceback would.
     grace = ROOT_CAUSE_GRACE if isinstance(error, RuntimeError) else 0.0
     channel.announce(f"rank {channel.rank} failed: {reason}", 1, details, grace)
+
+
+def on_end(say_goodbye: Callable[[str], object] | None) -> None:
+    """What to do in the last moment, when this rank ends because a rank has failed.
+
+    Nothing without a control channel.
+
+    Args:
+        say_goodbye: is called with the reason, on a thread of its own, while the main
+            thread may be stuck; it has 0.2 s. None: nothing.
+    """
+    if Liveness.current is not None:
+        Liveness.current.on_end = say_goodbye
 
 
 def note_progress(

@@ -9,7 +9,7 @@ From the rank come, as lines of JSON over the link, its configuration first, the
     signals(numbers)    that end the run; others are the program's own business
     failed, usage, leave   as in `hub.py`, `failed` with details and grace
 
-and to it go: listening(meeting), joined, ready, left(texts), end(code).
+and to it go: listening(meeting), joined, ready, left(texts), end(code, text).
 """
 
 from __future__ import annotations
@@ -373,7 +373,7 @@ class Watch:
             self._say(
                 f"[mlx_ep] {text if text.startswith(me) else f'{me}ends: {text}'}"
             )
-        self._tell_rank({"kind": "end", "code": self._code})
+        self._tell_rank({"kind": "end", "code": self._code, "text": text})
         self._kill_at = time.monotonic() + KILL_AFTER
         if self._seeker is None:
             self._quit_at = self._kill_at + KILL_AFTER

@@ -1,0 +1,88 @@
+"""Whoever runs beside it, on whatever ranks: a request's tokens are those of mlx-lm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mlx_ep.loading import find_model
+from mlx_ep.server.requests import Request
+from tests.support.ranks import run_ranks
+from tests.support.serving import (
+    DATA,
+    TENSOR,
+    Outcome,
+    Script,
+    alone,
+    mixed_requests,
+    serve,
+)
+
+pytestmark = pytest.mark.requires("ranks")
+
+CANCELLED = {"r3": 0, "r6": 1, "r11": 3}
+
+
+def _check(
+    outcome: Outcome, expected: dict[str, list[int]], cancelled: dict[str, int]
+) -> None:
+    for request, tokens in expected.items():
+        found, events = outcome.tokens(request), outcome.events[request]
+        assert [e.finish_reason for e in events[:-1]] == [None] * (len(events) - 1)
+        if request in cancelled and events[-1].finish_reason == "cancelled":
+            assert found == tokens[: len(found)], request
+            # The token that was on its way, and no more.
+            assert len(found) <= cancelled[request] + 1
+        else:
+            assert found == tokens, request
+            assert events[-1].finish_reason in ("stop", "length")
+    assert outcome.running == 0
+    assert outcome.kv_bytes == 0
+
+
+def _play(
+    num_ranks: int,
+    requests: list[Request],
+    config: dict[str, Any],
+    kept: int,
+    transport: str = "ring",
+) -> None:
+    folder = str(find_model("jargon-moe"))
+    expected = alone(folder, requests)
+    scripts = [Script(requests, 16, CANCELLED), Script(requests, 16, CANCELLED, seed=1)]
+    options = {"max_num_seqs": 16, "prefix_cache_memory": kept}
+    ranks = run_ranks(
+        num_ranks, serve, folder, config, options, scripts, transport=transport,
+        timeout=300,
+    )  # fmt: skip
+    for outcome in ranks[0]:
+        _check(outcome, expected, CANCELLED)
+    # The same prompts again: all but their last tokens are there.
+    assert (ranks[0][1].state.cache_hits > 0) == (kept > 0)
+    assert ranks[0][1].state.cache_bytes <= kept * (num_ranks if config == DATA else 1)
+    for (others,) in ranks[1:]:
+        assert (others.running, others.kv_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "config", "kept"),
+    [(1, {}, 10**7), (2, {}, 10**7), (2, TENSOR, 0), (2, DATA, 10**7)],
+)
+def test_tokens_are_those_of_mlx_lm_alone(
+    num_ranks: int, config: dict[str, Any], kept: int
+) -> None:
+    _play(num_ranks, mixed_requests(14, 70, 8), config, kept)
+
+
+@pytest.mark.slow
+@pytest.mark.requires("mpi")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("num_ranks", "config"),
+    # 3 ranks do not divide the heads of the embedded model.
+    [(n, c) for n in (1, 2, 3, 4) for c in ({}, TENSOR, DATA) if (n, c) != (3, TENSOR)],
+)
+@pytest.mark.parametrize("kept", [0, 10**7])
+def test_64_requests_at_16(num_ranks: int, config: dict[str, Any], kept: int) -> None:
+    _play(num_ranks, mixed_requests(64, 120, 24), config, kept, transport="mpi")
