@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
@@ -129,6 +130,14 @@ class Comm(Protocol):
 
         Raises:
             ValueError: there is no rank `root`.
+        """
+        ...
+
+    def beside(self) -> AbstractContextManager[object]:
+        """Inside, a CPU host computes on the thread that runs the collectives.
+
+        Small work before and after a collective then needs no other thread to wake up,
+        which takes longer than the work. Where MLX computes on a GPU, nothing changes.
         """
         ...
 

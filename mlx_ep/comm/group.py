@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -160,6 +161,13 @@ class GroupComm:
         bits = bits * mx.array(self._rank == root, dtype=bits.dtype)
         bits = mx.distributed.all_sum(bits, group=self.group, stream=self._stream())
         return bits.astype(mx.bool_) if is_bool else bits.view(x.dtype)
+
+    def beside(self) -> AbstractContextManager[object]:
+        """See `Comm.beside`."""
+        if mx.default_device() == mx.gpu:
+            return nullcontext()
+        context: AbstractContextManager[object] = mx.stream(self._stream())
+        return context
 
     def barrier(self) -> None:
         """See `Comm.barrier`."""

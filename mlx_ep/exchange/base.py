@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from functools import wraps
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import mlx.core as mx
 from jaxtyping import Float
 
 from mlx_ep.comm import Comm
 from mlx_ep.placement import Placement
+from mlx_ep.rows import with_zeros
 from mlx_ep.types import Routing, Rows, TokenCounts, to_host
+
+Stage = TypeVar("Stage", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +227,18 @@ def expected_rows(num_tokens: int, top_k: int, num_ranks: int) -> int:
 
 def padded(x: Float[mx.array, "T D"], num_tokens: int) -> Float[mx.array, "C D"]:
     """The tokens with zeros behind them, `num_tokens` in all."""
-    missing = num_tokens - x.shape[0]
-    return mx.pad(x, [(0, missing), (0, 0)]) if missing else x
+    return with_zeros(x, num_tokens - x.shape[0])
+
+
+def beside_collectives(stage: Stage) -> Stage:
+    """A method of an exchange with a `request`, computed as `Comm.beside` says."""
+
+    @wraps(stage)
+    def run(self: Any, *args: Any) -> Any:
+        with self.request.comm.beside():
+            return stage(self, *args)
+
+    return run  # type: ignore[return-value]
 
 
 def swap_with_peer(x: Float[mx.array, "C D"], comm: Comm) -> Float[mx.array, "C D"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import mlx.core as mx
 from jaxtyping import Shaped
@@ -61,6 +62,10 @@ class CountedComm:
         """See `Comm.broadcast`."""
         self.record("broadcast", x)
         return self.comm.broadcast(x, root)
+
+    def beside(self) -> AbstractContextManager[object]:
+        """See `Comm.beside`."""
+        return self.comm.beside()
 
     def barrier(self) -> None:
         """See `Comm.barrier`."""

@@ -12,6 +12,7 @@ from mlx_ep.exchange.base import (
     ExchangeRequest,
     ExchangeShape,
     ExchangeTraffic,
+    beside_collectives,
     depends_on,
     padded,
 )
@@ -44,15 +45,15 @@ def gather_rows(
     """
     comm = request.comm
     x = padded(x, padded_tokens)
-    words = routing_words(pad_routing(request.routing, padded_tokens))
+    routing = pad_routing(request.routing, padded_tokens)
     if x.nbytes <= JOIN_BYTES:
-        rows = comm.all_gather(join_rows(x, words))
-        everyone, words = split_rows(rows, x.shape[1], x.dtype)
+        rows = comm.all_gather(join_rows(x, routing))
+        everyone, routing = split_rows(rows, x.shape[1], x.dtype)
     else:
-        words = comm.all_gather(words)
+        words = comm.all_gather(routing_words(routing))
         # Collectives run in the order of the graph: this one has to come second.
         everyone = comm.all_gather(mx.depends(x, words))
-    routing = routing_from_words(words)
+        routing = routing_from_words(words)
     served = serving_slots(routing.expert_ids, request.placement)
     slot_ids = request.placement.slots.local_slots(served, comm.rank)
     return depends_on(Rows(everyone, slot_ids, routing.gates), everyone)
@@ -78,10 +79,12 @@ class GatheredExchange:
     request: ExchangeRequest
     padded_tokens: int
 
+    @beside_collectives
     def dispatch(self, x: Float[mx.array, "T D"]) -> Rows:
         """See `gather_rows`."""
         return gather_rows(x, self.request, self.padded_tokens)
 
+    @beside_collectives
     def combine(self, partial: Float[mx.array, "M D"]) -> Float[mx.array, "T D"]:
         """See `Exchange.combine`."""
         total = self.request.comm.reduce_scatter(partial)

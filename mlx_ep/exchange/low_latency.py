@@ -12,6 +12,7 @@ from mlx_ep.exchange.base import (
     ExchangeRequest,
     ExchangeShape,
     ExchangeTraffic,
+    beside_collectives,
     swap_with_peer,
 )
 from mlx_ep.exchange.gathered import gather_rows, gather_traffic
@@ -33,10 +34,12 @@ class LowLatencyExchange:
     padded_tokens: int
     movement: Movement
 
+    @beside_collectives
     def dispatch(self, x: Float[mx.array, "T D"]) -> Rows:
         """See `gather_rows`."""
         return gather_rows(x, self.request, self.padded_tokens)
 
+    @beside_collectives
     def combine(self, partial: Float32[mx.array, "M D"]) -> Float32[mx.array, "T D"]:
         """See `Exchange.combine`.
 

@@ -12,6 +12,7 @@ from mlx_ep.exchange.base import (
     ExchangeRequest,
     ExchangeShape,
     ExchangeTraffic,
+    beside_collectives,
     depends_on,
     expected_rows,
     swap_with_peer,
@@ -20,6 +21,7 @@ from mlx_ep.rows import (
     Movement,
     Mover,
     RowRoutes,
+    join,
     pad_routing,
     routing_from_words,
     routing_words,
@@ -47,6 +49,7 @@ class NormalExchange:
     slot_ids: Int32[mx.array, "M K"]
     gates: Float32[mx.array, "M K"]
 
+    @beside_collectives
     def dispatch(self, x: Float[mx.array, "T D"]) -> Rows:
         """This rank's tokens, then the rows that arrive.
 
@@ -62,9 +65,10 @@ class NormalExchange:
         else:
             sent = self.movement.pack(x, self.rows, sum(counts))
             arrived = comm.all_to_all_v(sent, counts, self.rows.recv_counts)
-        rows = Rows(mx.concatenate([x, arrived]), self.slot_ids, self.gates)
+        rows = Rows(join([x, arrived]), self.slot_ids, self.gates)
         return depends_on(rows, arrived)
 
+    @beside_collectives
     def combine(self, partial: Float32[mx.array, "M D"]) -> Float32[mx.array, "T D"]:
         """See `Exchange.combine`; sums are added in rank order."""
         comm, dtype = self.request.comm, self.request.sum_dtype
@@ -115,21 +119,22 @@ class Normal:
         """See `Strategy.exchange`. One collective and one host sync."""
         tokens, routing = request.agreed_tokens, request.routing
         comm, placement = request.comm, request.placement
-        words = routing_words(pad_routing(routing, tokens.largest))
-        everyone = routing_from_words(comm.all_gather(words))  # [P*C K]
-        served = serving_slots(everyone.expert_ids, placement)
         movement = self.mover("rows", tokens.largest)
-        rows = movement.plan_rows(served, placement.slots, comm.rank, tokens)
-        lines, first = rows.arriving, comm.rank * tokens.largest
-        own = served[first : first + request.num_tokens]
-        slots = mx.concatenate([own, served[lines]])
-        return NormalExchange(
-            request=request,
-            rows=rows,
-            movement=movement,
-            slot_ids=placement.slots.local_slots(slots, comm.rank),
-            gates=mx.concatenate([routing.gates, everyone.gates[lines]]),
-        )
+        with comm.beside():
+            words = routing_words(pad_routing(routing, tokens.largest))
+            everyone = routing_from_words(comm.all_gather(words))  # [P*C K]
+            served = serving_slots(everyone.expert_ids, placement)
+            rows = movement.plan_rows(served, placement.slots, comm.rank, tokens)
+            lines, first = rows.arriving, comm.rank * tokens.largest
+            own = served[first : first + request.num_tokens]
+            slots = mx.concatenate([own, served[lines]])
+            return NormalExchange(
+                request=request,
+                rows=rows,
+                movement=movement,
+                slot_ids=placement.slots.local_slots(slots, comm.rank),
+                gates=mx.concatenate([routing.gates, everyone.gates[lines]]),
+            )
 
     def traffic(self, shape: ExchangeShape) -> ExchangeTraffic:
         """See `Strategy.traffic`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -245,6 +246,9 @@ class _ShapeComm:
 
     def broadcast(self, x: mx.array, root: int = 0) -> mx.array:
         return x
+
+    def beside(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def barrier(self) -> None:
         pass

@@ -29,6 +29,7 @@ from mlx_ep.rows.pack import (
 )
 from mlx_ep.rows.serve import serving_slots
 from mlx_ep.rows.sums import weighted_slots, with_zero_row
+from mlx_ep.rows.words import join, with_zeros
 
 __all__ = [
     "Backend",
@@ -47,6 +48,7 @@ __all__ = [
     "movement_of",
     "movement_options",
     "get_dispatch_layout",
+    "join",
     "join_rows",
     "limit_to_capacity",
     "pack",
@@ -57,4 +59,5 @@ __all__ = [
     "split_rows",
     "weighted_slots",
     "with_zero_row",
+    "with_zeros",
 ]

@@ -12,6 +12,7 @@ from mlx_ep.placement import Placement
 from mlx_ep.rows.movement import RowRoutes
 from mlx_ep.rows.pack import RowOrder, pack, tokens_in_ranks
 from mlx_ep.rows.sums import add_to, weighted_sum
+from mlx_ep.rows.words import with_zeros
 from mlx_ep.types import TokenCounts, to_host
 
 
@@ -109,6 +110,5 @@ def _by_token(
         return rows
     if not len(rows):
         return mx.zeros((len(positions), rows.shape[1]), rows.dtype)
-    found = rows[mx.array(np.maximum(positions, 0))]
-    zero = mx.array(0, rows.dtype)
-    return mx.where(mx.array(positions >= 0)[:, None], found, zero)
+    # As an index, -1 is the last row.
+    return with_zeros(rows, 1)[mx.array(positions)]

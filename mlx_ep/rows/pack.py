@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Bool, Float, Int, Int32, UInt
+from jaxtyping import Bool, Float, Int32, UInt
 
 from mlx_ep.placement import Placement
 from mlx_ep.rows.serve import serving_slots
@@ -139,22 +139,22 @@ def routing_from_words(words: Int32[mx.array, "T C"]) -> Routing:
     return Routing(ids, mx.contiguous(gates).view(mx.float32))
 
 
-def join_rows(
-    x: Float[mx.array, "T D"], words: Int32[mx.array, "T C"]
-) -> UInt[mx.array, "T W"]:
-    """Tokens and their words in one buffer, as bits.
+def join_rows(x: Float[mx.array, "T D"], routing: Routing) -> UInt[mx.array, "T W"]:
+    """Tokens and their routing in one buffer, as bits.
 
-        (x[0] .. x[D-1]) and (w[0] .. w[C-1])  ->  (x[0] .. x[D-1] w[0] .. w[C-1])
+        (x[0] .. x[D-1]), ids and gates  ->  (x[0] .. x[D-1] id[0] .. gate[K-1])
 
-    With 2-byte rows every word takes two places: W is D + C * 4 / itemsize.
+    With 2-byte rows every id and gate takes two places: W is D + 8 * K / itemsize.
     """
     bits = _BITS[x.itemsize]
-    return mx.concatenate([x.view(bits), words.view(bits)], axis=1)
+    return mx.concatenate([part.view(bits) for part in (x, *routing)], axis=1)
 
 
 def split_rows(
     rows: UInt[mx.array, "M W"], width: int, dtype: mx.Dtype
-) -> tuple[Float[mx.array, "M D"], Int[mx.array, "M C"]]:
+) -> tuple[Float[mx.array, "M D"], Routing]:
     """What `join_rows` joined, `width` (D) values of `dtype` a row."""
-    x = rows[:, :width].view(dtype)
-    return x, mx.contiguous(rows[:, width:]).view(mx.int32)
+    middle = (width + rows.shape[1]) // 2
+    ids = mx.contiguous(rows[:, width:middle]).view(mx.int32)
+    gates = mx.contiguous(rows[:, middle:]).view(mx.float32)
+    return rows[:, :width].view(dtype), Routing(ids, gates)

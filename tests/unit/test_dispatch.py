@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mlx_ep.placement import Placement
 from mlx_ep.rows import (
     get_dispatch_layout,
+    join,
     join_rows,
     limit_to_capacity,
     pack,
@@ -18,6 +19,7 @@ from mlx_ep.rows import (
     routing_from_words,
     routing_words,
     split_rows,
+    with_zeros,
 )
 from mlx_ep.types import Routing, TokenCounts
 
@@ -149,18 +151,49 @@ def test_rows_and_words_survive_together(dtype: mx.Dtype, num_tokens: int) -> No
     x = mx.random.normal((num_tokens, 7)).astype(dtype)
     ids = mx.random.randint(-1, 9, (num_tokens, 3)).astype(mx.int32)
     gates = mx.random.normal((num_tokens, 3))
-    words = routing_words(Routing(ids, gates))
-    rows, split = split_rows(join_rows(x, words), 7, dtype)
-    back = routing_from_words(split)
-    assert rows.dtype == dtype
-    assert mx.array_equal(rows, x) and mx.array_equal(back.expert_ids, ids)
-    assert mx.array_equal(back.gates, gates)
+    rows, together = split_rows(join_rows(x, Routing(ids, gates)), 7, dtype)
+    assert rows.dtype == dtype and mx.array_equal(rows, x)
+    apart = routing_from_words(routing_words(Routing(ids, gates)))
+    for back in (together, apart):
+        assert mx.array_equal(back.expert_ids, ids)
+        assert mx.array_equal(back.gates, gates)
 
 
 def test_special_values_travel_as_bits() -> None:
     x = mx.array([[-0.0, float("inf"), float("nan"), 1e-45]], mx.float32)
-    rows, _ = split_rows(join_rows(x, mx.array([[3, -1]])), 4, mx.float32)
+    routing = Routing(mx.array([[3, -1]]), mx.array([[0.5, -0.0]]))
+    rows, back = split_rows(join_rows(x, routing), 4, mx.float32)
+    assert back.gates.view(mx.uint32).tolist() == [[0x3F000000, 0x80000000]]
     assert rows.view(mx.uint32).tolist() == x.view(mx.uint32).tolist()
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "moved"),
+    [
+        (8, mx.bfloat16, mx.uint64),
+        (6, mx.float16, mx.uint32),
+        (7, mx.bfloat16, mx.bfloat16),
+        (2, mx.float32, mx.uint64),
+        (3, mx.float32, mx.float32),
+    ],
+)
+def test_rows_are_joined_as_words(width, dtype, moved, monkeypatch) -> None:
+    seen, concatenate = [], mx.concatenate
+
+    def watched(parts):
+        seen.append(parts[0].dtype)
+        return concatenate(parts)
+
+    bits = {2: mx.uint16, 4: mx.uint32}[dtype.size]
+    # NaN of every kind, and -0.0: nothing may look at the numbers.
+    numbers = [0xFFFFFFFF, 0x7F817FC1, 0x80008000, 0x00010001]
+    x = mx.array(numbers, mx.uint32).view(dtype).reshape(-1)
+    x = mx.tile(x, 7 * width)[: 5 * width].reshape(5, width)
+    monkeypatch.setattr(mx, "concatenate", watched)
+    got = with_zeros(join([x[1:4], x[:0], x[4:]]), 2)
+    assert seen == [moved, moved]
+    expected = concatenate([x[1:], mx.zeros((2, width), dtype)])
+    assert mx.array_equal(got.view(bits), expected.view(bits))
 
 
 def test_padding_has_no_expert() -> None:

@@ -198,6 +198,35 @@ def test_memory_is_constant_while_tokens_grow(strategy):
     assert peak(4096, 4096) > 10 * bound
 
 
+def test_the_steps_run_beside_their_collectives():
+    """On a CPU host; and what comes after them runs where it did."""
+    comm = GroupComm(mx.distributed.init())
+    before = mx.default_stream(mx.cpu)
+    with comm.beside():
+        inside = mx.default_stream(mx.cpu)
+    assert inside != before == mx.default_stream(mx.cpu)
+    seen = []
+
+    class Watched(CountedComm):
+        def record(self, operation, x):
+            seen.append(mx.default_stream(mx.cpu))
+
+    for name in ("gathered", "all_to_all", "normal"):
+        strategy = STRATEGIES.create(EPConfig(strategy=name))
+        routing = Routing(mx.zeros((2, 1), mx.int32), mx.ones((2, 1)))
+        request = ExchangeRequest(
+            routing,
+            Placement.contiguous(1, 1),
+            Watched(comm, Counters()),
+            mx.float32,
+            TokenCounts((2,)),
+        )
+        exchange = strategy.exchange(request)
+        exchange.combine(exchange.dispatch(mx.ones((2, 4))).x[:2])
+    assert seen and set(seen) == {inside}
+    assert mx.default_stream(mx.cpu) == before
+
+
 def test_traffic_by_hand():
     shape = shape_of(3, 1, rows_to=(2, 2), rows_from=(2, 1))
     replicated = Replicated().traffic(shape)
