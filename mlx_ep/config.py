@@ -20,7 +20,7 @@ from typing import (
 
 # The strategies of this package; `STRATEGIES.register` adds others.
 StrategyName = Literal["replicated", "gathered", "all_to_all", "auto"]
-Mode = Literal["auto", "low_latency", "normal"]
+AllToAllMode = Literal["auto", "low_latency", "normal"]
 Sums = Literal["model", "float32"]
 Reduction = Literal["partial_sum", "per_slot"]
 SharedRouting = Literal["auto", "always", "never"]
@@ -30,7 +30,7 @@ BackendName = Literal["auto", "cpu", "metal"]
 Download = Literal["ranges", "full"]
 
 # What SGLang, DeepEP, vLLM and InfiniLM call them -> (strategy, mode).
-ALIASES: dict[str, tuple[str, Mode | None]] = {
+ALIASES: dict[str, tuple[str, AllToAllMode | None]] = {
     "none": ("replicated", None),
     "disabled": ("replicated", None),
     "local_allreduce": ("replicated", None),
@@ -144,7 +144,7 @@ class EPConfig:
     strategy: Annotated[
         str, Flag(help="How tokens meet the experts of other ranks")
     ] = "replicated"
-    mode: Annotated[Mode, Flag(help="Of the strategy all_to_all")] = "auto"
+    mode: Annotated[AllToAllMode, Flag(help="Of the strategy all_to_all")] = "auto"
     attention: Annotated[
         Attention,
         Flag(

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     # Predicting and measuring what a layer takes.
     "cost": {"types", "comm", "config", "exchange", "metrics"},
     "tune": {
-        "types", "comm", "config", "exchange", "experts", "kernels", "metrics",
+        "types", "comm", "exchange", "experts", "kernels", "metrics",
         "placement", "rows",
     },
     # Models and their weights.
