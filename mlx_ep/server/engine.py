@@ -58,6 +58,8 @@ class ServingEngine:
         attention: ``replicated``, ``tensor`` or ``data``.
         context: most tokens of a prompt and its answer together.
         pools: memory for KV caches.
+        goodbye: called when the engine has failed and all have been told: the process
+            may end when it returns, in less than 0.2 s.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class ServingEngine:
         self._record: tuple[RecordAction, Future[dict[str, object]]] | None = None
         self._is_draining = self._is_stopping = False
         self._stop_reason = ""
+        self.goodbye: Callable[[], object] | None = None
         self._state = EngineState(
             0, 0, 0, (0, 0), 0, 0, sum(p.limit for p in worker.prefixes), attention,
             self._ranks([]),
@@ -328,6 +331,8 @@ class ServingEngine:
         with self._lock:
             self._state = replace(self._state, failed=reason)
         self._end_all(reason)
+        if self.goodbye is not None:
+            self.goodbye()
 
     # The state ------------------------------------------------------------------------
 
