@@ -74,7 +74,7 @@ MAY_IMPORT = {
     "perplexity": {"types", "cli", "comm"},
     "overlay": {"api", "cli", "comm", "config", "loading"},
     "server": {
-        "types", "comm", "config", "cost", "data_parallel", "loading", "metrics",
+        "types", "cli", "comm", "config", "cost", "data_parallel", "loading", "metrics",
         "models", "moe", "tune",
     },
     "plan": {
@@ -84,7 +84,8 @@ MAY_IMPORT = {
     "simulate": {"types", "cli", "config", "cost", "exchange", "loading", "measure"},
     "benchmark": {
         "types", "api", "cli", "comm", "config", "cost", "data_parallel", "exchange",
-        "loading", "measure", "metrics", "models", "moe", "placement", "tune",
+        "loading", "measure", "metrics", "models", "moe", "placement", "simulate",
+        "tune",
     },
 }  # fmt: skip
 # The package's names and the list of its commands hold no concept of their own.
