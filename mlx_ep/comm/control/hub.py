@@ -133,6 +133,8 @@ class Hub:
         kind = message["kind"]
         if kind == "beat":
             self._places[rank] = message
+            if rank in self._asked and rank not in self._stacks:
+                self._last_places[rank] = message  # its answer to that, too
             self._compare(rank, message.get("marks", []))
         elif kind == "failed":
             self.fail(rank, message["text"], message["code"], message["asks"])

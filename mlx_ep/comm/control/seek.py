@@ -46,7 +46,10 @@ class Seeker:
     def tick(self) -> None:
         """Goes on; called a few times a second."""
         now = time.monotonic()
-        if self._wire is not None and now - self._wire.started > ATTEMPT:
+        wire = self._wire
+        # Once it has answered it may have taken us in: a second try would be two of us.
+        is_unanswered = wire is not None and not wire.session.is_open
+        if wire is not None and is_unanswered and now - wire.started > ATTEMPT:
             self._give_up("it did not answer")
         if self._wire is None and now >= self._next:
             self._try()

@@ -37,7 +37,7 @@ from mlx_ep.comm.control.rank import RankProcess, read_config
 from mlx_ep.comm.control.report import signal_text
 from mlx_ep.comm.control.say import Sayer
 from mlx_ep.comm.control.seek import Seeker
-from mlx_ep.comm.control.wire import Door, Wire
+from mlx_ep.comm.control.wire import Door, Wire, serve
 
 TICK = 0.1  # seconds
 BEAT = 0.5  # seconds between two beats
@@ -99,9 +99,7 @@ class Watch:
         """Watches until there is nothing left to do."""
         last = last_tick = last_beat = time.monotonic()
         while not self._is_done():
-            for key, _ in self._selector.select(TICK):
-                if key.fileobj in self._selector.get_map():
-                    key.data()
+            serve(self._selector, TICK)
             now = time.monotonic()
             if now - last_tick >= TICK:
                 self._tick(min(now - last, LONGEST_TICK))
@@ -176,6 +174,7 @@ class Watch:
             self._tell_hub({"kind": "leave"})
         elif self._grace is None:
             text = ended_without_a_word(self._rank)
+            self._beat()  # the page says where it was
             self._tell_hub({"kind": "failed", "text": text, "code": 1, "asks": True})
         self._quit_at = time.monotonic() + LATECOMERS
         if self._hub is not None or (not self._is_guarded and self._is_joined):
@@ -278,6 +277,7 @@ class Watch:
             self._is_joined = True
             self._tell_rank(message)
         elif kind == "stacks" and not self._is_rank_gone:
+            self._beat()  # where it is now
             self._process.ask_for_stacks()
             self._stacks_at = time.monotonic() + STACKS_AFTER
         elif kind == "stacks":
@@ -294,7 +294,7 @@ class Watch:
     def _beat(self) -> None:
         beat = {"kind": "beat"} | self._process.describe(time.monotonic())
         if self._is_rank_gone:
-            beat["stopped"] = False
+            beat |= {"stopped": False, "gone": True}
         self._tell_hub(beat)
         if self._hub is not None:
             self._hub.beat()

@@ -22,6 +22,15 @@ MOST_NEWCOMERS = 128  # at once; one of the address that has most of them goes f
 ACCEPTED_AT_ONCE = 64  # before the ranks that are in have their turn again
 
 
+def serve(selector: selectors.BaseSelector, seconds: float) -> None:
+    """Calls what is registered for each socket that is ready, within some seconds."""
+    for key, _ in selector.select(seconds):
+        # One that an earlier call of this round closed has no number any more, or its
+        # number is that of a new one: what is registered now is looked up by number.
+        if selector.get_map().get(key.fd) is key:
+            key.data()
+
+
 class Wire:
     """One end of a connection, which never blocks."""
 
