@@ -1,10 +1,14 @@
 """Every way for a rank to fail, at every point of a run, on every kind of group.
 
-    python -m tests.support.fault [--only TEXT] [--every N] [--json FILE] [--write FILE]
+    python -m tests.support.fault [--only TEXT] [--every N] [--resume] [--jobs N]
+                                  [--log FILE] [--write FILE]
 
 Each combination starts `mlx_ep.generate` on the embedded model, lets one rank fail and
 looks at what is left: the seconds until every rank has ended, exit codes, the report of
 rank 0, processes that live on, ports that stay taken. Exit code 1 if one falls short.
+
+Each combination is a line of the log when it ends. After an interruption `--resume`
+takes from there what was as promised, if it is of the same commit, and runs the rest.
 
 Over 400 lines, because a combination, what is done to it and what is looked at are read
 together.
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -24,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +53,8 @@ DEADLINE = 4.0  # seconds, of the phase in which a rank is late
 MOST = {"SIGTERM": 2.0, "SIGINT": 2.0, "exception": 5.0, "os._exit": 5.0}
 MOST_OTHERS = 10.0  # seconds from the fault until every rank has ended
 ORPHAN_LIMIT = 6.0  # seconds after that for the watches to end
+WAITING = ("SIGSTOP", "deadline", "network")  # for a limit, not for a core
+LOG = Path("fault.jsonl")
 NAME = "MLX_EP_FAULT"  # marks the processes of one combination
 SIGNALS = {name: getattr(signal, name) for name in FAULTS if name.startswith("SIG")}
 
@@ -182,13 +190,11 @@ def run_case(case: Case) -> Outcome:
             if case.fault == "network":
                 start = start_in_namespaces
             processes, ports, cut = start(case, directory, variables, stack)
+            stack.callback(end_all, processes, str(marker))
             seconds = wait(case, directory, processes, marker, cut)
             orphans = wait_for_orphans(str(marker))
             taken = [port for port in ports if not is_free(port)]
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
+            end_all(processes, str(marker))
             outputs = [
                 path.read_text(errors="replace")
                 for path in sorted(directory.glob("stderr.*"))
@@ -350,6 +356,17 @@ def wait_for_orphans(marker: str) -> list[str]:
     return [str(process) for process in found]
 
 
+def end_all(processes: list[subprocess.Popen[bytes]], marker: str) -> None:
+    """Nothing of a combination is left, also when this is interrupted."""
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+    for other in processes_of(marker):
+        with contextlib.suppress(psutil.Error):
+            other.kill()
+
+
 def processes_of(marker: str) -> Iterator[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -411,32 +428,77 @@ def write_table(path: Path, text: str) -> None:
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
+def commit() -> str:
+    """What is tested: the commit, and a digest of what is changed in the package."""
+
+    def git(*words: str) -> bytes:
+        found = subprocess.run(["git", *words], capture_output=True, check=False)
+        return found.stdout.strip()
+
+    changes = git("diff", "HEAD", "--", "mlx_ep", "tests/support/fault.py")
+    name = git("rev-parse", "HEAD").decode() or "unknown"
+    return name + (f"+{hashlib.sha256(changes).hexdigest()[:12]}" if changes else "")
+
+
+def read_log(path: Path) -> dict[Case, Outcome]:
+    """The combinations in a log that were as promised, of this commit."""
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # a line that was cut off
+            record = json.loads(line)
+            if record.pop("commit") == commit():
+                outcome = Outcome(**record | {"case": Case(**record["case"])})
+                if not outcome.problems:
+                    found[outcome.case] = outcome
+    return found
+
+
+def run_all(todo: list[Case], jobs: int) -> Iterator[Outcome]:
+    """The outcomes as they end; what passes most of its time waiting, side by side."""
+    yield from map(run_case, [case for case in todo if case.fault not in WAITING])
+    with ThreadPoolExecutor(jobs) as pool:
+        rest = [case for case in todo if case.fault in WAITING]
+        for done in as_completed([pool.submit(run_case, case) for case in rest]):
+            yield done.result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.support.fault", description=__doc__)
     parser.add_argument("--only", default="", help="Cases with this text in the name.")
     parser.add_argument("--every", type=int, default=1, help="Each Nth of them.")
-    parser.add_argument("--json", type=Path, help="Where all outcomes are written.")
+    parser.add_argument("--resume", action="store_true", help="Run what is missing.")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="So many at once, of those that pass their time waiting.",
+    )
+    parser.add_argument("--log", type=Path, default=LOG, help="A line per combination.")
     parser.add_argument("--write", type=Path, help="The page that gets the table.")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank:
         rank_main()
         return
-    outcomes = []
     chosen = [case for case in cases() if args.only in str(case)][:: args.every]
-    for number, case in enumerate(chosen, 1):
-        outcome = run_case(case)
-        outcomes.append(outcome)
-        words = "; ".join(outcome.problems) or "ok"
-        print(
-            f"{number}/{len(chosen)} {case}: {outcome.seconds:.2f} s, {outcome.codes}, "
-            f"{words}",
-            flush=True,
-        )
-        if outcome.problems:
-            print(outcome.output, flush=True)
-    if args.json is not None:
-        args.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1))
+    known = read_log(args.log) if args.resume else {}
+    outcomes = [known[case] for case in chosen if case in known]
+    todo = [case for case in chosen if case not in known]
+    print(f"{len(outcomes)} in {args.log}, {len(todo)} to run", flush=True)
+    this = commit()
+    with args.log.open("a" if args.resume else "w") as log:
+        for outcome in run_all(todo, args.jobs):
+            outcomes.append(outcome)
+            words = "; ".join(outcome.problems) or "ok"
+            log.write(json.dumps({**asdict(outcome), "commit": this}) + "\n")
+            log.flush()
+            print(
+                f"{len(outcomes)}/{len(chosen)} {outcome.case}: "
+                f"{outcome.seconds:.2f} s, {outcome.codes}, {words}",
+                flush=True,
+            )
+            if outcome.problems:
+                print(outcome.output, flush=True)
     text = table(outcomes)
     print(text)
     if args.write is not None:
