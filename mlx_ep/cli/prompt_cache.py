@@ -76,9 +76,9 @@ def read_prompt_cache(
 
 def cache_facts(cache: PromptCache) -> dict[str, str]:
     """What of a cache must be alike on all ranks, by layer."""
-    states = [[each.state, each.meta_state] for each in cache.layers]
     facts = {
-        f"layer {number}": state_digest(state) for number, state in enumerate(states)
+        f"layer {number}": state_digest(layer.state)
+        for number, layer in enumerate(cache.layers)
     }
     return facts | {"tokenizer arguments": str(cache.tokenizer_config)}
 

@@ -54,7 +54,7 @@ class Step:
 
     def enter(self, layer: int) -> None:
         """The layer of this number is called; a lower one than before begins anew."""
-        self.calls = self.calls + 1 if layer > self.layer else 1
+        self.calls = self.calls + 1 if layer >= self.layer else 1
         self.layer = layer
 
 

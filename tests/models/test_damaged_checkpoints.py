@@ -243,8 +243,8 @@ def test_stop_tokens_that_are_no_numbers(whole: Path, tmp_path: Path) -> None:
     (folder / "generation_config.json").write_text(content)
     comm = GroupComm(mx.distributed.init())
     tokenizer = prepare(str(folder), comm, EPConfig()).tokenizer
-    assert set(tokenizer.eos_token_ids) == {2, "x", None}
-    assert model_facts(folder, tokenizer, [])["stop tokens"] == "2 None x"
+    assert set(tokenizer.eos_token_ids) == {1, 2, "x", None}
+    assert model_facts(folder, tokenizer, [])["stop tokens"] == "1 2 None x"
 
 
 def test_some_mutations(capfd: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -428,6 +429,7 @@ def write_table(path: Path, text: str) -> None:
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
+@cache
 def commit() -> str:
     """What is tested: the commit, and a digest of what is changed in the package."""
 
