@@ -9,8 +9,10 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache, save_prompt_cache
 
+import mlx_ep
 from mlx_ep.cli.prompt_cache import read_prompt_cache
 from mlx_ep.comm import GroupComm
+from tests.support import tiny
 from tests.support.ranks import run_commands, run_ranks
 
 pytestmark = pytest.mark.requires("ranks")
@@ -42,6 +44,33 @@ def test_nan_on_one_rank_ends_all():
         assert outcome.returncode == 1, outcome
         assert reason in outcome.stderr
         assert "Traceback" not in outcome.stderr
+
+
+def load_twice(group, folders):
+    """What loading says: NaN in an expert of the last rank, then in a norm."""
+    said = []
+    for folder in folders:
+        with pytest.raises(ValueError) as error:
+            mlx_ep.load(folder, group, mlx_ep.EPConfig(warmup=False))
+        said.append(str(error.value))
+    return said
+
+
+def test_nan_in_weights_is_told_with_its_rank_and_layer(tmp_path):
+    expert = "model.layers.1.mlp.switch_mlp.up_proj.weight"
+    norm = "model.layers.2.input_layernorm.weight"
+    for name, where in ((expert, -1), (norm, 0)):
+        folder = tiny.save_checkpoint(tmp_path / name, tiny.QWEN3_MOE)
+        file = str(folder / "model.safetensors")
+        weights = dict(mx.load(file).items())
+        mx.eval(weights)
+        weights[name][where] = float("nan")
+        mx.save_safetensors(file, weights)
+    folders = [str(tmp_path / expert), str(tmp_path / norm)]
+    said = run_ranks(2, load_twice, folders)
+    assert said[0] == said[1]
+    assert f"rank 1: Tensor '{expert}' of the checkpoint holds NaN" in said[0][0]
+    assert said[0][1].startswith(f"Tensor '{norm}' of the checkpoint holds NaN")
 
 
 def cache_file(folder: Path, name: str, change: int = -1, length: int = 5) -> None:

@@ -52,7 +52,7 @@ def test_it_goes_on_where_it_was_interrupted(ran, tmp_path, monkeypatch, capsys)
     assert run(monkeypatch, *log, "--resume") is False
     assert len(ran) == len(first) + len(again)
     # What another commit was found to do says nothing about this one.
-    monkeypatch.setattr(fault, "commit", lambda: "another")
+    monkeypatch.setattr(fault, "this_commit", lambda: "another")
     assert run(monkeypatch, *log, "--resume") is False
     assert len(ran) == len(first) + len(again) + 6
 
@@ -63,4 +63,4 @@ def test_a_line_that_was_cut_off_is_run_again(ran, tmp_path, monkeypatch):
     first = [fault.Case("ring 2", "decode", "SIGKILL", 0)]
     assert run(monkeypatch, "--log", str(log)) is False
     log.write_text(log.read_text()[:-20])
-    assert fault.read_log(log) == {}
+    assert fault.read_log(log, fault.this_commit()) == {}

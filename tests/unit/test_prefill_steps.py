@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_sampler
 
 import mlx_ep
+from mlx_ep import data_parallel
 from mlx_ep.api.machines import (
     layers_between,
     machine_facts,
     shares_rank_0_routing,
     unlike,
 )
+from mlx_ep.comm import GroupComm
 from mlx_ep.config import EPConfig
 from mlx_ep.models import build_kernels
 from mlx_ep.moe.group import MOST_DECODE_TOKENS
@@ -100,6 +103,33 @@ def test_kernels_are_built_without_a_collective(monkeypatch):
 def test_when_a_prompt_is_evaluated(given, backends, layers):
     machines = [{"backend": backend} for backend in backends]
     assert layers_between(EPConfig(eval_layers=given), machines) == layers
+
+
+# Fingerprints of steps ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_the_steps_of_a_batch_are_compared(is_sharded, monkeypatch, tmp_path):
+    folder = str(tiny.save_checkpoint(tmp_path, tiny.QWEN3_MOE))
+    config = EPConfig(warmup=False, strategy="gathered" if is_sharded else "replicated")
+    model, tokenizer = mlx_ep.load(folder, config=config)
+    steps = []
+    monkeypatch.setattr(data_parallel, "note_step", lambda *n: steps.append(n))
+    generate = "generate_sharded" if is_sharded else "generate_replicated"
+    found = getattr(data_parallel, generate)(
+        model,
+        tokenizer,
+        [[5, 6, 7], [8, 9]],
+        GroupComm(mx.distributed.init()),
+        max_tokens=4,
+        sampler=make_sampler(0.0),
+    )
+    (first, second) = (answer.tokens for answer in found.answers)
+    if is_sharded:  # what all ranks know: tokens, whether there is more, answers
+        assert all(len(step) == 3 for step in steps[:3])
+        assert {(0, *first), (1, *second)} <= set(steps)
+    else:
+        assert steps == list(zip(first, second, strict=True))
 
 
 # What ranks may differ in -------------------------------------------------------------
