@@ -15,6 +15,7 @@ import pytest
 
 from mlx_ep.comm import host, host_id
 from mlx_ep.comm.control.frames import MOST_HELLO, RefusedError, Session
+from mlx_ep.comm.control.hub import Hub
 from mlx_ep.comm.control.limits import Limits
 from mlx_ep.comm.control.meeting import (
     Meeting,
@@ -27,7 +28,7 @@ from mlx_ep.comm.control.meeting import (
 from mlx_ep.comm.control.progress import ProgressPage
 from mlx_ep.comm.control.report import render_report
 from mlx_ep.comm.control.seek import ATTEMPT, Seeker
-from mlx_ep.comm.control.wire import HELLO_LIMIT, MOST_NEWCOMERS, Door, serve
+from mlx_ep.comm.control.wire import HELLO_LIMIT, MOST_NEWCOMERS, Door, Wire, serve
 
 SECRET = b"s" * 32
 LONG = "0123456789abcdef"
@@ -39,6 +40,33 @@ def connected(secret=SECRET):
     assert server.receive(client.opening) == []
     assert client.receive(server.opening) == []
     return client, server
+
+
+@pytest.mark.parametrize(
+    ("origin", "is_here"), [("127.0.0.1", True), ("127.0.0.2", False)]
+)
+def test_who_is_on_this_host_may_be_silent_for_longer(origin, is_here):
+    said = []
+    hub = Hub(2, Limits(), selectors.DefaultSelector(), said.append, said.append)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        place = listener.getsockname()
+        client = socket.create_connection(place, source_address=(origin, 0))
+        wire = Wire(listener.accept()[0], SECRET, is_server=True)
+    session = Session(SECRET, is_server=False)
+    client.sendall(session.opening)
+    wire.receive()
+    session.receive(client.recv(4096))
+    hub.on_hello(wire, [{"kind": "hello", "rank": 1, "instance": "x"}])
+    assert wire.is_here == is_here
+    for _ in range(7):  # seconds in which its watch gets no time, or its host is gone
+        hub.tick(1.0)
+    is_ended = {"kind": "stacks"} in said  # the ranks are asked where they are
+    assert is_ended != is_here
+    for _ in range(60):
+        hub.tick(1.0)
+    assert {"kind": "stacks"} in said
+    wire.close()
+    client.close()
 
 
 def test_messages_arrive_whole_and_in_order():

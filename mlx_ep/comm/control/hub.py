@@ -184,8 +184,9 @@ class Hub:
             return
         for rank, wire in list(self._wires.items()):
             wire.silent += seconds
-            if wire.silent > self._limits.silence and rank not in self._left:
-                what = f"has been silent for {self._limits.silence:g} s; its host or"
+            limit = wire.patience(self._limits.silence)
+            if wire.silent > limit and rank not in self._left:
+                what = f"has been silent for {limit:g} s; its host or"
                 self.fail(rank, f"rank {rank} {what} its network is gone", asks=True)
         self._look_for_missing(seconds)
         self._look_for_stopped(seconds)

@@ -352,7 +352,7 @@ class Watch:
         wire = self._hub_wire
         assert wire is not None
         wire.silent += seconds
-        if wire.silent > self._limits.silence and self._code is None:
+        if wire.silent > wire.patience(self._limits.silence) and self._code is None:
             what = "its host or its network is gone"
             self._end(f"rank 0 has been silent for {wire.silent:.0f} s; {what}", 1)
 
