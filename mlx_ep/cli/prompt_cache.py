@@ -68,8 +68,8 @@ def read_prompt_cache(
     check_alike(
         comm,
         cache_facts(cache),
-        f"--prompt-cache-file must hold the same on all ranks; copy {file} from one to "
-        "all where these differ:",
+        "--prompt-cache-file must hold the same on all ranks; copy one rank's file to "
+        "all, as these differ:",
     )
     return cache
 

@@ -45,6 +45,7 @@ LONGEST_TICK = 1.0  # what is longer was a pause of this process, and does not c
 SIGNAL_GRACE = 0.5  # seconds for Python's handler to run after a signal
 LEAVE_GRACE = 1.0  # seconds for the rank to leave by itself after that
 CONNECT_GRACE = 1.0  # seconds for a rank that failed to be connected first
+USAGE_ALONE = 5.0  # seconds for rank 0 to come and be told of wrong usage here
 KILL_AFTER = 0.5  # seconds for the rank to end by itself
 STACKS_AFTER = 0.25  # seconds for the stacks to be written
 HANDLED = 0  # a wake-up byte; the others are the numbers of signals
@@ -269,7 +270,7 @@ class Watch:
                 # Better that rank 0 ends all: mpirun ends the others without a word.
                 self._alone = message, time.monotonic() + CONNECT_GRACE
             elif message["kind"] == "usage":
-                self._usage_until = time.monotonic() + LATECOMERS
+                self._usage_until = time.monotonic() + USAGE_ALONE
 
     def _hear_hub(self, message: ControlMessage) -> None:
         kind = message["kind"]
