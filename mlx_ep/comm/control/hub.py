@@ -35,7 +35,7 @@ from mlx_ep.comm.control.wire import Door, Wire
 STACKS_LIMIT = 1.0  # seconds for the ranks to say where they are
 USAGE_LIMIT = 1.0  # seconds for the others to find the same wrong usage
 USAGE_START = 5.0  # for those that have not come yet: hosts start seconds apart
-# Seconds for a rank that is still starting to hear why it ends: on a host with many more
+# Seconds for a rank that is still starting to hear why it ends: on a host with far more
 # processes than cores, starting one more took over 6.
 LATECOMERS = 20.0
 FAREWELL = 1.5  # seconds for the last words to be read
