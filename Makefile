@@ -33,9 +33,10 @@ fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.support.fuzz_exchange
 	$(BIN)/python -m tests.support.fuzz_checkpoints
 
-# Every way for a rank to fail, at every point of a run; over half an hour.
+# Every way for a rank to fail, at every point of a run; over half an hour. After an
+# interruption: make fault FAULT=--resume (on the same commit).
 fault: $(VENV)/.test
-	$(BIN)/python -m tests.support.fault --write docs/reliability.md
+	$(BIN)/python -m tests.support.fault --write docs/reliability.md $(FAULT)
 
 # 30 minutes of answers on 2 ranks: tokens right, memory flat.
 soak: $(VENV)/.test

@@ -50,10 +50,10 @@ class Flag:
 
     Attributes:
         help: without the default.
-        name: of the flag, where it is not the field's.
+        name: of the flag, if it is not the field's.
         metavar: of its value, in the help.
         least: the smallest number that the field takes.
-        otherwise: what the default means, for a person; None: the default itself.
+        otherwise: what the default means; None: the default itself.
     """
 
     help: str
@@ -73,16 +73,14 @@ class EPConfig:
             sum. The others are for ranks with tokens of their own. ``gathered``:
             all_gather of the tokens, reduce_scatter of the sums. ``all_to_all``: a
             row travels to a rank that needs it, and its sum back. ``auto``: one of
-            these two, see `mlx_ep.exchange.auto`. The names in `ALIASES` are taken
-            too and replaced by these.
+            these two, see `mlx_ep.exchange.auto`. `ALIASES` has other names of these.
         mode: of ``all_to_all``. ``low_latency``: shapes fixed by
             `low_latency_tokens`, no host sync. ``normal``: the routing first, then
             exactly the rows that are needed. ``auto``: low_latency where the tokens
             fit, else normal.
         low_latency_tokens: most tokens of one rank in mode ``low_latency``.
         round_tokens: most tokens of one rank that are exchanged at once in the other
-            sharded strategies; longer prompts go in rounds, so that the buffers do
-            not grow with them.
+            sharded strategies; longer prompts go in rounds.
         sums: what the sums of ``all_to_all`` travel back in. ``model``: the dtype of
             the tokens, each rank's sum rounded once. ``float32``: not rounded, for
             twice the bytes of a bfloat16 model.
@@ -92,13 +90,12 @@ class EPConfig:
         reduction: what that all_sum carries. ``partial_sum``: ``[T, D]`` float32,
             each rank's gate-weighted sum. ``per_slot``: ``[T, K, D]`` in the model's
             dtype, K times the bytes; the model then sums them itself, which is
-            bit-identical to one process. For debugging, and what a block falls
-            back to that is neither ``routed`` nor ``partial-sum``, see
-            docs/models.md.
+            bit-identical to one process. For debugging, and for blocks that are
+            neither ``routed`` nor ``partial-sum``, see docs/models.md.
         shared_routing: whether rank 0's routing is sent to all ranks, one more
-            collective per MoE layer. Needed where ranks may round differently and so
-            choose different experts at a near-tie; ``auto`` turns it on where the
-            ranks' chips or MLX versions differ.
+            collective per MoE layer: where ranks may round differently and so choose
+            other experts at a near-tie. ``auto``: where the ranks' chips, MLX versions
+            or MLX_ variables differ.
         attention: how the dense part runs, with strategy ``replicated``.
             ``replicated``: whole on every rank. ``tensor``: split over the ranks by the
             model's own ``shard()``, for one more collective per layer; the KV cache is
@@ -107,38 +104,37 @@ class EPConfig:
         runner: what runs a rank's experts. ``gather``: MLX's gather_mm and gather_qmm.
             ``blas``: NumPy on the CPU. ``metal``: this package's kernels for decode.
             ``auto``: for each call the fastest that is right, see `mlx_ep.tune`.
-        backend: what computes the experts and moves their rows; the environment
-            variable MLX_EP_BACKEND of rank 0 goes first.
-        warmup: whether the ways to run experts and, where there is Metal, those to
-            move their rows are checked and timed when the model
-            is made expert-parallel (a fraction of a second for each shape of layer,
-            then remembered); without it, a rule decides between them.
+        backend: what computes the experts and moves their rows; MLX_EP_BACKEND of
+            rank 0 goes first.
+        warmup: whether the ways to run experts and, on Metal, those to move their rows
+            are checked and timed when the model is made expert-parallel (a fraction of
+            a second for each shape of layer, then remembered); else a rule decides.
+        eval_layers: N: while a prompt is read, what was built is evaluated after every
+            N MoE layers, as Metal ends a command buffer that waits for 5 s. 0: never.
+            None: 8 where a rank computes through Metal, else 0.
+        check_nan: whether NaN ends the run where it appears, with its rank and layer;
+            costs a few host syncs per MoE layer. (Weights are always looked at.)
         memory_limit_gb: most GB (10^9 bytes) of weights this rank may hold; None is
             what the device recommends (Metal) or the host has available (CPU).
         memory: GB (10^9 bytes) that each rank may hold, in rank order: experts are
-            shared out in proportion to what the dense weights leave of it. None:
-            every rank gets the same number of experts.
+            shared out in proportion to what the dense weights leave. None: evenly.
         context: tokens of a sequence whose KV cache and computation have to fit into
             `memory` too.
         replica_memory: memory of each rank for copies of experts that other ranks have
             too, such as ``"24GB"``; ``"0"``: none. ``"auto"``: what is left beside the
-            weights and the KV cache of `context` tokens, as long as copies pay. With
-            them a decode step reads fewer experts on its busiest rank.
+            weights and the KV cache of `context` tokens, as long as copies pay.
         placement_file: a file that says which rank holds which expert, see
             `mlx_ep.placement.file`; or a record of routing (.npz), see
-            `mlx_ep.placement.record`, by which experts and copies are placed. Every
-            rank reads its own copy.
+            `mlx_ep.placement.record`, by which experts and copies are placed.
         ep_size: N, with strategy ``replicated``: the ranks form N groups of
             consecutive ranks; an expert belongs to a group, whose ranks share its
             width. None: as many groups as ranks, which hold whole experts.
         download: what a rank fetches of a hub repository. ``ranges``: the dense tensors
-            and its own experts, by HTTP byte ranges. ``full``: all files, as mlx-lm
-            does.
+            and its own experts, by HTTP byte ranges. ``full``: all files.
 
     Raises:
-        ValueError: a field has a value that is not one of those listed. (Whether there
-            is such a strategy is known to `mlx_ep.exchange.STRATEGIES`, which others
-            may add to.)
+        ValueError: a field has a value that is not one of those listed. (Strategies
+            are known to `mlx_ep.exchange.STRATEGIES`.)
     """
 
     strategy: Annotated[
@@ -185,11 +181,20 @@ class EPConfig:
     ] = "auto"
     warmup: Annotated[
         bool,
-        Flag(
-            help="Do not check and time the ways to run experts; a fixed rule chooses",
-            name="--no-warmup",
-        ),
+        Flag(help="Neither check nor time ways to run experts", name="--no-warmup"),
     ] = True
+    eval_layers: Annotated[
+        int | None,
+        Flag(
+            help="Prompts: evaluate after every N MoE layers; 0: never",
+            metavar="N",
+            least=0,
+            otherwise="8 on Metal, else 0",
+        ),
+    ] = None
+    check_nan: Annotated[
+        bool, Flag(help="Look for NaN in each MoE layer: says the rank and the layer")
+    ] = False
     memory_limit_gb: Annotated[
         float | None,
         Flag(

@@ -27,7 +27,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
-from mlx_ep.comm import Comm, gather_objects, note_progress
+from mlx_ep.comm import Comm, gather_objects, note_progress, note_step
 from mlx_ep.types import Sampler, TokenCounts, to_host
 
 
@@ -105,6 +105,7 @@ class LockStep:
         status = mx.array([[num_tokens, not is_done, self.num_finished]], mx.int32)
         # sync: the shapes of the step's exchanges depend on it.
         ranks = to_host(self.comm.all_gather(status))
+        note_step(*ranks.flatten().tolist())  # on host; all ranks must have these
         tokens = TokenCounts(tuple(ranks[:, 0].tolist()))  # on host
         self.model.expert_parallel.group.step.tokens = tokens
         if int(ranks[:, 2].sum()) > self.num_answered:
@@ -117,6 +118,7 @@ class LockStep:
         self.answers = []
         for answer in (Answer(*values) for rank in news for values in rank):
             self.num_answered += 1
+            note_step(answer.prompt, *answer.tokens)
             self.on_answer(answer)
 
 
@@ -265,6 +267,8 @@ def _generate(
         step += 1
         _, responses = generator.next()
         cache_bytes = max(cache_bytes, generator.prompt_cache_nbytes)
+        if not isinstance(model, LockStep):  # all ranks run these sequences
+            note_step(*(response.token for response in responses))
         for response in responses:
             if response.finish_reason != "stop":
                 tokens[response.uid].append(response.token)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import platform
+import os
 import warnings
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 
-import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_ep.api.machines import (
+    layers_between,
+    machine_facts,
+    shares_rank_0_routing,
+    unlike,
+)
 from mlx_ep.comm import Comm, gather_objects, note_progress
 from mlx_ep.config import EPConfig
 from mlx_ep.cost.attention import REPLICATED, AttentionChoice
 from mlx_ep.exchange import STRATEGIES
 from mlx_ep.loading import Splitter
 from mlx_ep.metrics import Counters, RankReport
-from mlx_ep.models import BlockState, find_forms, install
+from mlx_ep.models import BlockState, build_kernels, find_forms, install
 from mlx_ep.models.tensor_parallel import connect
 from mlx_ep.moe import ExpertGroup, RoutingRecorder
 from mlx_ep.placement import Placement
@@ -99,14 +103,26 @@ def install_experts(
         moves_rows=isinstance(plain, MovesRows),
         placement=placement.slots,
     )
-    shares_routing = _shares_routing(comm, config)
+    machines = gather_objects(comm, machine_facts(os.environ))
+    shares_routing = shares_rank_0_routing(config, machines)
+    config = replace(config, eval_layers=layers_between(config, machines))
+    if shares_routing and comm.rank == 0 and (text := unlike(machines)):
+        warnings.warn(
+            f"Ranks may round differently: {text}. They take rank 0's routing.",
+            stacklevel=3,
+        )
     group = ExpertGroup.from_config(
         comm, placement, config, shares_routing, policy.mover
     )
     connect(model, group.counted)
+    blocks = install(forms, group, config.reduction)
+    has_metal = any(machine["backend"] == "metal" for machine in machines)
+    if comm.size > 1 and has_metal and splitter.choice.attention == "replicated":
+        build_kernels(model, blocks)
+    comm.barrier()  # nobody's first step waits for another's warm-up
     state = ExpertParallel(
         group,
-        install(forms, group, config.reduction),
+        blocks,
         policy.with_strategy(group.strategy),
         attention=splitter.choice,
     )
@@ -125,12 +141,3 @@ def install_experts(
             stacklevel=3,
         )
     return model
-
-
-def _shares_routing(comm: Comm, config: EPConfig) -> bool:
-    """Whether rank 0's routing is sent to all: where ranks may round differently."""
-    if config.shared_routing != "auto":
-        return config.shared_routing == "always"
-    device = mx.device_info()
-    mine = [version("mlx"), platform.machine(), str(device.get("architecture"))]
-    return any(other != mine for other in gather_objects(comm, mine))

@@ -97,8 +97,8 @@ def _options(setting: Setting) -> dict[str, Any]:
     options: dict[str, Any] = {"dest": setting.name, "help": flag.help}
     if flag.otherwise:
         options["help"] += f" (default: {flag.otherwise})."
-    if kind is bool:  # those there are begin with --no-
-        return options | {"action": "store_false"}
+    if kind is bool:  # those that are on by default begin with --no-
+        return options | {"action": f"store_{not setting.default}".lower()}
     options |= {"default": setting.default, "metavar": flag.metavar}
     if setting.name == "strategy":
         return options | {

@@ -133,7 +133,14 @@ def shared_sampler(
     per token.
     """
     sampler = rank_sampler(args, tokenizer)
-    return lambda logprobs: comm.broadcast(sampler(logprobs))
+
+    def sample(logprobs: mx.array) -> mx.array:
+        # sync: only with --check-nan.
+        if args.config.check_nan and bool(mx.isnan(logprobs).any().item()):
+            raise FloatingPointError(f"NaN on rank {comm.rank}: in the logits")
+        return comm.broadcast(sampler(logprobs))
+
+    return sample
 
 
 def seed_ranks(number: int | None, prepared: PreparedModel) -> None:

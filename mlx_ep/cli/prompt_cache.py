@@ -14,7 +14,9 @@ from typing import Any
 from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache
 
 from mlx_ep.comm import Comm, agreed
+from mlx_ep.comm.symmetry import check_alike
 from mlx_ep.loading import EMBEDDED_MODEL, find_model
+from mlx_ep.loading.identity import state_digest
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,23 @@ def read_prompt_cache(
         _check(found, model, kv_bits, kv_group_size)
         return found
 
-    return agreed(comm, read)
+    cache = agreed(comm, read)
+    check_alike(
+        comm,
+        cache_facts(cache),
+        "--prompt-cache-file must hold the same on all ranks; copy one rank's file to "
+        "all, as these differ:",
+    )
+    return cache
+
+
+def cache_facts(cache: PromptCache) -> dict[str, str]:
+    """What of a cache must be alike on all ranks, by layer."""
+    facts = {
+        f"layer {number}": state_digest(layer.state)
+        for number, layer in enumerate(cache.layers)
+    }
+    return facts | {"tokenizer arguments": str(cache.tokenizer_config)}
 
 
 def _read(file: Path) -> PromptCache:

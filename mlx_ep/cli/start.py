@@ -50,6 +50,8 @@ def run(
                 # mlx-lm begins the step after the last token too: a rank that left now
                 # would take its part of that step's collectives away from the others.
                 comm.barrier()
+        except FloatingPointError as error:  # of the only rank
+            parser.exit(1, f"{parser.prog}: error: {error}\n")
         except UsageError as error:  # every rank is here, with the same text
             _exit_by_usage(parser, str(error), comm.rank)
 

@@ -25,7 +25,7 @@ import psutil
 import mlx_ep
 from mlx_ep.comm.control.limits import Limits
 from mlx_ep.comm.control.meeting import Meeting, find_meeting
-from mlx_ep.comm.control.progress import ProgressPage
+from mlx_ep.comm.control.progress import LayerStage, ProgressPage
 from mlx_ep.comm.environment import check_environment
 
 BEAT = 0.5  # seconds between two signs of life of the interpreter
@@ -204,6 +204,10 @@ class Liveness:
         """Says where this rank is; see `note_progress`."""
         self._page.at(phase, step, layer, stage)
 
+    def visit(self, layer: int, stage: LayerStage) -> None:
+        """Says where in a layer this rank is; see `note_layer`."""
+        self._page.visit(layer, stage)
+
     def mark(self, *numbers: int) -> None:
         """Takes numbers into the fingerprint; see `note_step`."""
         self._page.mark(*numbers)
@@ -293,11 +297,21 @@ class Liveness:
             except OSError:
                 data = b""
             if not data:
-                say(f"[mlx_ep] rank {self.rank} ends: its watch was killed")
+                say(f"[mlx_ep] rank {self.rank} ends: {self._end_of_watch()}")
                 _exit_now(1)
             *lines, buffer = (buffer + data).split(b"\n")
             for line in lines:
                 self._hear(json.loads(line))
+
+    def _end_of_watch(self) -> str:
+        """How the watch ended, which should outlive this rank."""
+        try:
+            code = self._process.wait(BEAT)
+        except subprocess.TimeoutExpired:
+            return "its watch hung up, and is still there"
+        if code < 0:
+            return f"its watch was killed ({signal.Signals(-code).name}) from outside"
+        return f"its watch ended with exit code {code}; its traceback is above"
 
     def _hear(self, message: dict[str, Any]) -> None:
         kind = message["kind"]

@@ -79,9 +79,11 @@ def init(
             "mlx_ep's init before any mx.distributed.init"
         )
     check_num_ranks(Launched(launched.transport, rank, size), num_ranks)
+    comm = GroupComm(group, transport=launched.transport if size > 1 else "none")
     if channel is not None:
+        comm.barrier()  # an end of any rank before all are here is still one of all
         channel.group_exists(group)
-    return GroupComm(group, transport=launched.transport if size > 1 else "none")
+    return comm
 
 
 def start_channel() -> Liveness | None:

@@ -25,7 +25,9 @@ import mlx.core as mx
 from mlx_ep.comm.channel import TOLD_TO_END, Liveness, say
 from mlx_ep.comm.control.limits import Limits
 from mlx_ep.comm.control.meeting import find_meeting
+from mlx_ep.comm.control.progress import LayerStage
 from mlx_ep.comm.environment import Launched
+from mlx_ep.comm.objects import shortened
 
 __all__ = [
     "Liveness",
@@ -35,12 +37,14 @@ __all__ = [
     "fail_with",
     "joined_texts",
     "on_end",
+    "note_layer",
     "note_progress",
     "note_step",
     "note_prefill",
     "note_decode",
 ]
 
+MOST_DETAILS = 20_000  # characters of a traceback
 ROOT_CAUSE_GRACE = 1.0  # seconds for word of a failure that explains our own
 T = TypeVar("T")
 
@@ -145,8 +149,10 @@ def fail_with(error: BaseException) -> NoReturn:
             name = signal.Signals(code - 128).name
             channel.announce(f"rank {channel.rank} was told to end ({name})", code)
         channel.fail(f"SystemExit: {error.code}", code)
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    details = "".join(traceback.format_exception(error))
+    reason = shortened(" ".join(f"{type(error).__name__}: {error}".split()))
+    details = shortened("".join(traceback.format_exception(error)), MOST_DETAILS)
+    if isinstance(error, FloatingPointError):  # NaN: the model's fault, not the code's
+        details = ""
     # A collective raises RuntimeError when a peer is gone. Word of why that peer went
     # says more than our traceback would.
     grace = ROOT_CAUSE_GRACE if isinstance(error, RuntimeError) else 0.0
@@ -184,6 +190,20 @@ def note_progress(
     """
     if Liveness.current is not None:
         Liveness.current.note(phase, step, layer, stage)
+
+
+def note_layer(layer: int, stage: LayerStage) -> None:
+    """Says where in the MoE layer of a step this rank is, for the report of a failure.
+
+    MLX is lazy: a stage that waits for nothing is over when its graph is built, and
+    what was built is computed where the host waits, in this layer or after the last
+    (`evaluating up to here`). It costs a fraction of a microsecond.
+
+    Args:
+        layer: its number in the model; -1: it has none.
+    """
+    if Liveness.current is not None:
+        Liveness.current.visit(layer, stage)
 
 
 def note_step(*numbers: int) -> None:

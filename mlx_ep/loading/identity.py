@@ -10,10 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_ep.comm.symmetry import digest
-from mlx_ep.types import to_host
+from mlx_ep.types import view_on_host
 
 # Files that decide what a model computes or how text becomes tokens.
 _FILES = (
@@ -45,7 +46,9 @@ def model_facts(
             facts[name] = digest(_content(file))
     for file in sorted(weight_files):
         facts[f"header of {file.name}"] = digest(_header(file))
-    facts["stop tokens"] = " ".join(map(str, sorted(tokenizer.eos_token_ids)))
+    # As texts: what generation_config.json names need not be numbers, and then stops
+    # nothing.
+    facts["stop tokens"] = " ".join(sorted(map(str, tokenizer.eos_token_ids)))
     facts["chat template"] = digest(str(getattr(tokenizer, "chat_template", None)))
     return facts
 
@@ -53,8 +56,8 @@ def model_facts(
 def dense_facts(model: nn.Module, expert_switches: list[nn.Module]) -> dict[str, str]:
     """A checksum of each layer's weights that every rank holds whole.
 
-    Bits are added up as integers, on the device: one pass over the weights, which is
-    little beside reading them. Experts are left out, whose weights no two ranks share.
+    Bits are added up as integers, in one pass over the weights. Experts are left out,
+    whose weights no two ranks share.
 
     Args:
         model: with its weights, evaluated.
@@ -65,15 +68,24 @@ def dense_facts(model: nn.Module, expert_switches: list[nn.Module]) -> dict[str,
     for name, array in _arrays(model):
         if id(array) not in experts and array.size:
             names.append(name)
-            sums.append(_bit_sum(array))
-    if not names:
-        return {}
-    # sync: once, after loading.
-    values = to_host(mx.stack(sums)).tolist()  # on host
+            sums.append(bit_sum(array))
     layers: dict[str, list[Any]] = {}
-    for name, value in zip(names, values, strict=True):
+    for name, value in zip(names, sums, strict=True):
         layers.setdefault(_layer(name), []).append([name, value])
     return {f"weights of {layer}": digest(found) for layer, found in layers.items()}
+
+
+def state_digest(state: Any) -> str:
+    """A short name of arrays and whatever else a tree holds, such as a KV cache."""
+    leaves: Any = tree_flatten(state)
+    found = []
+    for name, leaf in leaves:
+        if isinstance(leaf, mx.array):
+            total = bit_sum(leaf) if leaf.size else 0
+            found.append([name, str(leaf.dtype), leaf.shape, total])
+        else:
+            found.append([name, str(leaf)])
+    return digest(found)
 
 
 def _arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
@@ -81,11 +93,20 @@ def _arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
     return list(found)
 
 
-def _bit_sum(array: mx.array) -> mx.array:
-    kinds = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+def bit_sum(array: mx.array) -> int:
+    """The sum of an array's bits as words of 4 bytes, modulo 2^32.
+
+    The same on every device. On a host NumPy adds them, at the speed of the memory.
+    """
     if array.dtype == mx.bool_:
-        return array.astype(mx.uint64).sum()
-    return array.view(kinds[array.dtype.size]).sum().astype(mx.uint64)
+        array = array.astype(mx.uint8)
+    flat = array.reshape(-1)
+    words = flat.view(mx.uint32 if array.nbytes % 4 == 0 else mx.uint8)
+    if mx.metal.is_available():
+        # sync: once, when it has been read.
+        return int(words.astype(mx.uint32).sum().item())  # type: ignore[arg-type]
+    # sync: once, when it has been read.
+    return int(view_on_host(words).sum(dtype=np.uint32))
 
 
 def _layer(name: str) -> str:

@@ -1,7 +1,7 @@
 """The MoE blocks of mlx-lm models, found by structure and made expert-parallel."""
 
 from mlx_ep.models.block_form import BlockForm, find_forms
-from mlx_ep.models.blocks import BlockState, install
+from mlx_ep.models.blocks import BlockState, build_kernels, install
 from mlx_ep.models.families import (
     FAMILIES,
     Family,
@@ -22,6 +22,7 @@ __all__ = [
     "ExpertTensor",
     "Family",
     "MoESite",
+    "build_kernels",
     "expert_tensor",
     "find_forms",
     "find_moe_sites",

@@ -14,14 +14,17 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ep.experts import switch_runner
-from mlx_ep.models.block_call import BlockCall, BlockView, Stub
+from mlx_ep.models.block_call import BlockCall, BlockView, Stub, zero_outputs
 from mlx_ep.models.block_form import BlockForm, replace_call, whole_shared
 from mlx_ep.models.routing_probe import IdentityProbe, StandInProbe
 from mlx_ep.models.stand_in import OutputsStandIn
 from mlx_ep.moe import ExpertGroup
 from mlx_ep.types import CompleteRouting, Routing
+
+KERNEL_TOKENS = (64, 1)  # as of a prompt, and of decode
 
 
 @dataclass
@@ -31,20 +34,32 @@ class BlockState:
     Attributes:
         block_class: of the module whose ``__call__`` this is, as it was.
         reduction: see `EPConfig`.
+        is_without_experts: their outputs are zeros, and nothing is communicated.
     """
 
     form: BlockForm
     block_class: type[nn.Module]
     group: ExpertGroup
     reduction: str
+    is_without_experts: bool = False
+
+    @cached_property
+    def layer(self) -> int:
+        """The number in its path; -1: there is none."""
+        parts = self.form.site.path.split(".")
+        return int(next((part for part in parts if part.isdecimal()), -1))
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
         form = self.form
-        if type(form.probe) is StandInProbe and self.reduction != "per_slot":
+        self.group.step.enter(self.layer)
+        is_routed = type(form.probe) is StandInProbe and self.reduction != "per_slot"
+        if is_routed and not self.is_without_experts:
             output: mx.array = self._with_stand_in(*args, **kwargs)
             return output
         path = form.site.switch_path_in(form.holder)
         call = BlockCall(form.holder, self.block_class, path, args, kwargs)
+        if self.is_without_experts:
+            return call.run(zero_outputs, self._whole_shared)
         if self.reduction == "per_slot" or form.tier == "per-slot":
             return call.run(self._switch(self.group.slot_outputs), self._whole_shared)
         if type(form.probe) is IdentityProbe:
@@ -112,6 +127,7 @@ class BlockState:
                 f"{self.form.site.path} cannot serve tokens of other ranks, because "
                 f"{self.form.why_not_routed}. Use --attention replicated."
             )
+        self.group.step.enter(self.layer)
         x = mx.zeros((0, self.form.probe.row_dims), self.form.probe.row_dtype)
         ids = mx.zeros((0, self.form.probe.top_k), mx.int32)
         routing = Routing(ids, ids.astype(mx.float32))
@@ -146,3 +162,22 @@ def install(
         replace_call(form.holder, state)
         states.append(state)
     return states
+
+
+def build_kernels(model: nn.Module, states: Sequence[BlockState]) -> None:
+    """Run all but the experts once, so that MLX builds its kernels now.
+
+    Later other ranks would wait for it, inside a collective. Nothing is communicated
+    where attention is replicated. The kernels of experts are built where they are tried
+    (`mlx_ep.tune`).
+    """
+    for state in states:
+        state.is_without_experts = True
+    try:
+        cache = make_prompt_cache(model)
+        for num_tokens in KERNEL_TOKENS:
+            # sync: once, when the model is made expert-parallel.
+            mx.eval(model(mx.arange(1, num_tokens + 1)[None], cache=cache))
+    finally:
+        for state in states:
+            state.is_without_experts = False

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Float, Float32, Shaped
 
-from mlx_ep.comm import Comm
+from mlx_ep.comm import Comm, note_layer
+from mlx_ep.comm.control.progress import LayerStage
 from mlx_ep.config import EPConfig
 from mlx_ep.exchange import (
     STRATEGIES,
@@ -30,6 +32,9 @@ from mlx_ep.placement import Placement
 from mlx_ep.rows import Mover, limit_to_capacity, serving_slots
 from mlx_ep.types import Routing, Rows, TokenCounts, to_host
 
+# A call with more of them is one of a prompt; the default of `low_latency_tokens`.
+MOST_DECODE_TOKENS = 64
+
 
 @dataclass
 class Step:
@@ -38,10 +43,19 @@ class Step:
     Attributes:
         tokens: T of every rank, where the caller has agreed on it.
         dropped_pairs: (token, expert) pairs of this rank beyond the capacity, so far.
+        layer: the number in the model of the layer that is being called; -1: none.
+        calls: layers of the model that were called so far, this one included.
     """
 
     tokens: TokenCounts | None = None
     dropped_pairs: int = 0
+    layer: int = -1
+    calls: int = 0
+
+    def enter(self, layer: int) -> None:
+        """The layer of this number is called; a lower one than before begins anew."""
+        self.calls = self.calls + 1 if layer >= self.layer else 1
+        self.layer = layer
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,8 @@ class ExpertGroup:
         step: what the caller has agreed on for this step.
         timings: of each stage; off until asked for:
             ``with group.timings.measure() as timings: ...``.
+        eval_layers: evaluate prompts after every so many layers; 0: never.
+        check_nan: look for NaN in what comes and goes.
         observe: is given the routed ids of each call; see `RoutingRecorder.observer`.
     """
 
@@ -69,6 +85,8 @@ class ExpertGroup:
     sum_dtype: mx.Dtype | None = None
     step: Step = field(default_factory=Step)
     timings: StageTimings = field(default_factory=StageTimings)
+    eval_layers: int = 0
+    check_nan: bool = False
     observe: Callable[[mx.array], None] | None = None
 
     @classmethod
@@ -93,6 +111,8 @@ class ExpertGroup:
             share_routing,
             capacity=config.capacity,
             sum_dtype=mx.float32 if config.sums == "float32" else None,
+            eval_layers=config.eval_layers or 0,
+            check_nan=config.check_nan,
         )
 
     @cached_property
@@ -172,8 +192,9 @@ class ExpertGroup:
             used: the routing as it is used, from what the router decided.
             experts: what this rank computes of its rows, one line each.
         """
+        self._check_numbers(x, "what comes to its experts")
         self.timings.begin(x)
-        stage, barrier = self.timings.run, self.comm.barrier
+        stage, barrier = self._stage, self.comm.barrier
         is_next = strategy.is_sharded or self.share_routing
         routing = stage("route", used, routing, barrier=barrier if is_next else None)
         if self.observe is not None:
@@ -184,6 +205,7 @@ class ExpertGroup:
             exchange = stage("assign", strategy.exchange, request)
             rows = stage("dispatch", exchange.dispatch, x_part)
             partial = stage("experts", experts, rows)
+            self._check_numbers(partial, "what this rank's experts give")
             output = stage("combine", exchange.combine, partial, barrier=barrier)
             outputs.append(output)
             if strategy.is_sharded:
@@ -192,8 +214,41 @@ class ExpertGroup:
             if len(rounds) > 1:
                 # sync: the buffers of a round are freed before the next one starts.
                 mx.eval(output)
+        total = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+        self._end(total)
+        return total
+
+    def _stage(
+        self,
+        name: LayerStage,
+        function: Callable[..., Any],
+        *args: object,
+        barrier: Callable[[], None] | None = None,
+    ) -> Any:
+        """A stage of a layer, known to the other ranks and timed."""
+        note_layer(self.step.layer, name)
+        return self.timings.run(name, function, *args, barrier=barrier)
+
+    def _end(self, output: mx.array) -> None:
+        """The layer is built; a prompt is evaluated at the boundary of a group."""
         self.timings.end()
-        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+        note_layer(self.step.layer, "evaluating up to here")
+        self._check_numbers(output, "what the experts of all ranks give")
+        is_prompt = output.size > MOST_DECODE_TOKENS * output.shape[-1]
+        if self.eval_layers and is_prompt and self.step.calls % self.eval_layers == 0:
+            # sync: Metal ends a command buffer that waits for a slow rank for 5 s; each
+            # has no more to wait for than the collectives of these layers.
+            mx.eval(output)
+
+    def _check_numbers(self, array: mx.array, what: str) -> None:
+        """Raises:
+        FloatingPointError: NaN is among the numbers, and that was asked about.
+        """
+        # sync: only with `check_nan`.
+        if self.check_nan and bool(mx.isnan(array).any().item()):
+            raise FloatingPointError(
+                f"NaN on rank {self.comm.rank}, layer {self.step.layer}: in {what}"
+            )
 
     def _rounds(
         self, x: Float[mx.array, "T D"], routing: Routing, strategy: Strategy
@@ -221,14 +276,17 @@ class ExpertGroup:
         For ranks that hold the same tokens. What is made of it on each rank has to go
         through `sum_parts`.
         """
+        self._check_numbers(x, "what comes to its experts")
         self.timings.begin(x)
-        stage = self.timings.run
+        stage = self._stage
         ids, gates = stage("route", self._limited, routing)
         if self.observe is not None:
             self.observe(ids)
         slot_ids = stage("assign", self._own_slots, ids)
         rows = Rows(x, slot_ids, gates)
-        return stage("experts", run_slots, rows, runner, self.counters)
+        outputs: mx.array = stage("experts", run_slots, rows, runner, self.counters)
+        self._check_numbers(outputs, "what this rank's experts give")
+        return outputs
 
     def _own_slots(self, expert_ids: mx.array) -> mx.array:
         served = serving_slots(expert_ids, self.placement)
@@ -241,8 +299,8 @@ class ExpertGroup:
             part: of the same shape and dtype on every rank.
         """
         all_reduce, barrier = self.counted.all_reduce, self.comm.barrier
-        total = self.timings.run("combine", all_reduce, part, barrier=barrier)
-        self.timings.end()
+        total: mx.array = self._stage("combine", all_reduce, part, barrier=barrier)
+        self._end(total)
         return total
 
     def _token_counts(self, num_tokens: int, strategy: Strategy) -> TokenCounts | None:

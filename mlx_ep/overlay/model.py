@@ -180,12 +180,14 @@ def _load_on_rank(settings: OverlaySettings, group: mx.distributed.Group) -> nn.
 def _end_together(comm: GroupComm) -> None:
     """See to it that a rank that fails or is killed ends all, as our commands do.
 
-    Not in mlx-lm's server: it loads the model on a thread of its own, and its ranks do
-    not end together (rank 0 leaves at Ctrl-C, and the launcher ends the others).
+    mlx-lm's server loads the model on a thread of its own, and its ranks do not leave
+    together: the first that leaves, rank 0 at Ctrl-C, ends the others.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return
     liveness = Liveness.start(comm.group)
+    if threading.current_thread() is not threading.main_thread():
+        text = f"rank {comm.rank} has ended its server"
+        atexit.register(liveness.announce, text, 130)
+        return
 
     def fail(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         sys.__excepthook__(kind, error, trace)

@@ -235,6 +235,18 @@ def test_what_ranks_must_have_alike(whole: Path, tmp_path: Path) -> None:
     assert differ == {f"header of {WEIGHTS}", "generation_config.json"}
 
 
+def test_stop_tokens_that_are_no_numbers(whole: Path, tmp_path: Path) -> None:
+    """mlx-lm loads them, and they stop nothing."""
+    folder = tmp_path / "model"
+    shutil.copytree(whole, folder)
+    content = '{"eos_token_id": [2, "x", null]}'
+    (folder / "generation_config.json").write_text(content)
+    comm = GroupComm(mx.distributed.init())
+    tokenizer = prepare(str(folder), comm, EPConfig()).tokenizer
+    assert set(tokenizer.eos_token_ids) == {1, 2, "x", None}
+    assert model_facts(folder, tokenizer, [])["stop tokens"] == "1 2 None x"
+
+
 def test_some_mutations(capfd: pytest.CaptureFixture[str]) -> None:
     """A sample of `make fuzz`."""
     from tests.support import fuzz_checkpoints

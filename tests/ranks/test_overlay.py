@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -136,6 +137,35 @@ def test_server_answers_several_at_once(overlays: dict[str, str]) -> None:
 def test_server_for_longer(overlays: dict[str, str], name: str, num_ranks: int) -> None:
     model = overlays.get(name) or str(find_model(name))
     _serve_and_compare(overlays[f"{name}-ep"], model, num_ranks, rounds=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_server_whose_worker_is_gone_ends(
+    overlays: dict[str, str], number: signal.Signals
+) -> None:
+    """Requests end, and nobody is told that all is well."""
+    with _server(overlays["jargon-moe-ep"], 2) as (started, address):
+        _ask(address, QUESTIONS[0], 4)
+        started.processes[1].send_signal(number)
+        start = time.monotonic()
+        with pytest.raises(OSError):
+            _ask(address, QUESTIONS[1], 4)
+        first, _ = started.wait(timeout=15)
+        assert time.monotonic() - start < 10
+    assert first.returncode not in (0, None)
+    said = "rank 1 stopped" if number == signal.SIGSTOP else "rank 1 ended without"
+    assert said in first.stderr
+
+
+@pytest.mark.slow
+def test_a_server_that_is_interrupted_ends_all(overlays: dict[str, str]) -> None:
+    with _server(overlays["jargon-moe-ep"], 2) as (started, address):
+        _ask(address, QUESTIONS[0], 4)
+        started.processes[0].send_signal(signal.SIGINT)
+        _, second = started.wait(timeout=15)
+    assert second.returncode not in (0, None)
+    assert "rank 0 has ended its server" in second.stderr
 
 
 @pytest.mark.slow

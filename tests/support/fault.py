@@ -1,13 +1,14 @@
 """Every way for a rank to fail, at every point of a run, on every kind of group.
 
-    python -m tests.support.fault [--only TEXT] [--every N] [--json FILE] [--write FILE]
+    python -m tests.support.fault [--only TEXT] [--every N] [--resume] [--jobs N]
+                                  [--log FILE] [--write FILE]
 
 Each combination starts `mlx_ep.generate` on the embedded model, lets one rank fail and
 looks at what is left: the seconds until every rank has ended, exit codes, the report of
 rank 0, processes that live on, ports that stay taken. Exit code 1 if one falls short.
 
-Over 400 lines, because a combination, what is done to it and what is looked at are read
-together.
+Each combination is a line of the log when it ends. After an interruption `--resume`
+takes from there what was as promised, if it is of the same commit, and runs the rest.
 """
 
 from __future__ import annotations
@@ -24,89 +25,36 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from tests.support.fault_cases import (
+    FAULTS,
+    SETUPS,
+    Case,
+    Outcome,
+    cases,
+    read_log,
+    table,
+    this_commit,
+    write_table,
+)
 from tests.support.launchers import (
     mpirun_command,
     rank_environment,
     ring_variables,
-    unavailable,
 )
 
-POINTS = ("before", "loading", "warmup", "prefill", "decode")
-FAULTS = (
-    "SIGKILL", "SIGSTOP", "SIGTERM", "SIGINT", "exception", "os._exit", "deadline",
-    "network",
-)  # fmt: skip
-SETUPS = {"ring 2": 2, "ring 3": 3, "mpi 2": 2}
 DEADLINE = 4.0  # seconds, of the phase in which a rank is late
-MOST = {"SIGTERM": 2.0, "SIGINT": 2.0, "exception": 5.0, "os._exit": 5.0}
-MOST_OTHERS = 10.0  # seconds from the fault until every rank has ended
 ORPHAN_LIMIT = 6.0  # seconds after that for the watches to end
+WAITING = ("SIGSTOP", "deadline", "network")  # for a limit, not for a core
+LOG = Path("fault.jsonl")
 NAME = "MLX_EP_FAULT"  # marks the processes of one combination
 SIGNALS = {name: getattr(signal, name) for name in FAULTS if name.startswith("SIG")}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One combination."""
-
-    setup: str
-    point: str
-    fault: str
-    rank: int
-
-    def __str__(self) -> str:
-        return f"{self.setup}, {self.point}, {self.fault} on rank {self.rank}"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a combination left."""
-
-    case: Case
-    seconds: float
-    codes: list[int | None]
-    has_report: bool
-    orphans: list[str]
-    taken_ports: list[int]
-    output: str
-
-    @property
-    def problems(self) -> list[str]:
-        most = MOST.get(self.case.fault, MOST_OTHERS)
-        found = []
-        if not self.seconds <= most:
-            found.append(f"ended after {self.seconds:.1f} s, more than {most:g} s")
-        if not all(self.codes):
-            found.append(f"exit codes {self.codes}")
-        if not self.has_report:
-            found.append("no report")
-        if self.orphans:
-            found.append(f"left {self.orphans}")
-        if self.taken_ports:
-            found.append(f"ports {self.taken_ports} are taken")
-        return found
-
-
-def cases() -> list[Case]:
-    """All combinations this host can run."""
-    is_root = os.geteuid() == 0 and sys.platform == "linux"
-    has_mpi = unavailable("mpi") is None
-    return [
-        Case(setup, point, fault, rank)
-        for setup, size in SETUPS.items()
-        for fault in FAULTS
-        for rank in (0, size - 1)
-        for point in POINTS  # an odd number, so that --every 2 meets both ranks
-        # mpirun starts its ranks in one network namespace.
-        if not (fault == "network" and (setup == "mpi 2" or not is_root))
-        and not (setup == "mpi 2" and not has_mpi)
-    ]
 
 
 # A rank ------------------------------------------------------------------------------
@@ -182,13 +130,11 @@ def run_case(case: Case) -> Outcome:
             if case.fault == "network":
                 start = start_in_namespaces
             processes, ports, cut = start(case, directory, variables, stack)
+            stack.callback(end_all, processes, str(marker))
             seconds = wait(case, directory, processes, marker, cut)
             orphans = wait_for_orphans(str(marker))
             taken = [port for port in ports if not is_free(port)]
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
+            end_all(processes, str(marker))
             outputs = [
                 path.read_text(errors="replace")
                 for path in sorted(directory.glob("stderr.*"))
@@ -350,6 +296,17 @@ def wait_for_orphans(marker: str) -> list[str]:
     return [str(process) for process in found]
 
 
+def end_all(processes: list[subprocess.Popen[bytes]], marker: str) -> None:
+    """Nothing of a combination is left, also when this is interrupted."""
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+    for other in processes_of(marker):
+        with contextlib.suppress(psutil.Error):
+            other.kill()
+
+
 def processes_of(marker: str) -> Iterator[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -367,76 +324,55 @@ def is_free(port: int) -> bool:
     return False
 
 
-# The table ---------------------------------------------------------------------------
-
-
-def table(outcomes: list[Outcome]) -> str:
-    """Seconds until every rank had ended: a fault of rank 0 / of the last rank."""
-    by_case = {outcome.case: outcome for outcome in outcomes}
-    seconds = [outcome.seconds for outcome in outcomes]
-    good = sum(not outcome.problems for outcome in outcomes)
-    orphans = sum(bool(outcome.orphans) for outcome in outcomes)
-    ports = sum(bool(outcome.taken_ports) for outcome in outcomes)
-    lines = [
-        f"{len(outcomes)} combinations, {good} as promised: the slowest ended "
-        f"everywhere {max(seconds):.1f} s after the fault (a deadline: after it "
-        f"passed), {sum(all(o.codes) for o in outcomes)} with non-zero exit codes on "
-        f"every rank, {sum(o.has_report for o in outcomes)} with a report by rank 0, "
-        f"{orphans} with a process left, {ports} with a port left.",
-        "",
-        "| group | fault | before the group | loading | warm-up | prefill | decode |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for setup, size in SETUPS.items():
-        for fault in FAULTS:
-            cells = []
-            for point in POINTS:
-                found = [
-                    by_case.get(Case(setup, point, fault, rank))
-                    for rank in (0, size - 1)
-                ]
-                shown = [f"{it.seconds:.1f}" if it else "-" for it in found]
-                cells.append(" / ".join(shown))
-            if any(cell != "- / -" for cell in cells):
-                lines.append(f"| {setup} | {fault} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def write_table(path: Path, text: str) -> None:
-    """Puts the table between the two comments of a page that are for it."""
-    begin, end = "<!-- make fault: begin -->", "<!-- make fault: end -->"
-    page = path.read_text()
-    before, rest = page.split(begin)
-    _, after = rest.split(end)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+def run_all(todo: list[Case], jobs: int) -> Iterator[Outcome]:
+    """The outcomes as they end; what passes most of its time waiting, side by side."""
+    side_by_side = [case for case in todo if jobs > 1 and case.fault in WAITING]
+    yield from map(run_case, [case for case in todo if case not in side_by_side])
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for done in as_completed(pool.submit(run_case, case) for case in side_by_side):
+            yield done.result()
+    finally:  # after an interruption those that run are waited for
+        pool.shutdown(cancel_futures=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.support.fault", description=__doc__)
     parser.add_argument("--only", default="", help="Cases with this text in the name.")
     parser.add_argument("--every", type=int, default=1, help="Each Nth of them.")
-    parser.add_argument("--json", type=Path, help="Where all outcomes are written.")
+    parser.add_argument("--resume", action="store_true", help="Run what is missing.")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="So many at once, of those that pass their time waiting.",
+    )
+    parser.add_argument("--log", type=Path, default=LOG, help="A line per combination.")
     parser.add_argument("--write", type=Path, help="The page that gets the table.")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank:
         rank_main()
         return
-    outcomes = []
     chosen = [case for case in cases() if args.only in str(case)][:: args.every]
-    for number, case in enumerate(chosen, 1):
-        outcome = run_case(case)
-        outcomes.append(outcome)
-        words = "; ".join(outcome.problems) or "ok"
-        print(
-            f"{number}/{len(chosen)} {case}: {outcome.seconds:.2f} s, {outcome.codes}, "
-            f"{words}",
-            flush=True,
-        )
-        if outcome.problems:
-            print(outcome.output, flush=True)
-    if args.json is not None:
-        args.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1))
+    this = this_commit()
+    known = read_log(args.log, this) if args.resume else {}
+    outcomes = [known[case] for case in chosen if case in known]
+    todo = [case for case in chosen if case not in known]
+    print(f"{len(outcomes)} in {args.log}, {len(todo)} to run", flush=True)
+    with args.log.open("a" if args.resume else "w") as log:
+        for outcome in run_all(todo, args.jobs):
+            outcomes.append(outcome)
+            words = "; ".join(outcome.problems) or "ok"
+            log.write(json.dumps({**asdict(outcome), "commit": this}) + "\n")
+            log.flush()
+            print(
+                f"{len(outcomes)}/{len(chosen)} {outcome.case}: "
+                f"{outcome.seconds:.2f} s, {outcome.codes}, {words}",
+                flush=True,
+            )
+            if outcome.problems:
+                print(outcome.output, flush=True)
     text = table(outcomes)
     print(text)
     if args.write is not None:

@@ -15,8 +15,10 @@ import pytest
 
 from mlx_ep.comm import host, host_id
 from mlx_ep.comm.control.frames import MOST_HELLO, RefusedError, Session
+from mlx_ep.comm.control.hub import Hub
 from mlx_ep.comm.control.limits import Limits
 from mlx_ep.comm.control.meeting import (
+    Meeting,
     find_meeting,
     read_meeting,
     remove_meeting,
@@ -25,7 +27,8 @@ from mlx_ep.comm.control.meeting import (
 )
 from mlx_ep.comm.control.progress import ProgressPage
 from mlx_ep.comm.control.report import render_report
-from mlx_ep.comm.control.wire import HELLO_LIMIT, MOST_NEWCOMERS, Door
+from mlx_ep.comm.control.seek import ATTEMPT, Seeker
+from mlx_ep.comm.control.wire import HELLO_LIMIT, MOST_NEWCOMERS, Door, Wire, serve
 
 SECRET = b"s" * 32
 LONG = "0123456789abcdef"
@@ -37,6 +40,33 @@ def connected(secret=SECRET):
     assert server.receive(client.opening) == []
     assert client.receive(server.opening) == []
     return client, server
+
+
+@pytest.mark.parametrize(
+    ("origin", "is_here"), [("127.0.0.1", True), ("127.0.0.2", False)]
+)
+def test_who_is_on_this_host_may_be_silent_for_longer(origin, is_here):
+    said = []
+    hub = Hub(2, Limits(), selectors.DefaultSelector(), said.append, said.append)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        place = listener.getsockname()
+        client = socket.create_connection(place, source_address=(origin, 0))
+        wire = Wire(listener.accept()[0], SECRET, is_server=True)
+    session = Session(SECRET, is_server=False)
+    client.sendall(session.opening)
+    wire.receive()
+    session.receive(client.recv(4096))
+    hub.on_hello(wire, [{"kind": "hello", "rank": 1, "instance": "x"}])
+    assert wire.is_here == is_here
+    for _ in range(7):  # seconds in which its watch gets no time, or its host is gone
+        hub.tick(1.0)
+    is_ended = {"kind": "stacks"} in said  # the ranks are asked where they are
+    assert is_ended != is_here
+    for _ in range(60):
+        hub.tick(1.0)
+    assert {"kind": "stacks"} in said
+    wire.close()
+    client.close()
 
 
 def test_messages_arrive_whole_and_in_order():
@@ -121,9 +151,7 @@ class Room:
         self.door.open(SECRET)
 
     def turn(self, seconds=0.0):
-        for key, _ in self.selector.select(seconds):
-            if key.fileobj in self.selector.get_map():
-                key.data()
+        serve(self.selector, seconds)
         self.door.tick()
 
     def connect(self):
@@ -200,6 +228,69 @@ def test_silent_and_slow_strangers_keep_nobody_out(room, monkeypatch):
     assert not room.door._newcomers
     for connection in (*silent, slow):
         connection.close()
+
+
+def test_who_is_turned_away_while_it_speaks_is_not_heard(room):
+    # The listener is ready first, and takes in one for whom the oldest has to go.
+    oldest, *others = [room.connect() for _ in range(MOST_NEWCOMERS)]
+    while len(room.door._newcomers) < MOST_NEWCOMERS:
+        room.turn(0.01)
+    late = room.connect()
+    oldest.sendall(b"m")
+    time.sleep(0.05)  # so that both are in one round
+    room.turn()
+    room.turn()
+    assert len(room.door._newcomers) == MOST_NEWCOMERS
+    with pytest.raises(ConnectionResetError):  # with what it had said
+        oldest.recv(1)
+    for connection in (oldest, *others, late):
+        connection.close()
+
+
+def test_who_comes_last_closes_the_door_on_another(room):
+    # As when the last rank comes in while a stranger knocks.
+    def come(wire, messages):
+        room.came.append((wire, messages))
+        room.door.close()
+
+    room.door._on_hello = come
+    client = Session(SECRET, is_server=False)
+    with room.connect() as connection:
+        connection.sendall(client.opening)
+        for _ in range(3):
+            room.turn(0.05)
+        client.receive(connection.recv(4096))
+        connection.sendall(client.seal({"kind": "hello", "rank": 1}))
+        with room.connect():
+            time.sleep(0.05)  # so that both are in one round
+            room.turn()
+            room.turn()
+    assert room.came
+
+
+def test_rank_0_that_has_answered_is_not_tried_again(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        selector = selectors.DefaultSelector()
+        port = listener.getsockname()[1]
+        meeting = Meeting("address", "", ("127.0.0.1",), (port,), SECRET.hex())
+        seeker = Seeker(selector, meeting, {"kind": "hello"}, lambda *_: None)
+        seeker.tick()
+        connection, _ = listener.accept()
+        server = Session(SECRET, is_server=True)
+        serve(selector, 1.0)
+        server.receive(connection.recv(4096))
+        connection.sendall(server.opening)
+        serve(selector, 1.0)
+        assert server.receive(connection.recv(4096)) == [{"kind": "hello"}]
+        later = time.monotonic() + 10 * ATTEMPT  # rank 0's host has no time for us
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        seeker.tick()
+        connection.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            connection.recv(1)  # it is still there
+        seeker.close()
+        connection.close()
+        selector.close()
 
 
 def test_recorded_bytes_do_not_open_the_door(room):
@@ -321,6 +412,21 @@ def test_progress_is_read_through_the_page():
     page.beat()
     assert 0 <= time.monotonic() - reader.read().beat < 5
     reader.close()
+    page.close()
+
+
+def test_a_layer_is_read_through_the_page_until_the_next_step():
+    page = ProgressPage()
+    watch = ProgressPage(page.file_descriptor)
+    page.at("decode", 3)
+    page.visit(7, "experts")
+    place = watch.read()
+    assert (place.step, place.layer, place.stage) == (3, 7, "experts")
+    page.visit(-1, "combine")  # a layer without a number
+    assert (watch.read().layer, watch.read().stage) == (None, "combine")
+    page.at(step=4)
+    assert (watch.read().layer, watch.read().stage) == (None, "")
+    watch.close()
     page.close()
 
 

@@ -35,7 +35,9 @@ from mlx_ep.comm.control.wire import Door, Wire
 STACKS_LIMIT = 1.0  # seconds for the ranks to say where they are
 USAGE_LIMIT = 1.0  # seconds for the others to find the same wrong usage
 USAGE_START = 5.0  # for those that have not come yet: hosts start seconds apart
-LATECOMERS = 5.0  # seconds for a rank that is still starting to hear why it ends
+# Seconds for a rank that is still starting to hear why it ends: on a host with far more
+# processes than cores, starting one more took over 6.
+LATECOMERS = 20.0
 FAREWELL = 1.5  # seconds for the last words to be read
 MARKS_KNOWN = 1024  # fingerprints of the latest steps
 CLOSE_NOTE = 10.0  # after this, a rank 0 that waits for the others says so
@@ -133,6 +135,8 @@ class Hub:
         kind = message["kind"]
         if kind == "beat":
             self._places[rank] = message
+            if rank in self._asked and rank not in self._stacks:
+                self._last_places[rank] = message  # its answer to that, too
             self._compare(rank, message.get("marks", []))
         elif kind == "failed":
             self.fail(rank, message["text"], message["code"], message["asks"])
@@ -182,8 +186,9 @@ class Hub:
             return
         for rank, wire in list(self._wires.items()):
             wire.silent += seconds
-            if wire.silent > self._limits.silence and rank not in self._left:
-                what = f"has been silent for {self._limits.silence:g} s; its host or"
+            limit = wire.patience(self._limits.silence)
+            if wire.silent > limit and rank not in self._left:
+                what = f"has been silent for {limit:g} s; its host or"
                 self.fail(rank, f"rank {rank} {what} its network is gone", asks=True)
         self._look_for_missing(seconds)
         self._look_for_stopped(seconds)

@@ -26,7 +26,8 @@ class Limits:
             holds its lock then; `mx.save` does, while it writes.
         stopped: a rank may be stopped while others run (SIGSTOP, a debugger). Where all
             ranks are (Ctrl-Z), the run waits.
-        silence: without a word of a rank's watch: its host or its network is gone.
+        silence: without a word of a rank's watch: its host or its network is gone. On
+            the host of rank 0, where neither can be, at least 60.
     """
 
     starting: float = 60.0

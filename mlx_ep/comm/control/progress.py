@@ -10,6 +10,7 @@ a file without a name that both have open.
     32   count: 8 bytes, of the changes of phase or step
     40   phase: 24 bytes       64   stage: 64 bytes
     128  the last 64 fingerprints: number, value, their exclusive or; 8 bytes each
+    1664 in a step: layer and stage, 4 bytes each, in one write; stage 0 is none
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import struct
 import tempfile
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 MARKS, MARKS_KEPT = 128, 64
 MARK_EVERY = 4  # fingerprints are shown; the first ones all are
@@ -28,7 +29,16 @@ _BEAT = struct.Struct("<d")
 _VERSION = struct.Struct("<Q")
 _REST = struct.Struct("<diiQ24s64s")
 _MARK = struct.Struct("<QQQ")
-SIZE = MARKS + MARKS_KEPT * _MARK.size
+_VISIT = struct.Struct("<ii")
+VISIT = MARKS + MARKS_KEPT * _MARK.size
+SIZE = VISIT + _VISIT.size
+
+# Of a MoE layer. The last: it is left, and the host may be waiting for what was built.
+LayerStage = Literal[
+    "route", "assign", "dispatch", "experts", "combine", "evaluating up to here"
+]
+_STAGES = ("", *get_args(LayerStage))
+_STAGE_NUMBERS = {stage: number for number, stage in enumerate(_STAGES)}
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,7 @@ class ProgressPage:
         if phase is not None or step is not None:
             self._since = time.monotonic()
             self._count += 1
+            _VISIT.pack_into(self._memory, VISIT, -1, 0)
         self._layer = -1 if layer is None else layer
         self._stage = stage.encode()[:64]
         self._version += 2
@@ -102,6 +113,14 @@ class ProgressPage:
         rest = (self._since, self._step, self._layer, self._count)
         _REST.pack_into(self._memory, 16, *rest, self._phase, self._stage)
         _VERSION.pack_into(self._memory, 8, self._version)
+
+    def visit(self, layer: int, stage: LayerStage) -> None:
+        """Says where in a layer of the step this rank is; `at` a new step ends it.
+
+        Args:
+            layer: -1 is one without a number.
+        """
+        _VISIT.pack_into(self._memory, VISIT, layer, _STAGE_NUMBERS[stage])
 
     def mark(self, *numbers: int) -> None:
         """Takes what this step computed into the fingerprint of all steps so far.
@@ -136,11 +155,15 @@ class ProgressPage:
             if before % 2 == 0 and before == _VERSION.unpack_from(self._memory, 8)[0]:
                 break
         since, step, layer, count, phase, stage = rest
+        words = stage.rstrip(b"\0").decode(errors="replace")
+        visited, number = _VISIT.unpack_from(self._memory, VISIT)
+        if number:
+            layer, words = visited, _STAGES[number]
         return Place(
             phase=phase.rstrip(b"\0").decode(errors="replace"),
             step=None if step < 0 else step,
             layer=None if layer < 0 else layer,
-            stage=stage.rstrip(b"\0").decode(errors="replace"),
+            stage=words,
             since=since,
             beat=_BEAT.unpack_from(self._memory, 0)[0],
             count=count,

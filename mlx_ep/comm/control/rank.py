@@ -101,7 +101,7 @@ class RankProcess:
         """Has its threads' stacks written, by a signal handler in C."""
         with suppress(OSError):
             os.ftruncate(self._stacks, 0)
-            if self._dump_signal and not self.is_stopped:
+            if self._dump_signal and not self.is_stopped and not self.is_gone:
                 os.kill(self._pid, self._dump_signal)
 
     def read_stacks(self) -> str:

@@ -39,7 +39,9 @@ def render_report(
         return lines[0]
     for rank, place in sorted(places.items()):
         state = "stopped" if place["stopped"] else "running"
-        if place["interpreter"] > SILENT and not place["stopped"]:
+        if place.get("gone"):
+            state = "gone"
+        elif place["interpreter"] > SILENT and not place["stopped"]:
             state += f", interpreter silent for {place['interpreter']:.0f} s"
         lines.append(
             f"[mlx_ep]   rank {rank}: {describe_place(place)}, for "

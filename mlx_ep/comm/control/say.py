@@ -25,7 +25,7 @@ class Sayer:
             if before is not None:
                 before.join()
             with suppress(OSError):
-                os.write(2, (words + end).encode())
+                os.write(2, (words + end).encode(errors="backslashreplace"))
 
         self._last = threading.Thread(target=write, daemon=True)
         self._last.start()

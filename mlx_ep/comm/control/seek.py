@@ -14,7 +14,7 @@ from typing import Any
 
 from mlx_ep.comm.control.frames import RefusedError
 from mlx_ep.comm.control.meeting import Meeting, read_meeting
-from mlx_ep.comm.control.wire import Wire
+from mlx_ep.comm.control.wire import Wire, is_here
 
 ATTEMPT = 2.0  # seconds for one address; on the wrong subnet nobody answers
 PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5)  # seconds between attempts, the last again
@@ -46,7 +46,10 @@ class Seeker:
     def tick(self) -> None:
         """Goes on; called a few times a second."""
         now = time.monotonic()
-        if self._wire is not None and now - self._wire.started > ATTEMPT:
+        wire = self._wire
+        # Once it has answered it may have taken us in: a second try would be two of us.
+        is_unanswered = wire is not None and not wire.session.is_open
+        if wire is not None and is_unanswered and now - wire.started > ATTEMPT:
             self._give_up("it did not answer")
         if self._wire is None and now >= self._next:
             self._try()
@@ -94,6 +97,7 @@ class Seeker:
         if code:
             self._give_up(os.strerror(code))
             return
+        self._wire.is_here = is_here(self._wire.socket)
         self._wire.flush()
         self._selector.modify(self._wire.socket, selectors.EVENT_READ, self._hear)
 

@@ -37,7 +37,7 @@ from mlx_ep.comm.control.rank import RankProcess, read_config
 from mlx_ep.comm.control.report import signal_text
 from mlx_ep.comm.control.say import Sayer
 from mlx_ep.comm.control.seek import Seeker
-from mlx_ep.comm.control.wire import Door, Wire
+from mlx_ep.comm.control.wire import Door, Wire, serve
 
 TICK = 0.1  # seconds
 BEAT = 0.5  # seconds between two beats
@@ -45,6 +45,7 @@ LONGEST_TICK = 1.0  # what is longer was a pause of this process, and does not c
 SIGNAL_GRACE = 0.5  # seconds for Python's handler to run after a signal
 LEAVE_GRACE = 1.0  # seconds for the rank to leave by itself after that
 CONNECT_GRACE = 1.0  # seconds for a rank that failed to be connected first
+USAGE_ALONE = 5.0  # seconds for rank 0 to come and be told of wrong usage here
 KILL_AFTER = 0.5  # seconds for the rank to end by itself
 STACKS_AFTER = 0.25  # seconds for the stacks to be written
 HANDLED = 0  # a wake-up byte; the others are the numbers of signals
@@ -99,9 +100,7 @@ class Watch:
         """Watches until there is nothing left to do."""
         last = last_tick = last_beat = time.monotonic()
         while not self._is_done():
-            for key, _ in self._selector.select(TICK):
-                if key.fileobj in self._selector.get_map():
-                    key.data()
+            serve(self._selector, TICK)
             now = time.monotonic()
             if now - last_tick >= TICK:
                 self._tick(min(now - last, LONGEST_TICK))
@@ -176,6 +175,7 @@ class Watch:
             self._tell_hub({"kind": "leave"})
         elif self._grace is None:
             text = ended_without_a_word(self._rank)
+            self._beat()  # the page says where it was
             self._tell_hub({"kind": "failed", "text": text, "code": 1, "asks": True})
         self._quit_at = time.monotonic() + LATECOMERS
         if self._hub is not None or (not self._is_guarded and self._is_joined):
@@ -270,7 +270,7 @@ class Watch:
                 # Better that rank 0 ends all: mpirun ends the others without a word.
                 self._alone = message, time.monotonic() + CONNECT_GRACE
             elif message["kind"] == "usage":
-                self._usage_until = time.monotonic() + LATECOMERS
+                self._usage_until = time.monotonic() + USAGE_ALONE
 
     def _hear_hub(self, message: ControlMessage) -> None:
         kind = message["kind"]
@@ -278,6 +278,7 @@ class Watch:
             self._is_joined = True
             self._tell_rank(message)
         elif kind == "stacks" and not self._is_rank_gone:
+            self._beat()  # where it is now
             self._process.ask_for_stacks()
             self._stacks_at = time.monotonic() + STACKS_AFTER
         elif kind == "stacks":
@@ -294,7 +295,7 @@ class Watch:
     def _beat(self) -> None:
         beat = {"kind": "beat"} | self._process.describe(time.monotonic())
         if self._is_rank_gone:
-            beat["stopped"] = False
+            beat |= {"stopped": False, "gone": True}
         self._tell_hub(beat)
         if self._hub is not None:
             self._hub.beat()
@@ -352,7 +353,7 @@ class Watch:
         wire = self._hub_wire
         assert wire is not None
         wire.silent += seconds
-        if wire.silent > self._limits.silence and self._code is None:
+        if wire.silent > wire.patience(self._limits.silence) and self._code is None:
             what = "its host or its network is gone"
             self._end(f"rank 0 has been silent for {wire.silent:.0f} s; {what}", 1)
 

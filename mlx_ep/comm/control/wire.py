@@ -18,8 +18,18 @@ from typing import Any
 from mlx_ep.comm.control.frames import MOST, RefusedError, Session
 
 HELLO_LIMIT = 3.0  # seconds for a newcomer to show that it is a rank
+SILENCE_HERE = 60.0  # seconds, of a process on this host
 MOST_NEWCOMERS = 128  # at once; one of the address that has most of them goes first
 ACCEPTED_AT_ONCE = 64  # before the ranks that are in have their turn again
+
+
+def serve(selector: selectors.BaseSelector, seconds: float) -> None:
+    """Calls what is registered for each socket that is ready, within some seconds."""
+    for key, _ in selector.select(seconds):
+        # One that an earlier call of this round closed has no number any more, or its
+        # number is that of a new one: what is registered now is looked up by number.
+        if selector.get_map().get(key.fd) is key:
+            key.data()
 
 
 class Wire:
@@ -32,11 +42,21 @@ class Wire:
         with suppress(OSError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = connection
+        self.is_here = is_here(connection)
         self.session = Session(secret, is_server)
         self.started = time.monotonic()
         self.silent = 0.0  # seconds without a word, as the watch counts them
         self.is_gone = False
         self._out = bytearray(self.session.opening)
+
+    def patience(self, silence: float) -> float:
+        """Seconds without a word after which the other end is taken for gone.
+
+        Args:
+            silence: where a host or a network can go away; on one host neither can, and
+                a process that got no time for so long is an overloaded host's.
+        """
+        return max(silence, SILENCE_HERE) if self.is_here else silence
 
     @property
     def has_unsent(self) -> bool:
@@ -197,6 +217,13 @@ class Door:
         if not self._strangers:
             self._log(f"turned away a connection from {address}: {why}")
         self._strangers[address] += 1
+
+
+def is_here(connection: socket.socket) -> bool:
+    """Whether both ends are on this host; known once it is connected."""
+    with suppress(OSError):
+        return bool(connection.getpeername()[0] == connection.getsockname()[0])
+    return False
 
 
 def _listen(address: str, ports: tuple[int, ...]) -> socket.socket:
