@@ -3,8 +3,11 @@
 One MoE block of each family, with the same 4-bit weights and float32 tokens: mlx-lm's
 own code, ours with the same kernels (`--runner gather`), and ours as the warm-up
 chooses (`auto`), timed in turn. One rank exchanges nothing, so what remains is the
-layer itself. T=1 is timed at D 2048, F 768; T=64 at a quarter of that and T=512 at an
-eighth, where a layer's own cost weighs 16 and 48 times as much and a CPU takes seconds.
+layer itself. T=1 and T=64 are timed at D 2048, F 768; T=512 at an eighth of that, where
+a layer's own cost weighs 48 times as much and a CPU takes seconds.
+
+Then the embedded model's whole decode step, of one sequence behind 64 tokens, in the
+same three ways.
 
 Beside the times, of one call with T=1: the primitives in its graph
 (`mx.export_to_dot`), those of its routing and of what stands beside the experts' sum,
@@ -15,7 +18,7 @@ gather, and with runner metal, whose kernels are replaced by their twins of MLX'
 
 Targets: at T=1 at most 4 primitives more for routing and shared part, and 1.10 of
 mlx-lm's time; at T=64 and 512 at most 1.03 of it, and with `auto` not more than it; no
-host sync with runner metal, at most 1 with gather.
+host sync with runner metal, at most 1 with gather; the whole step at most 1.10.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_ep
 from benchmarks.harness import Target, arguments, finish, heading, interleaved, ratio
@@ -38,6 +43,7 @@ from mlx_ep.config import EPConfig
 from mlx_ep.experts import metal as metal_runner
 from mlx_ep.experts import switch_runner
 from mlx_ep.kernels import ops
+from mlx_ep.loading import EMBEDDED_MODEL, find_model
 from mlx_ep.metrics import markdown_table
 from mlx_ep.models import find_moe_sites
 from mlx_ep.models.block_call import BlockCall
@@ -46,11 +52,14 @@ from mlx_ep.models.stand_in import OutputsStandIn
 from mlx_ep.moe import ExpertGroup
 from tests.support import tiny
 
-WIDTHS = {1: (2048, 768), 64: (512, 192), 512: (256, 128)}
+WIDTHS = {1: (2048, 768), 64: (2048, 768), 512: (256, 128)}
+SAMPLES = {64: 3, 512: 9}  # at most; T=1: as asked for
 QUICK_WIDTHS = {1: (256, 128), 64: (256, 128)}
 MOST_RATIO = {1: 1.10, 64: 1.03, 512: 1.03}
 MOST_MORE_PRIMITIVES = 4
-WARMUP = 2
+WARMUP = {1: 2, 64: 1, 512: 1}
+STEPS, PROMPT = 8, 64  # of a sample of the embedded model, and tokens before
+MOST_STEP_RATIO = 1.10
 
 # Of each family: a configuration, and the names of its expert width.
 FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -201,7 +210,7 @@ def measure_family(
 
         theirs, found = block(x), gather.form.holder(x)
         difference = mx.abs(found - theirs).max() / mx.abs(theirs).max()
-        count = max(3, samples // max(1, num_tokens // 8))
+        count = min(samples, SAMPLES.get(num_tokens, samples))
         times = interleaved(
             {
                 "mlx-lm": lambda block=block: run(block),
@@ -209,7 +218,7 @@ def measure_family(
                 "auto": lambda block=auto.form.holder: run(block),
             },
             count,
-            WARMUP,
+            WARMUP[num_tokens],
         )
         record: dict[str, Any] = {
             "family": family,
@@ -226,6 +235,40 @@ def measure_family(
             record |= counts(block, path, gather, x)
         records.append(record)
     return records
+
+
+def decode_steps(model: nn.Module) -> Callable[[], None]:
+    """A sample of the embedded model: greedy steps, which are then taken back."""
+    caches = make_prompt_cache(model)
+    prompt = mx.arange(1, PROMPT + 1)[None]
+    first = evaluated(model(prompt, cache=caches)[:, -1].argmax(-1))
+
+    def run() -> None:
+        token = first
+        for _ in range(STEPS):
+            token = evaluated(model(token[None], cache=caches)[:, -1].argmax(-1))
+        for cache in caches:
+            cache.trim(STEPS)
+
+    return run
+
+
+def measure_step(samples: int) -> dict[str, Any]:
+    """The embedded model's decode step beside mlx-lm's."""
+    folder = str(find_model(EMBEDDED_MODEL))
+    models = {"mlx-lm": mlx_lm.load(folder)[0]}
+    for runner in ("gather", "auto"):
+        config = EPConfig(runner=runner)  # type: ignore[arg-type]
+        models[runner] = mlx_ep.load(folder, config=config)[0]
+    arms = {name: decode_steps(model) for name, model in models.items()}
+    times = interleaved(arms, samples, 2)
+    return {
+        "model": EMBEDDED_MODEL,
+        "samples": samples,
+        "mlx_lm_ms": times["mlx-lm"].median * 1e3 / STEPS,
+        "gather": ratio(times["gather"], times["mlx-lm"]).median,
+        "auto": ratio(times["auto"], times["mlx-lm"]).median,
+    }
 
 
 def counts(
@@ -274,6 +317,7 @@ def main() -> int:
         for family in FAMILIES
         for record in measure_family(family, widths, args.samples)
     ]
+    step = measure_step(args.samples)
     headers = ["family", "T", "D", "F", "mlx-lm, ms", "gather", "auto", "difference"]
     rows = [
         [
@@ -305,12 +349,20 @@ def main() -> int:
     ]
     print("Primitives; Python calls; host syncs with runner gather / metal.\n")
     print(markdown_table(headers, rows) + "\n")
+    print(
+        f"A whole decode step of {step['model']}: mlx-lm {step['mlx_lm_ms']:.2f} ms; "
+        f"of its time, gather {step['gather']:.3f}, auto {step['auto']:.3f}.\n"
+    )
     worst = max(single, key=lambda r: r["gather"])
     figure = (
         f"one layer, T=1, runner gather: at most {worst['gather']:.2f} of mlx-lm's "
         f"time ({worst['family']})"
     )
-    return finish(args, records, targets_of(records), figure)
+    targets = targets_of(records) + [
+        Target(f"whole step, {runner} / mlx-lm", step[runner], MOST_STEP_RATIO)
+        for runner in ("gather", "auto")
+    ]
+    return finish(args, [*records, step], targets, figure)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from mlx_ep.tune.timing import in_turn, seconds_of
 from mlx_ep.types import to_host
 
 # Of what is checked and how: results of another version are measured again.
-CHECKS_VERSION = 3
+CHECKS_VERSION = 4
 # An option is not timed with a larger case where the call would probably take longer.
 MAX_SECONDS = 0.1
 TIMED_SECONDS = 0.01  # a call is repeated until it has taken so long
@@ -114,8 +114,9 @@ def measure(problem: Problem, options: Iterable[Option]) -> dict[Option, Finding
         samples = in_turn(short, rounds=1, seconds=TIMED_SECONDS)
         for option in calls:
             fastest = min([firsts[option], *samples.get(option, [])])
-            trials[option].seconds[size] = fastest / problem.case_parts
-            _stop_where_slow(trials[option], size, list(reference), problem.case_parts)
+            parts = problem.case_parts * problem.case_calls(size)
+            trials[option].seconds[size] = fastest / parts
+            _stop_where_slow(trials[option], size, list(reference), problem)
     return {option: _finding(trial) for option, trial in trials.items()}
 
 
@@ -162,7 +163,9 @@ class _Evaluated:
         return outputs
 
 
-def _stop_where_slow(trial: _Trial, size: int, sizes: list[int], parts: int) -> None:
+def _stop_where_slow(
+    trial: _Trial, size: int, sizes: list[int], problem: Problem
+) -> None:
     """No larger case, where it would probably take too long."""
     later = sizes[sizes.index(size) + 1 :]
     if not later:
@@ -172,6 +175,7 @@ def _stop_where_slow(trial: _Trial, size: int, sizes: list[int], parts: int) -> 
     if len(known) == 2:
         (x0, y0), (x1, y1) = known
         expected = y1 + (y1 - y0) / (x1 - x0) * (later[0] - x1)
+    parts = problem.case_parts * problem.case_calls(later[0])
     trial.is_done = expected * parts > MAX_SECONDS
 
 

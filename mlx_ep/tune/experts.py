@@ -27,9 +27,12 @@ from mlx_ep.metrics import Counters
 from mlx_ep.rows import Option
 from mlx_ep.tune.choose import default_option
 from mlx_ep.tune.problem import Solver
-from mlx_ep.types import Rows, dtype_name, to_host
+from mlx_ep.types import CompleteRows, Rows, dtype_name, to_host
 
 ROWS_PER_SLOT = (1, 4, 16, 64)
+# Layers in a row, up to so many rows per slot. An option that waits for the device in
+# each of them is dearer than one call of it: others leave all waiting to the end.
+CALLS_IN_A_ROW, ROWS_IN_A_ROW = 4, 4
 MAX_WEIGHTS = 20_000_000  # of all slots that are visited
 # Of the largest output, for rows of this dtype: a few hundred roundings.
 TOLERANCE = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 5e-2}
@@ -121,7 +124,16 @@ class ExpertsProblem:
 
     @property
     def key(self) -> Mapping[str, Any]:
-        return {**self.layer.shape, "slots": self.case_parts}
+        return {
+            **self.layer.shape,
+            "slots": self.case_parts,
+            "complete": self.is_complete,
+        }
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all choices of a row live here: nothing has to be looked up then."""
+        return self.num_ranks == 1
 
     def options(self) -> Mapping[Option, str]:
         """See `Problem`."""
@@ -136,10 +148,10 @@ class ExpertsProblem:
         """Slots that are visited, and that each row visits."""
         if self._weights is None:
             return 1
-        # One choice of each row lives elsewhere, where there is more than one.
+        # With more ranks one choice of each row lives elsewhere, if it has several.
         return min(
             self._weights.num_slots,
-            max(1, self.layer.top_k - 1),
+            max(1, self.layer.top_k - (not self.is_complete)),
             max(1, MAX_WEIGHTS // self._weights.weights_per_slot),
         )
 
@@ -154,10 +166,18 @@ class ExpertsProblem:
         runner = RUNNERS[option.runner](self.layer.switch)
 
         def solve(size: int) -> list[mx.array]:
-            rows = Rows(*(part[:size] for part in self._rows))
-            return [runner.partial_sum(rows, Counters())]
+            rows = type(self._rows)(*(part[:size] for part in self._rows))
+            total = runner.partial_sum(rows, Counters())
+            for _ in range(self.case_calls(size) - 1):
+                later = rows._replace(x=mx.depends(rows.x, total))
+                total = runner.partial_sum(later, Counters())
+            return [total]
 
         return solve
+
+    def case_calls(self, size: int) -> int:
+        """See `Problem`. More ranks have a collective between layers anyway."""
+        return CALLS_IN_A_ROW if self.is_complete and size <= ROWS_IN_A_ROW else 1
 
     def parts(self, num_tokens: int) -> tuple[float, float]:
         """The slots visited on a rank with E/P experts, all equally often chosen."""
@@ -185,6 +205,7 @@ class ExpertsProblem:
             self.case_parts,
             self.layer.top_k,
             self.layer.dtype,
+            CompleteRows if self.is_complete else Rows,
         )
         # sync: what is timed must not include making its arguments.
         mx.eval(rows)
@@ -192,9 +213,15 @@ class ExpertsProblem:
 
 
 def _rows(
-    num_rows: int, width: int, num_slots: int, top_k: int, dtype: mx.Dtype
+    num_rows: int,
+    width: int,
+    num_slots: int,
+    top_k: int,
+    dtype: mx.Dtype,
+    kind: type[Rows],
 ) -> Rows:
     """Rows that visit the first slots, each in its own order and with its own gates."""
+    top_k = num_slots if kind is CompleteRows else top_k
     key = mx.random.key(0)  # the model's own random state stays as it is
     x = mx.random.normal((num_rows, width), key=key).astype(dtype)
     slots = np.full((num_rows, top_k), -1, np.int32)
@@ -202,7 +229,7 @@ def _rows(
     for row in range(num_rows):
         slots[row] = np.roll(slots[row], row)
     gates = mx.random.uniform(0.5, 1.5, slots.shape, key=key) / num_slots
-    return Rows(x, mx.array(slots), gates)
+    return kind(x, mx.array(slots), gates)
 
 
 def reference(

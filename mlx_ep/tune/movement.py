@@ -123,6 +123,10 @@ class MovementProblem:
         movement = MOVEMENTS[option.runner]()
         return lambda size: self._cases[size][0](movement)
 
+    def case_calls(self, size: int) -> int:
+        """See `Problem`."""
+        return 1
+
     def parts(self, num_tokens: int) -> tuple[float, float]:
         """See `Problem`."""
         return 1.0, float(num_tokens)

@@ -29,7 +29,7 @@ class Problem(Protocol):
         runner: the runner that the configuration forces, or ``auto``.
         tolerance: the largest difference to the reference that is right, relative to
             the largest number.
-        case_parts: parts of each case.
+        case_parts: parts of each call of a case.
         is_held: whether this rank has anything of it; else it has no opinion.
     """
 
@@ -69,6 +69,10 @@ class Problem(Protocol):
 
     def solver(self, option: Option) -> Solver:
         """What computes the cases of `reference` by an option."""
+        ...
+
+    def case_calls(self, size: int) -> int:
+        """Calls of a case of that size, each of which waits for the one before."""
         ...
 
     def parts(self, num_tokens: int) -> tuple[float, float]:

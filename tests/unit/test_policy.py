@@ -16,6 +16,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_ep.comm import GroupComm
 from mlx_ep.experts import RUNNERS, switch_runner
 from mlx_ep.experts.blas import BlasRunner
+from mlx_ep.experts.gather import GatherRunner
 from mlx_ep.experts.table import BACKENDS
 from mlx_ep.metrics import Counters
 from mlx_ep.rows import Option
@@ -32,7 +33,7 @@ from mlx_ep.tune import (
     tune,
 )
 from mlx_ep.tune.cache import cache_folder, cache_key, read_findings, write_findings
-from mlx_ep.types import Rows
+from mlx_ep.types import CompleteRows, Rows
 from tests.support.switches import KERNELS, D, E, F, fail, make_layer, make_switch
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -141,6 +142,28 @@ def test_right_options_are_measured(bits: int | None, dtype: mx.Dtype) -> None:
     assert results[BLAS].sizes[:2] == (1, 4)
     assert results[BLAS].error < 1e-5
     assert sorted(results[BLAS].seconds) == list(results[BLAS].seconds)
+
+
+@pytest.mark.parametrize(("num_ranks", "size"), [(1, 1), (1, 16), (2, 1)])
+def test_one_rank_is_timed_as_it_decodes(
+    num_ranks: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers in a row on complete rows, where an option that waits does so in each."""
+    seen: list[type] = []
+
+    class Recorded(GatherRunner):
+        def partial_sum(self, rows: Rows, counters: Counters) -> mx.array:
+            seen.append(type(rows))
+            return super().partial_sum(rows, counters)
+
+    monkeypatch.setitem(RUNNERS, "gather", Recorded)
+    problem = ExpertsProblem(make_layer(make_switch()), E, num_ranks)
+    expected = problem.reference()[size][0]
+    (found,) = problem.solver(GATHER)(size)
+    np.testing.assert_allclose(np.array(found), expected, atol=1e-5)
+    kind = CompleteRows if num_ranks == 1 else Rows
+    assert seen == [kind] * problem.case_calls(size)
+    assert problem.case_calls(size) == (4 if (num_ranks, size) == (1, 1) else 1)
 
 
 class WrongRunner(BlasRunner):
