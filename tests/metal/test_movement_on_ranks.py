@@ -231,7 +231,7 @@ def logits_by_kernels(group):
         group = replace(state.group, strategy=STRATEGIES.create(config, mover))
         for block in state.blocks:
             block.group = group
-            install_runner(block.site.switch, lambda rows: kernel, mover)
+            install_runner(block.form.site.switch, lambda rows: kernel, mover)
         got = np.array(model(tokens))
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
         assert state.counters.pairs_computed == pairs > 0
