@@ -10,6 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests.support.forked import can_fork
+from tests.support.launchers import rank_environment
 from tests.support.ranks import RanksError, run_commands, run_ranks, start_commands
 
 pytestmark = pytest.mark.requires("ranks")
@@ -119,3 +121,37 @@ def test_a_started_rank_can_be_killed():
 def test_no_ranks_is_refused():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         run_ranks(0, rank_and_sum, 1)
+
+
+ENDS_LATE = """
+import atexit, os, sys
+atexit.register(print, "left")
+print(__name__, sys.argv, sys.path[0], sys.stdin.read(), os.getcwd())
+class Ended(Exception): pass
+if "raise" in sys.argv: raise Ended("so")
+if "kill" in sys.argv: os.kill(os.getpid(), 9)
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-c", ENDS_LATE, "x"],
+        ["-c", ENDS_LATE, "raise"],
+        ["-c", ENDS_LATE, "kill"],
+        ["-m", "mlx_ep", "--help"],
+        ["-m", "mlx_ep.generate", "--no-such-flag"],
+    ],
+    ids=lambda argv: " ".join(argv).replace(ENDS_LATE, ""),
+)
+def test_a_forked_command_is_like_one_that_was_started(argv: list[str]) -> None:
+    command = [sys.executable, *argv]
+    assert can_fork(command, rank_environment(None))
+    found, expected = (
+        run_commands(1, command, stdin="text", forks=forks)[0]
+        for forks in (True, False)
+    )
+    assert found.returncode == expected.returncode
+    assert found.stdout == expected.stdout
+    assert found.stderr.splitlines()[-1:] == expected.stderr.splitlines()[-1:]
