@@ -61,7 +61,7 @@ def _parallelize_all(
                 "collectives": counters.collectives,
                 "bytes": counters.collective_bytes,
                 "is_routed": is_routed,
-                "slots": {site.site.num_experts for site in state.blocks},
+                "slots": {site.form.site.num_experts for site in state.blocks},
             }
     return results
 
