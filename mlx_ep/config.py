@@ -144,8 +144,7 @@ class EPConfig:
             and its own experts, by HTTP byte ranges. ``full``: all files.
 
     Raises:
-        ValueError: a field's value is not one of those listed, or of another type.
-            (Strategies are those of `mlx_ep.exchange.STRATEGIES`.)
+        ValueError: a field's value is of another type or not one of those listed.
     """
 
     strategy: Annotated[
@@ -293,16 +292,12 @@ class EPConfig:
             )
         limit = self.memory_limit_gb
         if limit is not None and not 0 < limit < inf:
-            raise ValueError(
-                f"memory_limit_gb must be GB above 0 or None, not {limit}."
-            )
+            raise ValueError(f"memory_limit_gb must be above 0 or None, not {limit}.")
         self._check_placement()
 
     def _check_placement(self) -> None:
         if self.memory is not None and not all(0 < m < inf for m in self.memory):
-            raise ValueError(
-                f"memory must be GB of each rank, all above 0; got {self.memory}."
-            )
+            raise ValueError(f"memory must be numbers above 0; got {self.memory}.")
         is_record = str(self.placement_file).endswith(".npz")
         if is_record and self.ep_size:
             raise ValueError(
