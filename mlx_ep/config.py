@@ -8,15 +8,17 @@ import warnings
 from dataclasses import dataclass, fields
 from functools import cache
 from math import inf
+from os import PathLike, fspath
 from typing import (
     Annotated,
     Any,
     Literal,
     NamedTuple,
     get_args,
-    get_origin,
     get_type_hints,
 )
+
+from mlx_ep.types import check_value
 
 # The strategies of this package; `STRATEGIES.register` adds others.
 StrategyName = Literal["replicated", "gathered", "all_to_all", "auto"]
@@ -28,6 +30,15 @@ Attention = Literal["replicated", "tensor", "auto"]
 RunnerName = Literal["auto", "gather", "blas", "metal"]
 BackendName = Literal["auto", "cpu", "metal"]
 Download = Literal["ranges", "full"]
+
+_strategies = list(get_args(StrategyName))
+
+
+def allow_strategy(name: str) -> None:
+    """`EPConfig` takes a strategy of this name; `STRATEGIES.register` calls it."""
+    if name not in _strategies:
+        _strategies.append(name)
+
 
 # What SGLang, DeepEP, vLLM and InfiniLM call them -> (strategy, mode).
 ALIASES: dict[str, tuple[str, AllToAllMode | None]] = {
@@ -133,8 +144,7 @@ class EPConfig:
             and its own experts, by HTTP byte ranges. ``full``: all files.
 
     Raises:
-        ValueError: a field has a value that is not one of those listed. (Strategies
-            are known to `mlx_ep.exchange.STRATEGIES`.)
+        ValueError: a field's value is of another type or not one of those listed.
     """
 
     strategy: Annotated[
@@ -258,20 +268,16 @@ class EPConfig:
     ] = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.memory, list):
+            object.__setattr__(self, "memory", tuple(self.memory))
+        if isinstance(self.placement_file, PathLike):
+            object.__setattr__(self, "placement_file", fspath(self.placement_file))
         self._resolve_alias()
-        for setting in settings():
-            value = getattr(self, setting.name)
-            options = get_args(setting.kind)
-            if get_origin(setting.kind) is Literal and value not in options:
-                raise ValueError(
-                    f"{setting.name} must be one of {', '.join(options)}; got "
-                    f"{value!r}."
-                )
-            least = setting.flag.least
-            if least is not None and value is not None and value < least:
-                raise ValueError(
-                    f"{setting.name} must be {least} or more; got {value}."
-                )
+        for name, kind, _, flag in settings():
+            check_value(name, kind, getattr(self, name), flag.least)
+        if self.strategy not in _strategies:
+            known = f"{', '.join(_strategies)}, or an alias ({', '.join(ALIASES)})"
+            raise ValueError(f"strategy must be one of {known}; got {self.strategy!r}.")
         if self.attention == "tensor" and self.strategy != "replicated":
             raise ValueError(
                 "attention='tensor' needs the same tokens on all ranks, which is "
@@ -284,19 +290,14 @@ class EPConfig:
                 "it belongs to all_to_all.",
                 stacklevel=3,
             )
-        if self.memory_limit_gb is not None and not 0 < self.memory_limit_gb < inf:
-            raise ValueError(
-                "memory_limit_gb must be a number of GB above 0, or None for what "
-                f"the device offers; got {self.memory_limit_gb}."
-            )
+        limit = self.memory_limit_gb
+        if limit is not None and not 0 < limit < inf:
+            raise ValueError(f"memory_limit_gb must be above 0 or None, not {limit}.")
         self._check_placement()
 
     def _check_placement(self) -> None:
         if self.memory is not None and not all(0 < m < inf for m in self.memory):
-            raise ValueError(
-                "memory must be the GB of each rank, numbers above 0; got "
-                f"{self.memory}."
-            )
+            raise ValueError(f"memory must be numbers above 0; got {self.memory}.")
         is_record = str(self.placement_file).endswith(".npz")
         if is_record and self.ep_size:
             raise ValueError(
@@ -343,7 +344,7 @@ class EPConfig:
             )
 
     def _resolve_alias(self) -> None:
-        if self.strategy not in ALIASES:
+        if not isinstance(self.strategy, str) or self.strategy not in ALIASES:
             return
         strategy, mode = ALIASES[self.strategy]
         if mode is not None and self.mode not in ("auto", mode):

@@ -18,7 +18,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -236,3 +237,54 @@ MXFP8 = Packing("mxfp8", 8, 32, "uint8")
 def dtype_name(dtype: mx.Dtype) -> str:
     """``bfloat16``."""
     return str(dtype).removeprefix("mlx.core.")
+
+
+def is_of_kind(kind: Any, value: object) -> bool:
+    """Whether a value is one that an annotation allows.
+
+    Args:
+        kind: a Literal, a union, ``tuple[X, ...]``, or a class. A whole number is a
+            float too; True is no number.
+    """
+    options = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in options
+    if get_origin(kind) in (Union, UnionType):
+        return any(is_of_kind(option, value) for option in options)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        return all(is_of_kind(options[0], item) for item in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "True or False",
+}
+
+
+def kind_text(kind: Any) -> str:
+    """What `is_of_kind` allows, in words: ``one of a, b`` or ``a number or None``."""
+    options = get_args(kind)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, options))}"
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(kind_text, options))
+    if get_origin(kind) is tuple:
+        return f"a tuple, each {kind_text(options[0])},"
+    return "None" if kind is type(None) else _KINDS[kind]
+
+
+def check_value(name: str, kind: Any, value: object, least: int | None = None) -> None:
+    """Raises:
+    ValueError: a setting's value is not of its kind, or less than its least.
+    """
+    if not is_of_kind(kind, value):
+        raise ValueError(f"{name} must be {kind_text(kind)}; got {value!r}.")
+    if least is not None and isinstance(value, int) and value < least:
+        raise ValueError(f"{name} must be {least} or more; got {value}.")

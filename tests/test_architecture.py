@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mlx_ep"
 MAY_IMPORT = {
     # Records and alphabet.
     "types": set(),
-    "config": set(),
+    "config": {"types"},
     "metrics": {"types"},
     # Ranks, where experts are, the kernels.
     "comm": {"types"},
@@ -67,7 +67,10 @@ MAY_IMPORT = {
     "cache_prompt": {"cli", "comm"},
     "launch": {"cli"},
     "__main__": {"cli"},
-    "doctor": {"cli", "comm", "measure", "metrics", "rows", "tune"},
+    "doctor": {
+        "api", "cli", "comm", "config", "cost", "loading", "measure", "metrics", "rows",
+        "tune",
+    },
     "calibrate": {
         "cli", "comm", "cost", "loading", "measure", "rows", "simulate", "tune",
     },

@@ -18,7 +18,7 @@ from mlx_ep.comm import Comm, gather_objects, note_progress
 from mlx_ep.config import EPConfig
 from mlx_ep.cost.attention import REPLICATED, AttentionChoice
 from mlx_ep.exchange import STRATEGIES
-from mlx_ep.loading import Splitter
+from mlx_ep.loading import Splitter, watch_phase
 from mlx_ep.metrics import Counters, RankReport
 from mlx_ep.models import BlockState, build_kernels, find_forms, install
 from mlx_ep.models.tensor_parallel import connect
@@ -102,6 +102,7 @@ def install_experts(
         Wish(config.runner, config.backend, config.warmup),
         moves_rows=isinstance(plain, MovesRows),
         placement=placement.slots,
+        watch=lambda total: watch_phase("warm-up", total, comm.rank, "shapes"),
     )
     machines = gather_objects(comm, machine_facts(os.environ))
     shares_routing = shares_rank_0_routing(config, machines)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from textwrap import fill
 from typing import Any
 
 from mlx_ep import cli
@@ -94,7 +95,7 @@ def run_layer(args: argparse.Namespace, comm: GroupComm) -> None:
         pinning = pin_ranks(comm) if args.pin else "not pinned"
         check_layer(plan, comm)
     facts = machine_facts(comm, pinning)
-    say = printer(comm)
+    say = printer(args, comm)
     title = layer_heading(plan, args)
     say(f"# mlx_ep.benchmark: layer\n\n{facts_text(facts)}\n\n{title}\n")
     for note in notes:
@@ -165,7 +166,7 @@ def run_e2e(args: argparse.Namespace, comm: GroupComm) -> None:
         plan, prepared, notes = model_plan(args, comm)
         check_memory(comm, prepared.need_bytes, args.memory_limit_gb)
     facts = machine_facts(comm, pinning)
-    say = printer(comm)
+    say = printer(args, comm)
     kind = "random weights" if args.dummy_weights else "its weights"
     title = (
         f"Model {args.model}, {kind}, {plan.shape.num_bytes / 1e9:.2f} GB in matrices, "
@@ -193,9 +194,7 @@ def check_plot(args: argparse.Namespace, comm: GroupComm) -> None:
     """
 
     def check() -> None:
-        if str(args.json) == "-":  # where the tables go
-            raise ValueError("--json must be a file; got -.")
-        if args.json is not None and comm.rank == 0:
+        if args.json is not None and str(args.json) != "-" and comm.rank == 0:
             cli.check_output("--json", args.json)
         if args.plot is not None and comm.rank == 0:
             plot.check_can_plot()
@@ -204,14 +203,25 @@ def check_plot(args: argparse.Namespace, comm: GroupComm) -> None:
     agreed(comm, check)
 
 
-def printer(comm: GroupComm) -> Callable[[str], None]:
-    """Prints on rank 0."""
+def printer(args: argparse.Namespace, comm: GroupComm) -> Callable[[str], None]:
+    """Prints on rank 0; on the standard error where --json has the output."""
+    file = cli.beside(args)
 
     def say(text: str) -> None:
         if comm.rank == 0:
-            print(text, flush=True)
+            print("\n".join(map(wrapped, text.split("\n"))), file=file, flush=True)
 
     return say
+
+
+def wrapped(line: str) -> str:
+    """A sentence in lines of 79 characters; tables and commands stay as they are."""
+    if len(line) <= 79 or line.startswith(("|", "    ")):
+        return line
+    more = "  " if line.startswith("- ") else ""
+    return fill(
+        line, 79, subsequent_indent=more, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def progress_of(

@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from mlx_ep.benchmark import legacy
-from mlx_ep.metrics import STAGES, markdown_table
+from mlx_ep.metrics import STAGES, aligned, markdown_table
 
 Measurement = Mapping[str, Any]
 
-LAYER_HEADERS = (
-    "T", "arm", "time", "quartiles", "/ tp", "collectives", "bytes", "distinct experts",
-    "in communication", "memory", "samples",
-)  # fmt: skip
-
-MODEL_HEADERS = (
-    "phase", "arm", "tokens/s", "time", "quartiles", "/ tp", "collectives", "bytes",
-    "MoE in communication", "memory", "samples",
-)  # fmt: skip
+# Two tables each, so that a terminal of 80 columns has room for them.
+LAYER_TIMES = ("T", "arm", "time", "quartiles", "/ tp", "n")
+LAYER_COSTS = ("T", "arm", "calls", "bytes", "experts", "comm.", "memory")
+MODEL_TIMES = ("phase", "arm", "tok/s", "time", "quartiles", "/ tp")
+MODEL_COSTS = ("phase", "arm", "calls", "bytes", "comm.", "memory", "n")
+LEGEND = (
+    "phase: with its batch; n: samples; calls, bytes: of collectives; experts: those "
+    "the busiest rank reads; comm.: part of a MoE layer's time in communication."
+)
 
 
 def arm_label(record: Measurement, runners: Sequence[str]) -> str:
@@ -31,30 +32,39 @@ def arm_label(record: Measurement, runners: Sequence[str]) -> str:
 
 
 def layer_table(records: Sequence[Measurement], runners: Sequence[str]) -> str:
-    """One line per tokens and arm."""
-    has_legacy = any("legacy_3158" in record for record in records)
-    headers = list(LAYER_HEADERS) + ([legacy.LABEL] if has_legacy else [])
-    rows = []
+    """One line per tokens and arm in each of the tables."""
+    times, costs, counted = [], [], []
     for record in records:
         low, high = record["seconds_quartiles"]
-        row = [
-            record["tokens"],
-            arm_label(record, runners),
-            seconds_text(record["seconds_median"]),
-            f"{seconds_text(low)} .. {seconds_text(high)}",
-            _number(record["ratio_to_tp"]),
-            record["collectives"],
-            bytes_text(record["bytes"]),
-            f"{record['distinct_busiest']:.1f}",
-            f"{record['communication_share']:.0%}",
-            bytes_text(record["memory_bytes"]),
-            record["samples"],
-        ]
-        if has_legacy:
-            is_ep = record["arm"].startswith("ep")
-            row.append(_number(record["legacy_3158"]["ratio"] if is_ep else None))
-        rows.append(row)
-    return markdown_table(headers, rows, left=2)
+        label = [record["tokens"], arm_label(record, runners)]
+        times.append(
+            [
+                *label,
+                seconds_text(record["seconds_median"]),
+                f"{seconds_text(low)} .. {seconds_text(high)}",
+                _number(record["ratio_to_tp"]),
+                record["samples"],
+            ]
+        )
+        costs.append(
+            [
+                *label,
+                record["collectives"],
+                bytes_text(record["bytes"]),
+                f"{record['distinct_busiest']:.1f}",
+                f"{record['communication_share']:.0%}",
+                bytes_text(record["memory_bytes"]),
+            ]
+        )
+        if "legacy_3158" in record and record["arm"].startswith("ep"):
+            counted.append([*label, _number(record["legacy_3158"]["ratio"])])
+    tables = [
+        markdown_table(LAYER_TIMES, times, left=2),
+        markdown_table(LAYER_COSTS, costs, left=2),
+    ]
+    if counted:
+        tables.append(markdown_table(["T", "arm", legacy.LABEL], counted, left=2))
+    return "\n\n".join([*tables, fill(LEGEND, 79)])
 
 
 def point_label(record: Measurement) -> str:
@@ -65,19 +75,25 @@ def point_label(record: Measurement) -> str:
 
 
 def model_table(records: Sequence[Measurement]) -> str:
-    """One line per batch, phase and arm."""
-    rows = []
+    """One line per batch, phase and arm in each of the tables."""
+    times, costs = [], []
     for record in records:
         low, high = record["seconds_quartiles"]
         share = record["communication_share"]
-        rows.append(
+        label = [f"{record['phase']} {record['batch']}", record["arm"]]
+        rate = record["tokens_per_second"]
+        times.append(
             [
-                point_label(record),
-                record["arm"],
-                f"{record['tokens_per_second']:.4g}",
+                *label,
+                f"{rate:.0f}" if rate >= 1000 else f"{rate:.4g}",
                 seconds_text(record["seconds_median"]),
                 f"{seconds_text(low)} .. {seconds_text(high)}",
                 _number(record["ratio_to_tp"]),
+            ]
+        )
+        costs.append(
+            [
+                *label,
                 f"{record['collectives']:.2f}",
                 bytes_text(record["bytes"]),
                 "-" if share is None else f"{share:.0%}",
@@ -85,29 +101,45 @@ def model_table(records: Sequence[Measurement]) -> str:
                 record["samples"],
             ]
         )
-    return markdown_table(MODEL_HEADERS, rows, left=2)
+    tables = [
+        markdown_table(MODEL_TIMES, times, left=2),
+        markdown_table(MODEL_COSTS, costs, left=2),
+    ]
+    return "\n\n".join([*tables, fill(LEGEND, 79)])
 
 
 def stage_table(records: Sequence[Measurement], runners: Sequence[str]) -> str:
-    """Microseconds of each stage of one MoE layer, by point and arm."""
-    rows = [
-        [
-            point_label(record),
-            arm_label(record, runners),
-            *(f"{record['stages'][stage] * 1e6:.0f}" for stage in STAGES),
-            f"{sum(record['stages'].values()) * 1e6:.0f}",
+    """Microseconds of each stage of one MoE layer, by arm; a table for each point."""
+    tables = []
+    for point in dict.fromkeys(map(point_label, records)):
+        rows = [
+            [
+                arm_label(record, runners),
+                *(f"{record['stages'][stage] * 1e6:.0f}" for stage in STAGES),
+                f"{sum(record['stages'].values()) * 1e6:.0f}",
+            ]
+            for record in records
+            if point_label(record) == point
         ]
-        for record in records
-    ]
-    return markdown_table(["", "us in each stage of", *STAGES, "all"], rows, left=2)
+        table = aligned([["", *STAGES, "all"], *rows], left=(0,))
+        tables.append(f"us in each stage, {point}\n\n```\n{table}\n```")
+    return "\n\n".join(tables)
 
 
 def write_json(
     path: Path, header: Mapping[str, Any], records: Sequence[Measurement]
 ) -> None:
-    """The header's fields and, under "records", the list of records."""
+    """The header's fields and, under "records", the list of records.
+
+    Args:
+        path: "-" is the standard output.
+    """
     content = {**header, "records": list(records)}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    text = json.dumps(content, indent=1) + "\n"
+    if str(path) == "-":
+        print(text, end="", flush=True)
+    else:
+        path.write_text(text)
 
 
 def seconds_text(seconds: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from mlx_ep.config import ALIASES, EPConfig
+from mlx_ep.config import ALIASES, EPConfig, allow_strategy
 from mlx_ep.exchange.base import Strategy
 from mlx_ep.rows import Mover
 
@@ -30,6 +30,7 @@ class StrategyTable(Mapping[str, Factory]):
                 f"{', '.join(self._factories)}, aliases {', '.join(ALIASES)}."
             )
         self._factories[name] = factory
+        allow_strategy(name)
 
     def create(self, config: EPConfig, mover: Mover | None = None) -> Strategy:
         """The strategy that a configuration names, with its settings.

@@ -6,6 +6,7 @@ import argparse
 import os
 import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from types import FrameType
 from typing import IO
 
 from mlx_ep.cli.hosts import Host
+from mlx_ep.launch.bars import BARS, bar_of, drawn
 from mlx_ep.launch.words import SECRET, command, entries, exit_code
 
 _GRACE = 15.0  # seconds that ranks have to end by themselves when one has failed
@@ -52,6 +54,11 @@ class StartedRanks:
         self._secret = os.environ.get(SECRET) or secrets.token_hex(16)
         given = dict(entry.split("=", 1) for entry in entries(args))
         self._variables = {**variables, **given}
+        # Of the terminal in which bars of ranks are drawn; 0: there is none.
+        has_terminal = sys.stderr.isatty() and sys.stdout.isatty()
+        self._columns = shutil.get_terminal_size().columns if has_terminal else 0
+        if self._columns:
+            self._variables.setdefault(BARS, str(self._columns))
         self._folder = tempfile.TemporaryDirectory(prefix="mlx_ep-launch-")
         self._lock = threading.Lock()
         self._told_to_end = 0  # the signal
@@ -178,16 +185,29 @@ class StartedRanks:
 
     def _copy(self, number: int, source: IO[bytes], sink: IO[bytes]) -> None:
         """A rank's output, line by line, with its number before each line."""
+        rest = b""
+        while piece := os.read(source.fileno(), 1 << 16):
+            *lines, rest = (rest + piece).replace(b"\r\n", b"\n").split(b"\n")
+            for line in lines:
+                self._write(number, line, sink)
+            bar, rest = bar_of(rest)
+            if bar is not None and self._columns:
+                with self._lock:
+                    sys.stderr.buffer.write(drawn(bar, number, self._columns))
+                    sys.stderr.buffer.flush()
+        if rest.strip():
+            self._write(number, rest, sink)
+
+    def _write(self, number: int, line: bytes, sink: IO[bytes]) -> None:
+        # Of a bar that was drawn over itself the last state is what counts.
+        text = line.rpartition(b"\r")[2].rstrip()
+        if not text and b"\r" in line:
+            return
         mark = f"[rank {number}] ".encode() if number else b""
-        for line in source:
-            text = line.replace(b"\r\n", b"\n")
-            # Of a bar that was drawn over itself the last state is what counts.
-            text = text.rstrip(b"\n").rpartition(b"\r")[2].rstrip()
-            if not text and b"\r" in line.rstrip(b"\r\n"):
-                continue
-            with self._lock:
-                sink.write(mark + text + b"\n")
-                sink.flush()
+        over = b"\r\x1b[K" if self._columns else b""
+        with self._lock:
+            sink.write(over + mark + text + b"\n")
+            sink.flush()
 
     def _report(self, rank: _Rank) -> None:
         if len(self._ranks) > 1 and rank.code != 2:  # wrong usage rank 0 says itself

@@ -20,6 +20,7 @@ from mlx_ep.loading.memory import (
     shortages,
     with_memory,
 )
+from mlx_ep.loading.progress import watch_phase
 from mlx_ep.loading.rank_tensors import LoadBytes, RankTensor, load_bytes, rank_tensors
 from mlx_ep.loading.shape import model_shape
 from mlx_ep.loading.sizes import choose_placement, expert_sizes, held_bytes
@@ -34,6 +35,7 @@ from mlx_ep.loading.weights import RankWeights, checkpoint_weights, dummy_weight
 from mlx_ep.loading.widths import keep_part
 
 __all__ = [
+    "watch_phase",
     "DensePart",
     "Splitter",
     "agree_attention",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -128,10 +128,14 @@ class TensorReader:
 
     Attributes:
         bytes_read: bytes read so far.
+
+    Args:
+        advance: is told of bytes as they are read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, advance: Callable[[int], object] | None = None) -> None:
         self.bytes_read = 0
+        self.advance = advance or (lambda num_bytes: None)
         self._files: dict[Path, int] = {}
         self._journals: dict[Path, Journal | None] = {}
         self._pool = ThreadPoolExecutor(_NUM_READERS)
@@ -250,6 +254,7 @@ class TensorReader:
         self._descriptor(info.file)
         list(self._pool.map(self._fill, jobs))
         self.bytes_read += position
+        self.advance(position)
         if staging is not None:
             array = mx.array(staging)
         return array.view(dtype or DTYPES[info.dtype]).reshape(shape)

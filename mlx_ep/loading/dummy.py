@@ -64,12 +64,17 @@ def _quantize(model: nn.Module, quantization: dict[str, Any]) -> None:
 
 
 def fill_dummy(
-    model: nn.Module, placement: Placement, rank: int, change: Change | None = None
+    model: nn.Module,
+    placement: Placement,
+    rank: int,
+    change: Change | None = None,
+    advance: Callable[[int], object] = lambda num_bytes: None,
 ) -> None:
     """Give every parameter of a model from `build_dummy` its random numbers.
 
     Args:
         change: what is done to the model before its dense part is evaluated.
+        advance: is told of bytes as they are made.
     """
     # MLX's CPU backend multiplies gathered matrices in float32 only.
     dtype = mx.bfloat16 if mx.metal.is_available() else mx.float32
@@ -101,6 +106,7 @@ def fill_dummy(
         module.update(own)
         if change is None or stack is not None:
             mx.eval(list(own.values()))  # sync: loading
+        advance(sum(array.nbytes for array in own.values()))
     if change is not None:
         change(model)
         for parameter in dict(tree_flatten(model.parameters())).values():

@@ -125,15 +125,24 @@ def load_local(
         change(model)
     for name in classes.read_by_mlx:
         reader.check(checkpoint.tensors[name])
-    for name, parameter in dict(tree_flatten(model.parameters())).items():
-        mx.eval(parameter)  # sync: loading
-        check_numbers(name, parameter)
-    mx.clear_cache()
-    reader.bytes_read += sum(
+    lazy_bytes = sum(
         info.num_bytes
         for info in checkpoint.tensors.values()
         if info.name in classes.read_by_mlx
     )
+    parameters = dict(tree_flatten(model.parameters()))
+    here = sum(parameter.nbytes for parameter in parameters.values())
+    told = seen = 0
+    for name, parameter in parameters.items():
+        mx.eval(parameter)  # sync: loading
+        check_numbers(name, parameter)
+        # Of what MLX reads for a parameter nobody knows more than its part of all.
+        seen += parameter.nbytes
+        part = lazy_bytes * seen // max(here, 1)
+        reader.advance(part - told)
+        told = part
+    mx.clear_cache()
+    reader.bytes_read += lazy_bytes
     return model
 
 

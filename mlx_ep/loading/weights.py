@@ -22,6 +22,7 @@ from mlx_ep.loading.local import (
     model_class,
     outline,
 )
+from mlx_ep.loading.progress import watch_phase
 from mlx_ep.loading.rank_tensors import load_bytes
 from mlx_ep.loading.sizes import choose_placement, held_bytes
 from mlx_ep.placement import Placement
@@ -87,7 +88,11 @@ def checkpoint_weights(
         run_shapes(made, _TRIED_TOKENS, make_caches(made))
 
     def build(change: Change | None = None) -> tuple[nn.Module, int]:
-        with TensorReader() as reader:
+        total = load_bytes(checkpoint, placement, rank).rank_bytes
+        with (
+            watch_phase("loading", total, rank) as advance,
+            TensorReader(advance) as reader,
+        ):
             model = load_local(checkpoint, placement, rank, reader, change)
             return model, reader.bytes_read
 
@@ -125,7 +130,8 @@ def dummy_weights(
     model = build_dummy(description, placement, rank)
 
     def build(change: Change | None = None) -> tuple[nn.Module, int]:
-        fill_dummy(model, placement, rank, change)
+        with watch_phase("making weights", held_bytes(model), rank) as advance:
+            fill_dummy(model, placement, rank, change, advance)
         return model, 0
 
     return RankWeights(

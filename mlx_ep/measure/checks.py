@@ -121,7 +121,7 @@ def _check_movement(
     own = mx.where(ids >= 0, ids % num_tokens, -1)
     gates = mx.random.uniform(shape=ids.shape, key=key)
     yield _compare(
-        f"unpack_sum {shape} of {top_k}",
+        f"unpack_sum {shape} x{top_k}",
         lambda m: [m.unpack_sum(x, own, gates)],
         ROUNDING[dtype],
     )
@@ -129,7 +129,7 @@ def _check_movement(
     both = mx.where((own >= 0) & (mx.arange(top_k) % 2 == 0), own + num_tokens, own)
     local = mx.random.normal((num_tokens, sizes.width), key=mx.random.key(8))
     yield _compare(
-        f"unpack_sum {shape} and float32 of {top_k}",
+        f"unpack_sum {shape}+float32 x{top_k}",
         lambda m: [m.unpack_sum(x, both, gates, local, dtype=mx.float32)],
         SUM_TOLERANCE,
     )
@@ -213,7 +213,7 @@ def check_experts(sizes: CheckedLayer = CheckedLayer()) -> Iterator[Check]:
         packing = f"{bits} bit" if bits else "dense"
         for option, found in measure(problem, possible).items():
             yield Check(
-                what=f"experts by {option}, {packing}, {_name(dtype)} rows",
+                what=f"experts by {option}, {packing}, {_name(dtype)}",
                 # A failure has no error, and a wrong one is not 0.
                 error=found.error or (float("nan") if found.left_out else 0.0),
                 tolerance=TOLERANCE[dtype],

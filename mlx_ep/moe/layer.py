@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +17,11 @@ from mlx_ep.moe.group import ExpertGroup
 from mlx_ep.moe.router import TopKRouter
 from mlx_ep.placement import Placement
 
+_NO_GRADIENT = (
+    "MixtureOfExperts has no gradient: its exchange between ranks goes one way. Train "
+    "with mlx-lm's own layers on one process, and load the result with mlx_ep."
+)
+
 
 class MixtureOfExperts(nn.Module):
     """A MoE layer whose experts are spread over the ranks of a group.
@@ -27,7 +33,8 @@ class MixtureOfExperts(nn.Module):
     5. combine   the strategy brings the sums home and adds them
 
     Each rank holds its experts only, drawn as a single process would draw them: the
-    layer computes the same on any number of ranks. `nn.quantize` quantizes it.
+    layer computes the same on any number of ranks. `nn.quantize` quantizes it. It has
+    no gradient: `mx.grad` through it is a ValueError.
 
     Args:
         hidden_dims: D.
@@ -89,8 +96,26 @@ class MixtureOfExperts(nn.Module):
         tokens = x.flatten(0, -2)
         routing = self.router(tokens)
         runner = switch_runner(self.experts)
-        total = self._group.weighted_sum(tokens, routing, runner)
-        return total.astype(x.dtype).reshape(x.shape)
+        try:
+            total = self._group.weighted_sum(tokens, routing, runner)
+        except ValueError as error:
+            # Strategies that start their exchange at once meet MLX's tracing first.
+            if "graph transformation" in str(error):
+                raise ValueError(_NO_GRADIENT) from error
+            raise
+        y: Any = without_gradient(total.astype(x.dtype).reshape(x.shape))
+        return y
+
+
+@mx.custom_function
+def without_gradient(y: mx.array) -> mx.array:
+    """y; MLX would name a primitive of the exchange, or cut gradients off silently."""
+    return y
+
+
+@without_gradient.vjp
+def _refuse_gradient(*_: object) -> mx.array:
+    raise ValueError(_NO_GRADIENT)
 
 
 def _check_even(config: EPConfig, num_ranks: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 from mlx_ep.comm import Comm, Transport, gather_objects
@@ -98,6 +99,14 @@ class ModelPolicy:
         return "\n\n".join(part for part in parts if part)
 
 
+# Shows a phase of so many steps while a body runs; it is told of each.
+Watch = Callable[[int], AbstractContextManager[Callable[[int], object]]]
+
+
+def _unwatched(total: int) -> AbstractContextManager[Callable[[int], object]]:
+    return nullcontext(lambda amount: None)
+
+
 def tune(
     layers: Sequence[Layer],
     num_experts: int,
@@ -106,6 +115,7 @@ def tune(
     *,
     moves_rows: bool = False,
     placement: Placement | None = None,
+    watch: Watch = _unwatched,
 ) -> ModelPolicy:
     """Decide what runs the experts of every layer and moves its rows.
 
@@ -123,6 +133,7 @@ def tune(
         wish: what the user asks for.
         moves_rows: whether rows are exchanged, by something that takes a mover.
         placement: of the experts; default: contiguous.
+        watch: shows how many of the shapes are checked and timed.
 
     Raises:
         ValueError: on every rank: what the configuration forces is impossible.
@@ -141,10 +152,12 @@ def tune(
     movement = {(key, job): MovementProblem(s, job) for (key, job), s in jobs.items()}
     problems: list[Problem] = [*experts.values(), *movement.values()]
     sharing = share_cores(comm)
-    mine = {
-        "backend": backend_variable(),
-        "facts": [facts(problem, wish.warmup, sharing) for problem in problems],
-    }
+    found = []
+    with watch(len(problems)) as advance:
+        for problem in problems:
+            found.append(facts(problem, wish.warmup, sharing))
+            advance(1)
+    mine = {"backend": backend_variable(), "facts": found}
     ranks = gather_objects(comm, mine)
     backend = forced_backend([rank["backend"] for rank in ranks], wish.backend)
     choices = [

@@ -212,7 +212,7 @@ BENCHMARK = [
     ("layer --seed -1", "must be 0 or more, got -1"),
     ("layer --memory-limit-gb 0", "must be a number above 0, got 0"),
     ("layer --json /no/such/x", "--json must be a file in a folder"),
-    ("layer --json -", "--json must be a file; got -"),
+    ("layer --json {DIR}", "--json must be a file"),
     ("layer --plot /no/such/x.png", "--plot must be a file in a folder"),
     ("layer --plot {DIR}/x.foo", "--plot must end in .png, .pdf, .svg"),
     ("e2e --model /no/such", "there is no folder '/no/such'"),

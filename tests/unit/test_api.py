@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ from mlx.utils import tree_flatten
 
 import mlx_ep
 from mlx_ep.api import install
-from mlx_ep.config import EPConfig
+from mlx_ep.config import EPConfig, settings
 from mlx_ep.loading import MemoryNeed, find_model, memory_problems
 from mlx_ep.metrics import RankReport
 from mlx_ep.models import BlockState, find_moe_sites, routing_probe
@@ -240,3 +241,59 @@ def test_what_moves_rows_is_given_when_the_group_is_made(
     assert len(made) == 1
     assert made[0].strategy.mover is mover
     assert all(block.group is made[0] for block in model.expert_parallel.blocks)
+
+
+BAD_CONFIGURATIONS = {
+    "strategy='foo'": "strategy must be one of replicated, gathered, all_to_all, auto, "
+    "or an alias (none,",
+    "strategy=3": "strategy must be a text; got 3",
+    "strategy=['auto']": "strategy must be a text; got ['auto']",
+    "mode='fast'": "mode must be one of auto, low_latency, normal; got 'fast'",
+    "attention='data'": "attention must be one of replicated, tensor, auto; got 'data'",
+    "low_latency_tokens=0": "low_latency_tokens must be 1 or more; got 0",
+    "round_tokens=1.5": "round_tokens must be a whole number; got 1.5",
+    "sums='bfloat16'": "sums must be one of model, float32; got 'bfloat16'",
+    "capacity='3'": "capacity must be a whole number or None; got '3'",
+    "capacity=True": "capacity must be a whole number or None; got True",
+    "reduction=None": "reduction must be one of partial_sum, per_slot; got None",
+    "shared_routing=True": "shared_routing must be one of auto, always, never; got Tru",
+    "runner='gpu'": "runner must be one of auto, gather, blas, metal; got 'gpu'",
+    "backend='gpu'": "backend must be one of auto, cpu, metal; got 'gpu'",
+    "warmup='no'": "warmup must be True or False; got 'no'",
+    "memory_limit_gb='64GB'": "memory_limit_gb must be a number or None; got '64GB'",
+    "memory_limit_gb=float('nan')": "memory_limit_gb must be above 0 or None, not",
+    "download='all'": "download must be one of ranges, full; got 'all'",
+    "memory=64": "memory must be a tuple, each a number, or None; got 64",
+    "memory=(64, '32')": "memory must be a tuple, each a number, or None; got (64, '3",
+    "memory=[64, -1]": "memory must be numbers above 0; got (64, -1)",
+    "replica_memory=24": "replica_memory must be a text; got 24",
+    "placement_file=3": "placement_file must be a text or None; got 3",
+    "ep_size=0": "ep_size must be 1 or more; got 0",
+    "context=-1": "context must be 0 or more; got -1",
+}
+
+
+def test_every_field_is_checked_when_a_configuration_is_made() -> None:
+    """In a process of its own: here a wrong type is refused by the tests' own hook."""
+    script = (
+        "import json, sys\nfrom pathlib import Path\nfrom mlx_ep import EPConfig\n"
+        "def said(text):\n"
+        "    try:\n        return repr(eval(f'EPConfig({text})'))\n"
+        "    except ValueError as error:\n        return str(error)\n"
+        "print(json.dumps([said(text) for text in json.load(sys.stdin)]))"
+    )
+    right = ["memory=[64, 32.5]", "placement_file=Path('a.json')", "capacity=None"]
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps([*BAD_CONFIGURATIONS, *right]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    expected = [*BAD_CONFIGURATIONS.values(), *["EPConfig("] * len(right)]
+    for text, said, wanted in zip([*BAD_CONFIGURATIONS, *right], found, expected):
+        assert said.startswith(wanted), (text, said)
+    assert {text.partition("=")[0] for text in BAD_CONFIGURATIONS} == {
+        setting.name for setting in settings()
+    }

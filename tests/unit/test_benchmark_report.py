@@ -43,17 +43,49 @@ def test_budget():
     assert Budget(seconds=0.0, most=2).count(1.0) == 2
 
 
+def cells_of(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def test_layer_table():
     table = report.layer_table(
         [record_of("tp", ratio_to_tp=1.0), record_of("single")], ["gather"]
     )
-    lines = table.splitlines()
-    assert len({len(line) for line in lines}) == 1 and len(lines) == 4
-    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    assert cells == [
-        "4", "tp", "1.23 ms", "1 ms .. 2 ms", "1.00", "1", "16.4 kB", "5.1", "25%",
-        "189 MB", "5",
+    times, costs, legend = table.split("\n\n")
+    for part in (times, costs):
+        lines = part.splitlines()
+        assert len({len(line) for line in lines}) == 1 and len(lines) == 4
+    assert cells_of(times.splitlines()[2]) == [
+        "4", "tp", "1.23 ms", "1 ms .. 2 ms", "1.00", "5",
     ]  # fmt: skip
+    assert cells_of(costs.splitlines()[2]) == [
+        "4", "tp", "1", "16.4 kB", "5.1", "25%", "189 MB",
+    ]  # fmt: skip
+    assert "n: samples" in legend
+
+
+@pytest.mark.parametrize("level", ["layer", "e2e"])
+def test_tables_fit_80_columns(level):
+    """The longest arm, three digits everywhere."""
+    numbers = {
+        "tokens": 4096, "bytes": 999_000_000, "distinct_busiest": 256.5, "samples": 200,
+        "memory_bytes": 999_000_000, "communication_share": 1.0, "ratio_to_tp": 10.25,
+        "seconds_median": 0.9999, "seconds_quartiles": [0.9999, 0.9999],
+    }  # fmt: skip
+    record = record_of("ep-all-to-all", "auto", **numbers)
+    record["stages"] = dict.fromkeys(STAGES, 0.123456)
+    text = report.layer_table(
+        [record | {"legacy_3158": {"ratio": 1.5}}], ["gather", "auto"]
+    )
+    if level == "e2e":
+        record |= {
+            "level": "e2e", "phase": "prefill", "batch": 16, "collectives": 2.0,
+            "tokens_per_second": 12345.6,
+        }  # fmt: skip
+        text = report.model_table([record])
+    text += "\n" + report.stage_table([record], ["gather", "auto"])
+    widest = max(text.splitlines(), key=len)
+    assert len(widest) <= 80, widest
 
 
 def test_no_ratio_without_tp():
@@ -74,15 +106,16 @@ def test_model_table_and_points():
         communication_share=None, distinct_busiest=None, collectives=1.5,
     )  # fmt: skip
     assert report.point_label(record) == "decode, batch 8"
-    line = report.model_table([record]).splitlines()[2]
-    assert "| decode, batch 8 | ep-gathered |" in line and "1234" in line
-    assert "1.50" in line
+    times, costs, _ = report.model_table([record]).split("\n\n")
+    assert cells_of(times.splitlines()[2])[:3] == ["decode 8", "ep-gathered", "1234"]
+    assert "1.50" in costs.splitlines()[2]
 
 
 def test_stage_tables():
-    line = report.stage_table([record_of("tp")], ["gather"]).splitlines()[2]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == ["T=4", "tp", "10", "0", "0", "400", "0", "0", "410"]
+    table = report.stage_table([record_of("tp"), record_of("single")], ["gather"])
+    title, _, _, head, line, *_ = table.splitlines()
+    assert title == "us in each stage, T=4" and head.split() == [*STAGES, "all"]
+    assert line.split() == ["tp", "10", "0", "0", "400", "0", "0", "410"]
     seconds = dict.fromkeys(STAGES, 0.0) | {"experts": 3e-3, "wait": 1e-3}
     lines = stage_table([seconds, seconds], 4).splitlines()
     assert lines[0].startswith("| us per layer, 4 layers timed | rank 0 | rank 1 |")
@@ -139,9 +172,11 @@ class TestLegacy:
             record_of(arm, legacy_3158={"ratio": 0.32})
             for arm in ("tp", "ep-replicated")
         ]
-        lines = report.layer_table(records, ["gather"]).splitlines()
-        assert lines[0].split("|")[-2].strip() == legacy.LABEL
-        assert [line.split("|")[-2].strip() for line in lines[2:]] == ["-", "0.32"]
+        lines = report.layer_table(records, ["gather"]).split("\n\n")[2].splitlines()
+        assert cells_of(lines[0]) == ["T", "arm", legacy.LABEL]
+        assert [cells_of(line) for line in lines[2:]] == [
+            ["4", "ep-replicated", "0.32"]
+        ]
         assert "how many experts" in legacy.LEFT_OUT
 
 

@@ -24,7 +24,7 @@ PARSERS = {
     "overlay": "mlx_ep.overlay.make",
     "cache_prompt": "mlx_ep.cache_prompt",
     "launch": "mlx_ep.launch.flags",
-    "doctor": "mlx_ep.doctor",
+    "doctor": "mlx_ep.doctor.__main__",
     "calibrate": "mlx_ep.calibrate",
     "benchmark": "mlx_ep.benchmark.flags",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -11,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_ep import config as config_module
 from mlx_ep.comm import GroupComm
 from mlx_ep.config import ALIASES, EPConfig, StrategyName
 from mlx_ep.exchange import (
@@ -28,12 +28,12 @@ from mlx_ep.exchange import (
     Strategy,
     layer_traffic,
 )
-from mlx_ep.exchange.base import depends_on, expected_share, padded
+from mlx_ep.exchange.base import expected_share
 from mlx_ep.metrics import Counters
 from mlx_ep.moe import ExpertGroup
 from mlx_ep.placement import Placement
-from mlx_ep.rows import Mover, MovesRows, pad_routing
-from mlx_ep.types import Routing, Rows, TokenCounts
+from mlx_ep.rows import Mover, MovesRows
+from mlx_ep.types import Routing, TokenCounts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,7 +91,7 @@ def test_wrong_settings_are_said():
     with pytest.raises(
         ValueError, match=r"strategy must be one of replicated, .*'fast'"
     ):
-        STRATEGIES.create(EPConfig(strategy="fast"))
+        EPConfig(strategy="fast")
     with pytest.raises(ValueError, match="Give one of the two"):
         EPConfig(strategy="normal", mode="low_latency")
     with pytest.raises(ValueError, match="capacity must be 1 or more; got 0"):
@@ -262,18 +262,7 @@ def example() -> dict[str, object]:
     """The names that the code blocks of the page define."""
     text = (ROOT / "docs" / "add-a-strategy.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    names = {
-        "Collective": Collective,
-        "dataclass": dataclass,
-        "ExchangeRequest": ExchangeRequest,
-        "Rows": Rows,
-        "STRATEGIES": STRATEGIES,
-        "ExchangeTraffic": ExchangeTraffic,
-        "depends_on": depends_on,
-        "mx": mx,
-        "pad_routing": pad_routing,
-        "padded": padded,
-    }
+    names = {"__name__": __name__}  # its imports are the page's own
     for block in blocks:
         exec(block, names)
     return names
@@ -292,6 +281,9 @@ class Solo(CountedComm):
 
 def test_the_documented_strategy_works(monkeypatch):
     monkeypatch.setattr(STRATEGIES, "_factories", dict(STRATEGIES._factories))
+    monkeypatch.setattr(config_module, "_strategies", [*config_module._strategies])
+    with pytest.raises(ValueError, match="got 'broadcast'"):
+        EPConfig(strategy="broadcast")
     names = example()
     strategy = STRATEGIES.create(EPConfig(strategy="broadcast"))
     assert type(strategy) is names["Broadcast"]

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import NamedTuple
 
 from huggingface_hub import constants
-from tqdm import tqdm
 
 from mlx_ep.loading.checkpoint import Checkpoint
 from mlx_ep.loading.hub.errors import explained, offline_problem
@@ -22,6 +19,7 @@ from mlx_ep.loading.hub.remote import RemoteFile
 from mlx_ep.loading.hub.repository import HubFolder, WeightFile
 from mlx_ep.loading.hub.retries import Retries
 from mlx_ep.loading.hub.sparse import Journal, SparseFile, Waiting
+from mlx_ep.loading.progress import Advance, watch_phase
 from mlx_ep.loading.rank_tensors import rank_tensors
 from mlx_ep.metrics import format_bytes
 from mlx_ep.placement import Placement, runs
@@ -31,7 +29,6 @@ _PIECE_BYTES = 32 << 20  # one request; several run at once
 _COMMIT_BYTES = 8 << 20
 _SECONDS_BETWEEN_TRIES = 0.2
 
-Advance = Callable[[int], object]
 Spans = dict[Path, RangeSet]
 
 
@@ -141,9 +138,17 @@ class HubFetch:
         if not files:
             return
         retries = retries or Retries()
+        total = sum(spans.num_bytes for spans in self.wanted.values())
         with (
             explained(self.folder.repository),
-            self._progress(rank) as advance,
+            watch_phase(
+                "fetching",
+                total,
+                rank,
+                "B",
+                total - self.missing_bytes,
+                f" of the {format_bytes(total)} it needs of {self.folder.repository}",
+            ) as advance,
             ExitStack() as stack,
         ):
             jobs, blobs = [], []
@@ -171,40 +176,6 @@ class HubFetch:
         if any(journal.missing(span) for span in spans):
             return True
         return not journal.missing(Span(0, file.size)) and not journal.is_verified
-
-    @contextmanager
-    def _progress(self, rank: int) -> Iterator[Advance]:
-        """A bar in a terminal; else a line at the beginning and one at the end."""
-        total = sum(spans.num_bytes for spans in self.wanted.values())
-        name = f"rank {rank}"
-        if sys.stderr.isatty():
-            with tqdm(
-                desc=name,
-                total=total,
-                initial=total - self.missing_bytes,
-                position=rank,
-                unit="B",
-                unit_scale=True,
-            ) as bar:
-                mutex = Lock()
-
-                def advance(num_bytes: int) -> None:
-                    with mutex:  # connections are threads
-                        bar.update(num_bytes)
-
-                yield advance
-            return
-        start = time.perf_counter()
-        _say(
-            f"{name}: fetching {format_bytes(self.missing_bytes)} of the "
-            f"{format_bytes(total)} it needs of {self.folder.repository}"
-        )
-        yield lambda num_bytes: None
-        _say(f"{name}: fetched, {time.perf_counter() - start:.1f} s")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
