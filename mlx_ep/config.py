@@ -25,6 +25,7 @@ StrategyName = Literal["replicated", "gathered", "all_to_all", "auto"]
 AllToAllMode = Literal["auto", "low_latency", "normal"]
 Sums = Literal["model", "float32"]
 Reduction = Literal["partial_sum", "per_slot"]
+Overlap = Literal["none", "single"]
 SharedRouting = Literal["auto", "always", "never"]
 Attention = Literal["replicated", "tensor", "auto"]
 RunnerName = Literal["auto", "gather", "blas", "metal"]
@@ -42,14 +43,12 @@ def allow_strategy(name: str) -> None:
 
 # What SGLang, DeepEP, vLLM and InfiniLM call them -> (strategy, mode).
 ALIASES: dict[str, tuple[str, AllToAllMode | None]] = {
-    "none": ("replicated", None),
-    "disabled": ("replicated", None),
-    "local_allreduce": ("replicated", None),
-    "tp_ep": ("replicated", None),
-    "allgather_reducescatter": ("gathered", None),
-    "ag_rs": ("gathered", None),
-    "naive": ("gathered", None),
-    "deepep": ("all_to_all", None),
+    **dict.fromkeys(["disabled", "none", "off", "standard", "0"], ("replicated", None)),
+    **dict.fromkeys(["local_allreduce", "local_all_reduce"], ("replicated", None)),
+    **dict.fromkeys(["tp_ep", "vllm_tp", "dp1"], ("replicated", None)),
+    **dict.fromkeys(["allgather_reducescatter", "naive", "ag_rs"], ("gathered", None)),
+    "all_gather_reduce_scatter": ("gathered", None),
+    **dict.fromkeys(["deepep", "deep_ep"], ("all_to_all", None)),
     "low_latency": ("all_to_all", "low_latency"),
     "normal": ("all_to_all", "normal"),
 }
@@ -98,6 +97,8 @@ class EPConfig:
         capacity: None drops nothing. A number C keeps, of the pairs of one rank's
             tokens and one expert, the first C (all first choices come before all
             second choices); the others contribute 0, are counted and warned of.
+        overlap: ``single`` starts a layer's last collective before its shared experts,
+            which run while it is under way. The same numbers either way.
         reduction: what that all_sum carries. ``partial_sum``: ``[T, D]`` float32,
             each rank's gate-weighted sum. ``per_slot``: ``[T, K, D]`` in the model's
             dtype, K times the bytes; the model then sums them itself, which is
@@ -177,6 +178,9 @@ class EPConfig:
             otherwise="nothing is dropped",
         ),
     ] = None
+    overlap: Annotated[
+        Overlap, Flag(help="single: shared experts run while a collective is under way")
+    ] = "none"
     reduction: Annotated[
         Reduction,
         Flag(help="per_slot is bit-identical to one process, for K times the bytes"),
