@@ -74,7 +74,7 @@ MAY_IMPORT = {
     "perplexity": {"types", "cli", "comm"},
     "overlay": {"api", "cli", "comm", "config", "loading"},
     "server": {
-        "types", "comm", "config", "cost", "data_parallel", "loading", "metrics",
+        "types", "cli", "comm", "config", "cost", "data_parallel", "loading", "metrics",
         "models", "moe", "tune",
     },
     "plan": {

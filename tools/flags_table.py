@@ -22,6 +22,7 @@ from unittest.mock import patch
 COMMANDS = {
     "generate": ("mlx_ep.generate", "mlx_ep.generate.flags"),
     "chat": ("mlx_ep.chat", "mlx_ep.chat"),
+    "server": ("mlx_ep.server", "mlx_ep.server.flags"),
     "benchmark": ("mlx_ep.benchmark e2e", "mlx_ep.benchmark.flags"),
     "perplexity": ("mlx_ep.perplexity", "mlx_ep.perplexity"),
     "cache_prompt": ("mlx_ep.cache_prompt", "mlx_ep.cache_prompt"),
@@ -42,6 +43,23 @@ REASONS = {
     ("generate", "--image"): "text only",
     ("generate", "--use-default-chat-template"): "says that it has no effect; in "
     "mlx_lm.generate nothing reads it",
+    ("server", "--allowed-origins"): "none: pages of other sites may not ask unless "
+    "they are listed; `*` is all",
+    ("server", "--draft-model"): "a draft saves time for one sequence, not for a batch;"
+    " mlx_ep.generate has it",
+    ("server", "--num-draft-tokens"): "as `--draft-model`",
+    ("server", "--log-level"): "the same: capitals or not; without CRITICAL",
+    ("server", "--prompt-concurrency"): "one chunk of prompts is processed beside each "
+    "decoded token, of as many prompts as it has room for",
+    ("server", "--prefill-step-size"): "2048 tokens are seconds in which no running "
+    "answer goes on",
+    ("server", "--prompt-cache-size"): "the prefix cache is bounded in bytes",
+    ("server", "--prompt-cache-bytes"): "a quarter of what KV caches may take, instead "
+    "of no bound; also `--prefix-cache-memory`",
+    ("server", "--kv-bits"): "refused by name: mlx-lm's quantized KV caches cannot be "
+    "merged into a batch",
+    ("server", "--kv-group-size"): "as `--kv-bits`",
+    ("server", "--quantized-kv-start"): "as `--kv-bits`",
     ("benchmark", "--generation-tokens"): "several batches and arms are measured: 1024 "
     "tokens for each would take hours; also `--max-tokens`",
     ("benchmark", "--batch-size"): "a comma list, one after the other: EP pays off "

@@ -73,6 +73,7 @@ class Parser(_Level):
         self.add_argument("--version", action="version", version=versions())
         self.add_argument(
             "--log-level",
+            type=str.lower,  # mlx-lm's are in capitals
             choices=("debug", "info", "warning", "error"),
             default="info",
             help="What is said on the standard error beside bars and results.",

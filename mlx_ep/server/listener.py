@@ -11,6 +11,7 @@ import asyncio
 import logging
 import socket
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +102,12 @@ class Listener:
         """Answers that are being sent get a second more."""
         self._server.should_exit = True
         self._thread.join(5.0)
+
+    def flush(self, limit: float = 0.15) -> None:
+        """Wait, on another thread, until what is being answered has been sent."""
+        until = time.monotonic() + limit
+        while self._server.server_state.tasks and time.monotonic() < until:
+            time.sleep(0.005)
 
     @property
     def is_alive(self) -> bool:

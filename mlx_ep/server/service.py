@@ -30,7 +30,7 @@ class Access:
         keep_alive_seconds: between two signs of life on a stream without tokens.
     """
 
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     origins: tuple[str, ...] = ()
     body_bytes: int = 32 * 2**20
     send_seconds: float = 60.0

@@ -1,4 +1,4 @@
-"""The server's HTTP side on a port of this host, over an engine that says given texts."""
+"""The server's HTTP side on a port, over an engine that says given texts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from tests.support.text_engine import TextEngine
 # Says what it is given, so that a test can read a prompt: tools, thoughts, calls.
 TEMPLATE = """\
 {{- bos_token }}
-{%- if tools %}tools:{% for tool in tools %}{{ tool.function.name }};{% endfor %}{% endif %}
+{%- if tools %}tools:
+{%- for tool in tools %}{{ tool.function.name }};{% endfor %}{% endif %}
 {%- for message in messages %}<|user|>{{ message.role }}:{{ message.content }}
 {%- for call in message.tool_calls or [] %}[{{ call.function.name }}]{% endfor %}
 {%- endfor %}<|assistant|>{% if enable_thinking and opens %}<think>{% endif %}"""

@@ -1,0 +1,117 @@
+"""``mlx_ep.server``: the model on all ranks, the endpoint on rank 0."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import threading
+from types import FrameType
+
+from mlx_ep import cli
+from mlx_ep.comm import Comm, agreed
+from mlx_ep.server.app import make_app
+from mlx_ep.server.build import build_engine
+from mlx_ep.server.engine import ServingEngine
+from mlx_ep.server.flags import make_parser, model_names
+from mlx_ep.server.listener import Listener, open_port
+from mlx_ep.server.service import Service
+from mlx_ep.server.texts import Texts
+
+_log = logging.getLogger("mlx_ep")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Ending:
+    """SIGTERM and Ctrl-C: the first drains, the second ends.
+
+    A launcher signals all ranks; rank 0 knows what is in flight, so that the others
+    leave the first one to it. Before there is an engine, either ends the run.
+    """
+
+    def __init__(self) -> None:
+        self._is_first = cli.rank_of_environment() == 0
+        self._engine: ServingEngine | None = None
+        self._grace = 0.0
+        self._count = 0
+
+    def catch(self) -> None:
+        """Before the ranks meet, or a signal would end all of them at once."""
+        for number in _SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def serve(self, engine: ServingEngine, grace: float) -> None:
+        """From here on there is something to drain."""
+        self._engine, self._grace = engine, grace
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+        if self._engine is None or self._count > 2:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(128 + number)
+        if not self._is_first:
+            return
+        if self._count == 2:
+            self._engine.stop("the server was told to end at once")
+            return
+        self._engine.drain()
+        after = threading.Timer(
+            self._grace,
+            self._engine.stop,
+            (f"the server ends; the grace of {self._grace:g} s is over",),
+        )
+        after.daemon = True
+        after.start()
+
+
+def main() -> None:
+    ending = Ending()
+    ending.catch()
+    cli.run(make_parser(), lambda args, comm: _serve(args, comm, ending))
+
+
+def _serve(args: argparse.Namespace, comm: Comm, ending: Ending) -> None:
+    config = {"chat_template": args.chat_template} if args.chat_template else {}
+    with cli.usage_errors():
+        if args.use_default_chat_template:
+            _log.warning("--use-default-chat-template has no effect")
+        port = agreed(
+            comm, lambda: open_port(args.host, args.port) if comm.rank == 0 else None
+        )
+        prepared = cli.prepare_model(args, comm, config)
+    model, tokenizer = prepared.load()
+    cli.print_reports(model, comm, args.config)
+    with cli.usage_errors():
+        engine = build_engine(model, tokenizer, comm, args.options)
+    if port is None:
+        ending.serve(engine, args.grace)
+        engine.run()
+        return
+    print(engine.describe(), flush=True)
+    texts = Texts(tokenizer, args.chat_template_args)
+    names = model_names(args.model, args.model_alias)
+
+    def make_service() -> Service:
+        return Service(engine, texts, names, args.defaults, args.access)
+
+    listener = Listener(make_app(make_service, args.access), port, args.limits)
+    engine.goodbye = listener.flush
+    listener.start()
+    ending.serve(engine, args.grace)
+    host, number = port.getsockname()[:2]
+    _warn_of_strangers(host, args.access.api_keys)
+    print(f"serving {names.names[0]} at http://{host}:{number}/v1", flush=True)
+    engine.run()
+    listener.stop()
+
+
+def _warn_of_strangers(host: str, keys: tuple[str, ...]) -> None:
+    if not keys and not host.startswith("127.") and host != "::1":
+        _log.warning(
+            "everybody who reaches %s may ask: there is no API key (--api-key)", host
+        )
+
+
+if __name__ == "__main__":
+    main()
