@@ -84,7 +84,8 @@ MAY_IMPORT = {
     "simulate": {"types", "config", "cost", "exchange", "loading", "measure"},
     "benchmark": {
         "types", "api", "cli", "comm", "config", "cost", "data_parallel", "exchange",
-        "loading", "measure", "metrics", "models", "moe", "placement", "tune",
+        "loading", "measure", "metrics", "models", "moe", "placement", "simulate",
+        "tune",
     },
 }  # fmt: skip
 # The package's names and the list of its commands hold no concept of their own.

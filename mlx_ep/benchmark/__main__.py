@@ -250,6 +250,11 @@ def write_files(
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["serve"]:  # no ranks, no model
+        from mlx_ep.benchmark.serve import main as serve
+
+        return serve(sys.argv[2:])
+
     def body(args: argparse.Namespace, comm: Comm) -> None:
         assert isinstance(comm, GroupComm)
         (run_layer if args.level == "layer" else run_e2e)(args, comm)

@@ -24,6 +24,11 @@ def make_parser() -> argparse.ArgumentParser:
         "alone measures arm single.",
     )
     levels = parser.add_subparsers(dest="level", required=True, metavar="LEVEL")
+    levels.add_parser(
+        "serve",
+        add_help=False,
+        help="a load on any OpenAI endpoint: TTFT, ITL, TPOT, throughput",
+    )
     add_layer_flags(
         levels.add_parser(
             "layer",
