@@ -23,6 +23,8 @@ from mlx_ep.server.requests import (
     Token,
 )
 
+_CLOSING = (b"}", b"]", b'"', b":", b",")
+
 
 @dataclass
 class _Running:
@@ -178,7 +180,9 @@ class TextEngine:
             said[-len(stop) :] == stop for stop in request.stop
         ):
             finish = "stop"
-        elif len(said) == request.max_tokens or len(said) == len(one.answer):
+        elif len(said) == request.max_tokens or (
+            one.matcher is None and len(said) == len(one.answer)
+        ):
             finish = "length"
         sampling = request.sampling
         top = ((token, -0.5), (5, -1.5))[: sampling.top_logprobs]
@@ -202,6 +206,8 @@ class TextEngine:
             for token in range(self._library.vocab_size)
             if bits[token // 8] >> (token % 8) & 1
         ]
-        token = allowed[-1]
+        # What closes something first, so that every text ends.
+        closing = [t for t in allowed if self._library.decode_bytes([t]) in _CLOSING]
+        token = (closing or allowed)[-1]
         assert one.matcher.consume_token(token)
         return token
