@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -135,6 +135,7 @@ class EngineState:
     draining: bool = False
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What rank 0's HTTP thread may ask of the engine; every method is thread-safe."""
 

@@ -1,0 +1,241 @@
+"""How many tokens per second does the server give, beside mlx_lm.server?
+
+Three servers on this host, one after the other, under the same load: `mlx_ep.server` on
+2 MPI ranks, mlx_lm.server under the overlay on 2 MPI ranks, mlx_lm.server on one rank.
+1 to 32 requests are open at once, with prompts of about 64 tokens and 48 greedy tokens.
+Then a short request comes while a prompt of 8000 tokens is processed. The model is the
+embedded one with a longer context; `--model large` takes random 4-bit weights of 380 MB
+(qwen3_moe, 64 experts) and minutes more. Everything stays on 127.0.0.1.
+
+    python -m benchmarks.bench_serve --check
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.harness import Target, arguments, finish, heading
+from mlx_ep.benchmark import load
+from mlx_ep.benchmark.serve import summary
+from mlx_ep.loading import find_model
+from mlx_ep.metrics import markdown_table
+from mlx_ep.overlay.make import make_overlay
+from tests.support.launchers import mpirun_command, rank_environment
+from tests.support.tiny import save_checkpoint
+
+CONCURRENCIES = (1, 2, 4, 8, 16, 32)
+INPUT_TOKENS, OUTPUT_TOKENS = 64, 48
+CONTEXT = 16384
+LONG_TOKENS = {False: 8000, True: 2000}  # --quick
+OURS, OVERLAY, ALONE = "mlx_ep.server, 2 ranks", "overlay, 2 ranks", "mlx_lm, 1 rank"
+CONFIG = Path(__file__).parent / "configs" / "qwen3-moe-400mb" / "config.json"
+# The end token is never drawn: every answer has all its tokens.
+BODY: dict[str, Any] = {"temperature": 0, "logit_bias": {"1": -1000}}
+START_LIMIT = 60.0  # s
+
+
+def make_models(folder: Path, name: str) -> tuple[Path, Path]:
+    """The model with a long context, and its overlay."""
+    model = folder / "model"
+    if name == "embedded":
+        shutil.copytree(find_model("jargon-moe"), model)
+        config = json.loads((model / "config.json").read_text())
+    else:
+        config = json.loads(CONFIG.read_text())
+        quantization = config.pop("quantization")
+        save_checkpoint(model, config, quantization=quantization)
+        config = json.loads((model / "config.json").read_text())
+    config["max_position_embeddings"] = CONTEXT
+    (model / "config.json").write_text(json.dumps(config))
+    return model, make_overlay(str(model), folder / "model-ep")
+
+
+def command_of(arm: str, model: Path, overlay: Path) -> list[str]:
+    if arm == OURS:
+        return ["mlx_ep.server", "--model", str(model)]
+    source = overlay if arm == OVERLAY else model
+    return ["mlx_lm", "server", "--model", str(source), "--trust-remote-code"]
+
+
+@contextlib.contextmanager
+def serving(arm: str, model: Path, overlay: Path, log: Path) -> Iterator[str]:
+    """A server that answers, and the address of its API.
+
+    Raises:
+        RuntimeError: it does not answer in time.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher, variables = ([], {}) if arm == ALONE else mpirun_command(2)
+    argv = [*launcher, sys.executable, "-m", *command_of(arm, model, overlay)]
+    address = f"http://127.0.0.1:{port}"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*argv, "--port", str(port)],
+            env=rank_environment(variables),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            _wait(process, address, log)
+            yield f"{address}/v1"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    deadline = time.monotonic() + START_LIMIT
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{address}/health", timeout=2).status_code == 200:
+                return
+        time.sleep(0.1)
+    raise RuntimeError(f"{address} does not answer:\n{log.read_text()[-2000:]}")
+
+
+async def measure(
+    address: str, concurrencies: list[int], long_tokens: int, samples: int
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """A summary for each concurrency, and TTFTs beside a long prompt, s."""
+    target = load.Target(address, "default_model", body=BODY, seconds=120)
+    async with target:
+        await target.measure_words()
+        short = load.Ask(INPUT_TOKENS, OUTPUT_TOKENS)
+        await load.run_load(target, [short] * 4, 4, seed=-1)
+        found = []
+        for count in concurrencies:
+            replies = await load.run_load(
+                target, [short] * max(2 * count, 6), count, seed=count
+            )
+            found.append(summary(replies, count))
+        firsts = [
+            await first_beside(target, long_tokens, number) for number in range(samples)
+        ]
+    return found, firsts
+
+
+async def first_beside(target: load.Target, long_tokens: int, number: int) -> float:
+    """TTFT of a short request that comes while a long prompt is processed, s.
+
+    Raises:
+        RuntimeError: one of them was not answered, or the long one was done first.
+    """
+    long = asyncio.ensure_future(
+        target.ask(0, load.Ask(long_tokens, 2), random.Random(f"long {number}"))
+    )
+    await asyncio.sleep(0.2)
+    rng = random.Random(f"short {number}")
+    short = await target.ask(1, load.Ask(INPUT_TOKENS, 4), rng)
+    reply = await long
+    if short.error or reply.error:
+        raise RuntimeError(f"no answer beside a long prompt: {short} {reply}")
+    if reply.first <= short.sent:
+        raise RuntimeError("the long prompt was done before the short request came")
+    return short.ttft
+
+
+def main() -> int:
+    assert __doc__ is not None
+    parser = arguments(__doc__, samples=3)
+    parser.add_argument("--model", choices=("embedded", "large"), default="embedded")
+    args = parser.parse_args()
+    concurrencies = [1, 8] if args.quick else list(CONCURRENCIES)
+    samples = 1 if args.quick else args.samples
+    long_tokens = LONG_TOKENS[args.quick or args.model == "large"]
+    print(heading(f"Serving the {args.model} model, beside mlx_lm.server"), flush=True)
+    results: dict[str, list[dict[str, Any]]] = {}
+    firsts: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="bench-serve-") as name:
+        model, overlay = make_models(Path(name), args.model)
+        for arm in (OURS, OVERLAY, ALONE):
+            with serving(arm, model, overlay, Path(name) / "log") as address:
+                results[arm], found = asyncio.run(
+                    measure(address, concurrencies, long_tokens, samples)
+                )
+            firsts[arm] = sorted(found)[len(found) // 2]
+    return report(args, concurrencies, results, firsts, long_tokens)
+
+
+def report(
+    args: Any,
+    concurrencies: list[int],
+    results: dict[str, list[dict[str, Any]]],
+    firsts: dict[str, float],
+    long_tokens: int,
+) -> int:
+    """Tables, targets, the exit code."""
+    rows, targets = [], []
+    rates = {
+        arm: [one["output_tokens_per_second"] for one in found]
+        for arm, found in results.items()
+    }
+    for index, count in enumerate(concurrencies):
+        ours, overlay, alone = (rates[arm][index] for arm in (OURS, OVERLAY, ALONE))
+        first = [f"{results[arm][index]['ttft']['p50'] * 1e3:.0f}" for arm in results]
+        rows.append(
+            [
+                str(count),
+                *(f"{rate:.0f}" for rate in (ours, overlay, alone)),
+                f"{ours / overlay:.2f}",
+                f"{ours / alone:.2f}",
+                " / ".join(first),
+            ]
+        )
+        least = 1.5 if count >= 8 else 1.0
+        name = f"tokens/s over the overlay's, {count} at once"
+        targets.append(Target(name, ours / overlay, least, at_least=True))
+        name = f"tokens/s over mlx_lm.server's on one rank, {count} at once"
+        targets.append(Target(name, ours / alone, 1.0, at_least=True))
+    headers = [
+        "at once", "ours, tokens/s", OVERLAY, ALONE, "over overlay", "over one rank",
+        "TTFT p50, ms",
+    ]  # fmt: skip
+    print(markdown_table(headers, rows))
+    print(
+        f"\nTTFT of a short request beside a prompt of {long_tokens} tokens: "
+        + ", ".join(f"{arm} {s * 1e3:.0f} ms" for arm, s in firsts.items())
+        + "\n"
+    )
+    for arm in (OVERLAY, ALONE):
+        share = firsts[OURS] / firsts[arm]
+        targets.append(Target(f"TTFT beside a long prompt over {arm}", share, 0.25))
+    failed = sum(one["failed"] for found in results.values() for one in found)
+    targets.append(Target("requests that failed", failed, 0))
+    records = [
+        {"arm": arm, **one} for arm, found in results.items() for one in found
+    ] + [{"arm": arm, "ttft_beside_long": s} for arm, s in firsts.items()]
+    ratios = [ours / base for ours, base in zip(rates[OURS], rates[OVERLAY])]
+    figure = (
+        f"tokens/s over mlx_lm.server under the overlay: {min(ratios):.2f} x to "
+        f"{max(ratios):.2f} x"
+    )
+    return finish(args, records, targets, figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
