@@ -14,9 +14,13 @@ from typing import Any, Literal
 from mlx_lm.generate import TextStateMachine
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-Kind = Literal["text", "reasoning", "tool"]
+PieceKind = Literal["text", "reasoning", "tool"]
 # States of mlx-lm's machine; text in another one is its own business, not the client's.
-_KINDS: dict[str, Kind] = {"normal": "text", "reasoning": "reasoning", "tool": "tool"}
+_KINDS: dict[str, PieceKind] = {
+    "normal": "text",
+    "reasoning": "reasoning",
+    "tool": "tool",
+}
 
 
 class StopText:
@@ -67,7 +71,7 @@ class StopText:
 class Piece:
     """A part of an answer; of kind "tool" a whole call, as the model wrote it."""
 
-    kind: Kind
+    kind: PieceKind
     text: str
 
 

@@ -49,7 +49,7 @@ class Delta:
 
 
 @dataclass
-class Answer:
+class AnswerSoFar:
     """One answer as far as it is made."""
 
     index: int
@@ -84,7 +84,7 @@ class Answers:
         self._by_id = {answer.request.id: answer for answer in self.answers}
         self._open: set[str] = set()
 
-    def _answer(self, index: int, stops: tuple[tuple[int, ...], ...]) -> Answer:
+    def _answer(self, index: int, stops: tuple[tuple[int, ...], ...]) -> AnswerSoFar:
         asked, texts = self.asked, self._service.texts
         prompt = asked.prompts[index // asked.count]
         sampling = asked.sampling
@@ -101,7 +101,7 @@ class Answers:
             asked.grammar,
         )
         initial = "normal" if asked.grammar else prompt.initial
-        return Answer(index, request, texts.answer(initial, asked.stops))
+        return AnswerSoFar(index, request, texts.answer(initial, asked.stops))
 
     async def __aenter__(self) -> Answers:
         """Raises: ApiError: 400, 429 or 503; nothing is left in the queue then."""
@@ -154,13 +154,13 @@ class Answers:
             if found:
                 yield found
 
-    async def finished(self) -> list[Answer]:
+    async def finished(self) -> list[AnswerSoFar]:
         """All answers, when they are complete."""
         async for _ in self.deltas():
             pass
         return self.answers
 
-    def _read(self, answer: Answer, tokens: Sequence[Token]) -> Delta:
+    def _read(self, answer: AnswerSoFar, tokens: Sequence[Token]) -> Delta:
         pieces: list[Piece] = []
         shown: list[Token] = []
         self._time(answer, len(tokens))
@@ -185,14 +185,14 @@ class Answers:
         is_end = token.token in self._service.texts.tokenizer.eos_token_ids
         return self.asked.sampling.logprobs and not is_end
 
-    def _finish(self, answer: Answer, finish: str, is_ours: bool) -> None:
+    def _finish(self, answer: AnswerSoFar, finish: str, is_ours: bool) -> None:
         answer.finish = finish
         self._open.discard(answer.request.id)
         if is_ours:  # the engine does not know yet
             self._service.engine.cancel(answer.request.id)
 
     def _delta(
-        self, answer: Answer, pieces: Iterable[Piece], shown: list[Token]
+        self, answer: AnswerSoFar, pieces: Iterable[Piece], shown: list[Token]
     ) -> Delta:
         kept: list[Piece] = []
         calls: list[Call] = []
@@ -248,7 +248,7 @@ class Answers:
             return unavailable(reason)
         return ApiError(500, reason, code="generation_failed")
 
-    def _time(self, answer: Answer, count: int) -> None:
+    def _time(self, answer: AnswerSoFar, count: int) -> None:
         now = time.perf_counter()
         metrics = self._service.metrics
         if answer.last:

@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from mlx_ep.server.answers import Answer, Answers, Call
+from mlx_ep.server.answers import Answers, AnswerSoFar, Call
 from mlx_ep.server.asked import (
     Asked,
     choose_tools,
@@ -20,7 +20,7 @@ from mlx_ep.server.conversation import TEXT_ONLY, read_content
 from mlx_ep.server.dialect import Dialect, event
 from mlx_ep.server.errors import ApiError
 from mlx_ep.server.openai_chat import template_arguments
-from mlx_ep.server.texts import Prompt
+from mlx_ep.server.texts import PromptTokens
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 _REFUSED = {
@@ -80,7 +80,7 @@ class MessagesDialect(Dialect):
 
     def read_prompt(
         self, body: Body, is_constrained: bool = False
-    ) -> tuple[Prompt, list[dict[str, Any]], bool, bool]:
+    ) -> tuple[PromptTokens, list[dict[str, Any]], bool, bool]:
         """Messages and tools: the prompt, tools, whether one has to be called, and
         whether several may be.
         """
@@ -217,7 +217,7 @@ def _event(name: str, **content: Any) -> bytes:
     return event({"type": name, **content}, name)
 
 
-def _stop(answer: Answer) -> dict[str, Any]:
+def _stop(answer: AnswerSoFar) -> dict[str, Any]:
     if answer.text.stopped:
         return {"stop_reason": "stop_sequence", "stop_sequence": answer.text.stopped}
     return {"stop_reason": _REASONS[answer.finish or "stop"], "stop_sequence": None}

@@ -9,7 +9,7 @@ from typing import Any
 from mlx_ep.server.body import Body, shown
 from mlx_ep.server.errors import ApiError, wrong
 from mlx_ep.server.requests import Sampling
-from mlx_ep.server.texts import Prompt, Texts
+from mlx_ep.server.texts import PromptTokens, Texts
 
 _ANY = float("inf")
 _LARGEST_SEED = 2**64 - 1
@@ -69,7 +69,7 @@ class Asked:
     """
 
     model: str
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[PromptTokens, ...]
     max_tokens: int
     sampling: Sampling
     count: int = 1
@@ -160,7 +160,7 @@ def read_stream(body: Body) -> tuple[bool, bool]:
 
 
 def fitting(
-    prompts: Sequence[Prompt], max_tokens: int, context: int, param: str
+    prompts: Sequence[PromptTokens], max_tokens: int, context: int, param: str
 ) -> int:
     """The tokens an answer may have: `max_tokens`, or what the context leaves.
 

@@ -20,7 +20,7 @@ from mlx_ep.server.body import Body, shown
 from mlx_ep.server.dialect import DONE, Dialect, event, logprob_entry, usage
 from mlx_ep.server.openai_chat import IGNORED, REFUSED, read_format
 from mlx_ep.server.requests import Token
-from mlx_ep.server.texts import Prompt
+from mlx_ep.server.texts import PromptTokens
 
 _MOST_PROMPTS = 128
 # OpenAI's ``logprobs`` is a number of tokens here.
@@ -74,7 +74,7 @@ class CompletionDialect(Dialect):
         self._is_number = True
         return True, body.integer("logprobs", 0, 0, _MOST_LOGPROBS)
 
-    def _prompts(self, body: Body) -> tuple[Prompt, ...]:
+    def _prompts(self, body: Body) -> tuple[PromptTokens, ...]:
         """A text, some, token ids, or some lists of token ids."""
         given = body.value("prompt")
         if isinstance(given, str):
@@ -97,7 +97,7 @@ class CompletionDialect(Dialect):
             f"{shown(given)}",
         )
 
-    def _ids(self, body: Body, ids: Sequence[Any]) -> Prompt:
+    def _ids(self, body: Body, ids: Sequence[Any]) -> PromptTokens:
         most = self.service.texts.vocabulary
         for token in ids:
             is_whole = isinstance(token, int) and not isinstance(token, bool)
@@ -107,7 +107,7 @@ class CompletionDialect(Dialect):
                 )
         if not ids:
             raise body.fail("prompt", "must not be empty")
-        return Prompt(tuple(ids))
+        return PromptTokens(tuple(ids))
 
     def whole(self, answers: Answers) -> dict[str, Any]:
         choices = [

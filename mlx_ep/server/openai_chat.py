@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from mlx_ep.server.answer_text import Piece
-from mlx_ep.server.answers import Answer, Answers, Call, Delta
+from mlx_ep.server.answers import Answers, AnswerSoFar, Call, Delta
 from mlx_ep.server.asked import (
     MOST_CHOICES,
     Asked,
@@ -103,7 +103,7 @@ class ChatDialect(Dialect):
             "usage": usage(answers),
         }
 
-    def _choice(self, answer: Answer) -> dict[str, Any]:
+    def _choice(self, answer: AnswerSoFar) -> dict[str, Any]:
         message: dict[str, Any] = {
             "role": "assistant",
             "content": answer.content or None,

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
-from mlx_ep.server.answers import Answer, Answers
+from mlx_ep.server.answers import Answers, AnswerSoFar
 from mlx_ep.server.asked import (
     Asked,
     choose_tools,
@@ -188,7 +188,7 @@ class ResponsesDialect(Dialect):
         return self._ended(answers, answer, output)
 
     def _ended(
-        self, answers: Answers, answer: Answer, output: list[dict[str, Any]]
+        self, answers: Answers, answer: AnswerSoFar, output: list[dict[str, Any]]
     ) -> dict[str, Any]:
         is_cut = answer.finish == "length"
         status = "incomplete" if is_cut else "completed"

@@ -17,6 +17,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_ep.server.answer_text import AnswerText
 from mlx_ep.server.errors import ApiError, wrong
 
+# JSON on one line: with any white space allowed a model may write nothing else.
+_ONE_LINE: Any = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
 # Of mlx_lm.server, for a tokenizer without a chat template.
 _ROLES = {
     "system": "ASSISTANT's RULE: ",
@@ -27,7 +33,7 @@ _ROLES = {
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptTokens:
     """Token ids, and the state in which the answer begins."""
 
     tokens: tuple[int, ...]
@@ -61,7 +67,7 @@ class Texts:
         tools: Sequence[Mapping[str, Any]],
         arguments: Mapping[str, Any],
         roles: Mapping[str, str] | None = None,
-    ) -> Prompt:
+    ) -> PromptTokens:
         """The prompt that the model's chat template makes of a conversation.
 
         Args:
@@ -74,7 +80,7 @@ class Texts:
         if not self.tokenizer.has_chat_template:
             if tools:
                 raise wrong("tools", "need a chat template; this model has none")
-            return Prompt(self._ids(_plain_chat(messages, roles or _ROLES)))
+            return PromptTokens(self._ids(_plain_chat(messages, roles or _ROLES)))
         try:
             tokens = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
@@ -87,7 +93,7 @@ class Texts:
             raise wrong(
                 "messages", f"must be what the model's chat template takes: {said}"
             ) from error
-        return Prompt(tuple(tokens), self._initial(tokens))
+        return PromptTokens(tuple(tokens), self._initial(tokens))
 
     def _initial(self, tokens: list[int]) -> str:
         tokenizer = self.tokenizer
@@ -99,7 +105,7 @@ class Texts:
             return "reasoning"
         return "normal"
 
-    def text(self, prompt: str, param: str = "prompt") -> Prompt:
+    def text(self, prompt: str, param: str = "prompt") -> PromptTokens:
         """A text as it is.
 
         Raises:
@@ -108,7 +114,7 @@ class Texts:
         tokens = self._ids(prompt)
         if not tokens:
             raise wrong(param, "must not be empty")
-        return Prompt(tokens)
+        return PromptTokens(tokens)
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text))
@@ -151,7 +157,8 @@ class Texts:
             ApiError: 400: the grammar library cannot compile the schema.
         """
         wanted = {"type": "object"} if schema is None else dict(schema)
-        return self._checked(LLMatcher.grammar_from_json_schema(wanted), param)
+        grammar = LLMatcher.grammar_from_json_schema(wanted, overrides=_ONE_LINE)
+        return self._checked(grammar, param)
 
     def call_grammar(self, tools: Sequence[Mapping[str, Any]], param: str) -> str:
         """A grammar whose texts are one call of one of some functions.
@@ -187,9 +194,8 @@ class Texts:
             self._terminal(text)
             for text in (tokenizer.tool_call_start, tokenizer.tool_call_end)
         )
-        lark = (
-            f"start: {start} call {end}\ncall: %json {json.dumps({'anyOf': calls})}\n"
-        )
+        wanted = {"anyOf": calls, "x-guidance": _ONE_LINE}
+        lark = f"start: {start} call {end}\ncall: %json {json.dumps(wanted)}\n"
         return self._checked(LLMatcher.grammar_from_lark(lark), param)
 
     def _terminal(self, marker: str) -> str:

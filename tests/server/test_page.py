@@ -31,7 +31,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         tab.wait_for("numbers.textContent.includes('running1')")
         tab.wait_for("speed.textContent.includes('tokens/s')")
         texts = tab.run(
-            "[...document.querySelectorAll('#messages li')].map((item) => item.textContent)"
+            "[...document.querySelectorAll('li')].map((i) => i.textContent)"
         )
         assert texts == [
             "What is a daemon?",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -104,7 +105,7 @@ def test_poisson_times() -> None:
     asked = load.arrivals([load.Ask(1, 1)] * 4000, rate=50.0, seed=1)
     times = [one.at or 0.0 for one in asked]
     assert times == sorted(times) and times[0] == 0
-    gaps = [b - a for a, b in zip(times, times[1:])]
+    gaps = [b - a for a, b in itertools.pairwise(times)]
     assert sum(gaps) / len(gaps) == pytest.approx(1 / 50, rel=0.1)
     assert load.arrivals([load.Ask(1, 1)] * 4, 50.0, 1) == asked[:4]
 
