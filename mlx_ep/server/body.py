@@ -154,7 +154,10 @@ def read_body(raw: bytes) -> Body:
         raise ValueError(f"{text} is no JSON number")
 
     try:
-        return Body(json.loads(raw, parse_constant=refuse))
+        content = json.loads(raw, parse_constant=refuse)
+        if b"\\ud" in raw.lower():  # half a character, which no text can hold
+            json.dumps(content, ensure_ascii=False).encode()
+        return Body(content)
     except RecursionError:
         problem = "it is nested too deeply"
     except ValueError as error:  # JSON, and UTF-8

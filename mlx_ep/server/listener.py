@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import threading
 import time
@@ -76,7 +77,7 @@ class Listener:
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_keep_alive=int(limits.idle_seconds),
+            timeout_keep_alive=math.ceil(limits.idle_seconds),
             timeout_graceful_shutdown=1,
         )
         errors = logging.getLogger("uvicorn.error")

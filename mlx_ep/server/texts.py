@@ -83,7 +83,7 @@ class Texts:
             return PromptTokens(self._ids(_plain_chat(messages, roles or _ROLES)))
         try:
             tokens = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
+                [self._known_role(message) for message in messages],
                 tools=list(tools) or None,
                 add_generation_prompt=True,
                 **{**self.template_arguments, **arguments},
@@ -94,6 +94,12 @@ class Texts:
                 "messages", f"must be what the model's chat template takes: {said}"
             ) from error
         return PromptTokens(tuple(tokens), self._initial(tokens))
+
+    def _known_role(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Most templates know the developer of newer APIs as system only."""
+        if message["role"] == "developer" and not self.knows("developer"):
+            return {**message, "role": "system"}
+        return dict(message)
 
     def _initial(self, tokens: list[int]) -> str:
         tokenizer = self.tokenizer

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
+import mlx_lm.server
 import pytest
 
 from mlx_ep.server.requests import Request
@@ -294,12 +297,26 @@ def test_wrong_bodies_are_400_and_name_the_field(
 
 
 @pytest.mark.parametrize(
-    "raw", [b"{", b"[]", b"\xff", b'{"temperature": NaN}', b"[" * 100_000, b""]
-)
+    "raw",
+    [
+        b"{", b"[]", b"\xff", b'{"temperature": NaN}', b"[" * 100_000, b"",
+        b'{"\\ud800": 1}', b'{"seed": ' + b"9" * 5000 + b"}",
+    ],
+)  # fmt: skip
 def test_what_is_no_json_object_is_400(server: Serving, raw: bytes) -> None:
     response = server.client.post(CHAT, content=raw)
     assert response.status_code == 400
     assert "JSON" in response.json()["error"]["message"]
+
+
+def test_every_field_of_mlx_lm_server_is_known(server: Serving) -> None:
+    source = inspect.getsource(mlx_lm.server.APIHandler)
+    fields = set(re.findall(r'body\.get\(\s*"(\w+)"', source))
+    assert len(fields) > 25
+    for field in sorted(fields):
+        found = server.post(CHAT, **{"messages": HI, field: None})
+        assert found.status_code in (200, 400), field
+        assert "is no field" not in found.text
 
 
 def test_other_models_and_paths_are_404(server: Serving) -> None:
