@@ -42,6 +42,7 @@ from mlx_ep.cli.parser import (
     fraction,
     gigabytes,
     half,
+    json_object,
     not_empty,
     positive,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "fraction",
     "gigabytes",
     "half",
+    "json_object",
     "not_empty",
     "positive",
     "PLACEMENT",
