@@ -192,7 +192,7 @@ class ResponsesDialect(Dialect):
                 "input_tokens": answers.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": answers.cached},
                 "output_tokens": answers.generated,
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": answers.thought},
                 "total_tokens": answers.prompt_tokens + answers.generated,
             },
         }
