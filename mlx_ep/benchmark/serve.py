@@ -86,7 +86,7 @@ def make_parser() -> cli.Parser:
     )
     parser.add_argument(
         "--body",
-        type=_json_object,
+        type=cli.json_object,
         default="{}",
         metavar="JSON",
         help="Further fields of every request, such as '{\"temperature\":0.7}'.",
@@ -113,16 +113,6 @@ def make_parser() -> cli.Parser:
     )
     parser.finishers.append(_check)
     return parser
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
-    return found
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -186,6 +187,17 @@ def half(text: str) -> float:
     if not 0 <= number <= 0.5:
         raise argparse.ArgumentTypeError(f"must be between 0 and 0.5, got {text}")
     return number
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """An argparse type: an object in JSON."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return found
 
 
 def not_empty(text: str) -> str:

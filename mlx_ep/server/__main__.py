@@ -6,11 +6,23 @@ import argparse
 import logging
 import signal
 import threading
+from dataclasses import replace
 from types import FrameType
+
+import mlx.nn as nn
 
 from mlx_ep import cli
 from mlx_ep.comm import Comm, agreed
+from mlx_ep.cost.shape import ModelShape
+from mlx_ep.loading import (
+    checkpoint_weights,
+    dummy_weights,
+    find_model,
+    model_shape,
+    read_config,
+)
 from mlx_ep.server.app import make_app
+from mlx_ep.server.attention import choose_config
 from mlx_ep.server.build import build_engine
 from mlx_ep.server.engine import ServingEngine
 from mlx_ep.server.flags import make_parser, model_names
@@ -79,6 +91,8 @@ def _serve(args: argparse.Namespace, comm: Comm, ending: Ending) -> None:
         port = agreed(
             comm, lambda: open_port(args.host, args.port) if comm.rank == 0 else None
         )
+        if args.config.attention == "auto":
+            _choose_attention(args, comm)
         prepared = cli.prepare_model(args, comm, config)
     model, tokenizer = prepared.load()
     cli.print_reports(model, comm, args.config)
@@ -104,6 +118,27 @@ def _serve(args: argparse.Namespace, comm: Comm, ending: Ending) -> None:
     print(f"serving {names.names[0]} at http://{host}:{number}/v1", flush=True)
     engine.run()
     listener.stop()
+
+
+def _choose_attention(args: argparse.Namespace, comm: Comm) -> None:
+    """A configuration for `--attention auto`, by shapes alone."""
+
+    def look() -> tuple[ModelShape, nn.Module]:
+        config = replace(args.config, attention="replicated")
+        path = find_model(
+            args.model,
+            args.revision,
+            with_weights=not args.dummy_weights,
+            download=config.download,
+        )
+        weights_of = dummy_weights if args.dummy_weights else checkpoint_weights
+        weights = weights_of(path, comm.rank, comm.size, config)
+        return model_shape(read_config(path), name=args.model), weights.outline()
+
+    shape, outline = agreed(comm, look)
+    args.config, choice = choose_config(args.config, comm, args.options, shape, outline)
+    if comm.rank == 0:
+        print(choice, flush=True)
 
 
 def _warn_of_strangers(host: str, keys: tuple[str, ...]) -> None:

@@ -105,6 +105,11 @@ class AnswerText:
     def stopped(self) -> str:
         return self._stop.matched
 
+    @property
+    def is_thought(self) -> bool:
+        """Whether the last token belongs to a thought."""
+        return self._name == "reasoning"
+
     def add(self, token: int) -> list[Piece]:
         """The pieces that a token completes; an end token has no text."""
         if token in self._ends:

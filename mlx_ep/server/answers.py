@@ -50,7 +50,13 @@ class Delta:
 
 @dataclass
 class AnswerSoFar:
-    """One answer as far as it is made."""
+    """One answer as far as it is made.
+
+    Attributes:
+        generated: tokens, the end token included; thought: of thoughts.
+        cached: prompt tokens that were known.
+        last: when its last token came.
+    """
 
     index: int
     request: Request
@@ -60,6 +66,7 @@ class AnswerSoFar:
     calls: list[Call] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     generated: int = 0
+    thought: int = 0
     cached: int = 0
     finish: str | None = None
     last: float = 0.0
@@ -172,6 +179,7 @@ class Answers:
             if token.token is not None:
                 answer.generated += 1
                 pieces += answer.text.add(token.token)
+                answer.thought += answer.text.is_thought
                 if self._has_logprobs(token):
                     shown.append(token)
             finish = "stop" if answer.text.stopped else token.finish_reason
@@ -264,6 +272,11 @@ class Answers:
     @property
     def generated(self) -> int:
         return sum(answer.generated for answer in self.answers)
+
+    @property
+    def thought(self) -> int:
+        """Of the generated tokens, those of thoughts."""
+        return sum(answer.thought for answer in self.answers)
 
     @property
     def cached(self) -> int:

@@ -214,6 +214,47 @@ def read_function(tool: Body) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
+def read_tool_choice(
+    body: Body, tools: list[dict[str, Any]], holder: str | None
+) -> tuple[list[dict[str, Any]], bool]:
+    """OpenAI's ``tool_choice``; see `choose_tools`.
+
+    Args:
+        holder: the object that has a function's name; None: the choice itself.
+
+    Raises:
+        ApiError: 400.
+    """
+    found, path = body.value("tool_choice"), body.path("tool_choice")
+    if found is None or isinstance(found, str):
+        choice = body.choice("tool_choice", ("none", "auto", "required"), "auto")
+        return choose_tools(choice, None, tools, path)
+    given = Body(found, path)
+    given.choice("type", ("function",), "function")
+    holding = given if holder is None else given.object(holder)
+    name = holding.string("name") if holding else ""
+    given.close()
+    return choose_tools("function", name, tools, path)
+
+
+def read_effort(body: Body, name: str, texts: Texts) -> dict[str, Any]:
+    """What a chat template gets of an effort that is asked for.
+
+    Raises:
+        ApiError: 400: it does not read one.
+    """
+    effort = body.value(name)
+    if effort is None:
+        return {}
+    if not texts.knows("reasoning_effort"):
+        raise body.fail(
+            name,
+            "must be left out: this model's chat template does not read it; got "
+            f"{shown(effort)}",
+        )
+    return {"reasoning_effort": effort}
+
+
 def choose_tools(
     choice: str, name: str | None, tools: list[dict[str, Any]], param: str
 ) -> tuple[list[dict[str, Any]], bool]:

@@ -73,6 +73,7 @@ def usage(answers: Answers) -> dict[str, Any]:
         "completion_tokens": answers.generated,
         "total_tokens": answers.prompt_tokens + answers.generated,
         "prompt_tokens_details": {"cached_tokens": answers.cached},
+        "completion_tokens_details": {"reasoning_tokens": answers.thought},
     }
 
 

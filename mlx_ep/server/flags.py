@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from mlx_ep import cli
 from mlx_ep.server.asked import Defaults, Names
@@ -150,7 +149,7 @@ def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--chat-template-args",
-        type=_json_object,
+        type=cli.json_object,
         default="{}",
         metavar="JSON",
         help="Arguments of the chat template, such as '{\"enable_thinking\":false}'.",
@@ -231,16 +230,6 @@ def _size(text: str) -> int:
     if found is None:
         raise argparse.ArgumentTypeError(f"must be a size such as 8GB, got {text!r}")
     return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
-    return found
 
 
 def _finish(args: argparse.Namespace) -> None:

@@ -133,9 +133,16 @@ class _Protocol(HttpToolsProtocol):
 
     def _make_room(self) -> None:
         """Drop the connection that idles longest."""
-        idle = [c for c in self.connections if isinstance(c, _Protocol) and c._is_idle]
-        others = [connection for connection in idle if connection is not self]
-        victim = min(others or [self], key=lambda c: c._idle_since)
+        staying = [
+            connection
+            for connection in self.connections
+            if isinstance(connection, _Protocol)
+            and not connection.transport.is_closing()
+        ]
+        if len(staying) <= self.limits.connections:
+            return  # others have been dropped, and will soon be gone
+        idle = [c for c in staying if c._is_idle and c is not self]
+        victim = min(idle or [self], key=lambda c: c._idle_since)
         victim.transport.abort()
 
     @property

@@ -12,13 +12,14 @@ from mlx_ep.server.answers import Answers, AnswerSoFar, Call, Delta
 from mlx_ep.server.asked import (
     MOST_CHOICES,
     Asked,
-    choose_tools,
     fitting,
+    read_effort,
     read_function,
     read_sampling,
     read_schema,
     read_stops,
     read_stream,
+    read_tool_choice,
     read_top_logprobs,
 )
 from mlx_ep.server.body import Body, shown
@@ -65,7 +66,7 @@ class ChatDialect(Dialect):
         )
         messages = read_messages(body)
         tools = [_tool(tool) for tool in body.objects("tools")]
-        tools, must_call = _tool_choice(body, tools)
+        tools, must_call = read_tool_choice(body, tools, "function")
         grammar = read_format(self, body)
         if must_call:
             if grammar is not None:
@@ -231,22 +232,6 @@ def _tool(tool: Body) -> dict[str, Any]:
     return found
 
 
-def _tool_choice(
-    body: Body, tools: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], bool]:
-    found = body.value("tool_choice")
-    path = body.path("tool_choice")
-    if found is None or isinstance(found, str):
-        choice = body.choice("tool_choice", ("none", "auto", "required"), "auto")
-        return choose_tools(choice, None, tools, path)
-    given = Body(found, path)
-    given.choice("type", ("function",), "function")
-    function = given.object("function")
-    name = function.string("name") if function else ""
-    given.close()
-    return choose_tools("function", name, tools, path)
-
-
 def read_format(
     dialect: Dialect, body: Body, name: str = "response_format"
 ) -> str | None:
@@ -287,15 +272,7 @@ def template_arguments(
     ):
         if name in arguments:
             raise body.fail("chat_template_kwargs", f"must not hold {name}")
-    effort = body.value("reasoning_effort")
-    if effort is not None:
-        if not dialect.service.texts.knows("reasoning_effort"):
-            raise body.fail(
-                "reasoning_effort",
-                "must be left out: this model's chat template does not read it; got "
-                f"{shown(effort)}",
-            )
-        arguments["reasoning_effort"] = effort
+    arguments |= read_effort(body, "reasoning_effort", dialect.service.texts)
     if is_constrained:  # a grammar begins with the answer: there is no thought before
         arguments.setdefault("enable_thinking", False)
     return arguments

@@ -9,12 +9,13 @@ from typing import Any
 from mlx_ep.server.answers import Answers, AnswerSoFar
 from mlx_ep.server.asked import (
     Asked,
-    choose_tools,
     fitting,
+    read_effort,
     read_function,
     read_sampling,
     read_schema,
     read_stops,
+    read_tool_choice,
     read_top_logprobs,
 )
 from mlx_ep.server.body import Body, shown
@@ -60,7 +61,7 @@ class ResponsesDialect(Dialect):
             top_logprobs=top,
         )
         tools = [_tool(tool) for tool in body.objects("tools")]
-        tools, must_call = _tool_choice(body, tools)
+        tools, must_call = read_tool_choice(body, tools, None)
         grammar = self._format(body)
         if must_call:
             grammar = service.texts.call_grammar(tools, "tool_choice")
@@ -108,15 +109,7 @@ class ResponsesDialect(Dialect):
         reasoning = body.object("reasoning")
         if reasoning is None:
             return
-        effort = reasoning.value("effort")
-        if effort is not None:
-            if not self.service.texts.knows("reasoning_effort"):
-                raise reasoning.fail(
-                    "effort",
-                    "must be left out: this model's chat template does not read it; "
-                    f"got {shown(effort)}",
-                )
-            arguments["reasoning_effort"] = effort
+        arguments |= read_effort(reasoning, "effort", self.service.texts)
         reasoning.refuse(
             dict.fromkeys(("summary", "generate_summary"), "thoughts come as they are")
         )
@@ -199,7 +192,7 @@ class ResponsesDialect(Dialect):
                 "input_tokens": answers.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": answers.cached},
                 "output_tokens": answers.generated,
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": answers.thought},
                 "total_tokens": answers.prompt_tokens + answers.generated,
             },
         }
@@ -296,17 +289,3 @@ def _tool(tool: Body) -> dict[str, Any]:
     found = read_function(tool)
     tool.close()
     return found
-
-
-def _tool_choice(
-    body: Body, tools: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], bool]:
-    found = body.value("tool_choice")
-    if found is None or isinstance(found, str):
-        choice = body.choice("tool_choice", ("none", "auto", "required"), "auto")
-        return choose_tools(choice, None, tools, "tool_choice")
-    given = Body(found, "tool_choice")
-    given.choice("type", ("function",), "function")
-    name = given.string("name")
-    given.close()
-    return choose_tools("function", name, tools, "tool_choice")

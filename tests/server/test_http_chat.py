@@ -199,7 +199,10 @@ def test_a_call_can_be_forced(server: Serving) -> None:
 
 
 def test_thoughts(server: Serving) -> None:
-    message = server.chat("say thought")["choices"][0]["message"]
+    answer = server.chat("say thought")
+    message = answer["choices"][0]["message"]
+    details = answer["usage"]["completion_tokens_details"]
+    assert 1 <= details["reasoning_tokens"] <= 3
     assert (message["reasoning"], message["content"]) == ("hm", "Four.")
     opened = server.chat("hi", chat_template_kwargs={"opens": True})["choices"][0]
     assert opened["message"]["reasoning"] == "Hello there."

@@ -68,8 +68,6 @@ def test_a_full_queue_is_429() -> None:
         second.close()
         while server.engine.state().waiting:
             time.sleep(0.005)
-        found = server.post("/v1/messages", messages=HI["messages"], max_tokens=9)
-        assert found.status_code == 200 or found.status_code == 429
         assert server.post(CHAT, **HI, n=2).status_code == 429
         first.close()
         server.engine.wait_until_idle()
