@@ -100,7 +100,7 @@ class ModelPolicy:
 
 
 # Shows a phase of so many steps while a body runs; it is told of each.
-Watch = Callable[[int], AbstractContextManager[Callable[[int], object]]]
+TimedLayers = Callable[[int], AbstractContextManager[Callable[[int], object]]]
 
 
 def _unwatched(total: int) -> AbstractContextManager[Callable[[int], object]]:
@@ -115,7 +115,7 @@ def tune(
     *,
     moves_rows: bool = False,
     placement: Placement | None = None,
-    watch: Watch = _unwatched,
+    watch: TimedLayers = _unwatched,
 ) -> ModelPolicy:
     """Decide what runs the experts of every layer and moves its rows.
 
