@@ -50,7 +50,7 @@ def model_shape(
     full = _by_part(model, sites, itemsize)
     layers = len(model.layers)
     caches = CacheShapes(model, itemsize, text.get("index_topk", 0))
-    macs = _macs(text)
+    macs, top_k = _macs(text), switch_input(model).top_k
     switch = sites[0].projections[-1]
     _, expert_width, width = _matrix(sites[0].projections[0])
     has_shard = not shard_problem(model, _TRIED_RANKS)
@@ -76,7 +76,7 @@ def model_shape(
         num_experts=num_experts,
         width=width,
         expert_width=expert_width,
-        top_k=switch_input(model).top_k,
+        top_k=top_k,
         expert_bytes=experts.num_bytes // (len(sites) * num_experts),
         packing=Packing.of(switch, dtype),
         itemsize=itemsize,

@@ -58,3 +58,11 @@ def test_complete_rows_give_the_sums_of_others(num_rows: int) -> None:
     np.testing.assert_allclose(np.array(found), np.array(expected), atol=1e-6)
     assert counters == others
     assert counters.pairs_computed == 3 * num_rows
+
+
+def test_half_of_the_samples_are_in_the_other_order() -> None:
+    order: list[str] = []
+    arms = {name: lambda name=name: order.append(name) for name in "ab"}
+    found = bench.in_both_orders(arms, 5, warmup=1)
+    assert "".join(order) == "ab" + 3 * "ab" + 2 * "ba"
+    assert {len(samples.seconds) for samples in found.values()} == {5}
