@@ -110,8 +110,11 @@ def cache_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def rank_sampler(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Sampler:
-    """A sampler for sequences that this rank alone runs."""
-    return make_sampler(
+    """A sampler for sequences that this rank alone runs.
+
+    With --check-nan it raises FloatingPointError where NaN is among the logits.
+    """
+    sampler: Sampler = make_sampler(
         args.temp,
         args.top_p,
         args.min_p,
@@ -121,6 +124,16 @@ def rank_sampler(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Sampl
         xtc_threshold=args.xtc_threshold,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
+    if not args.config.check_nan:
+        return sampler
+
+    def checked(logprobs: mx.array) -> mx.array:
+        # sync: only with --check-nan.
+        if bool(mx.isnan(logprobs).any().item()):
+            raise FloatingPointError("NaN in the logits, behind the last layer")
+        return sampler(logprobs)
+
+    return checked
 
 
 def shared_sampler(
@@ -133,14 +146,7 @@ def shared_sampler(
     per token.
     """
     sampler = rank_sampler(args, tokenizer)
-
-    def sample(logprobs: mx.array) -> mx.array:
-        # sync: only with --check-nan.
-        if args.config.check_nan and bool(mx.isnan(logprobs).any().item()):
-            raise FloatingPointError(f"NaN on rank {comm.rank}: in the logits")
-        return comm.broadcast(sampler(logprobs))
-
-    return sample
+    return lambda logprobs: comm.broadcast(sampler(logprobs))
 
 
 def seed_ranks(number: int | None, prepared: PreparedModel) -> None:

@@ -10,6 +10,7 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlx_ep
 from mlx_ep import data_parallel
@@ -19,6 +20,8 @@ from mlx_ep.api.machines import (
     shares_rank_0_routing,
     unlike,
 )
+from mlx_ep.cli.generation import add_sampling_flags, rank_sampler
+from mlx_ep.cli.parser import Parser
 from mlx_ep.comm import GroupComm
 from mlx_ep.config import EPConfig
 from mlx_ep.models import build_kernels
@@ -205,3 +208,19 @@ def test_nan_is_found_where_it_appears(name, what, reduction):
     # What is right stays as it is.
     checked, expected = (made(check_nan=c, **config)(tokens) for c in (True, False))
     assert mx.array_equal(checked, expected)
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_nan_in_the_logits_is_found(is_asked):
+    parser = Parser()
+    add_sampling_flags(parser)
+    args = parser.parse_args([])
+    args.config = EPConfig(check_nan=is_asked)
+    sample = rank_sampler(args, TokenizerWrapper(tiny.make_tokenizer()))
+    assert sample(mx.array([[0.0, 2.0, 1.0]])).item() == 1
+    broken = mx.array([[0.0, np.nan, 1.0]])
+    if is_asked:
+        with pytest.raises(FloatingPointError, match="NaN in the logits"):
+            sample(broken)
+    else:
+        mx.eval(sample(broken))

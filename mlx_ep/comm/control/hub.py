@@ -97,7 +97,9 @@ class Hub:
             return False
         since = time.monotonic() - self._ended_at
         is_heard = all(wire.is_gone for wire in self._wires.values())
-        if since > LATECOMERS or (self._ending is None and is_heard):
+        # Ranks that did not come within `starting` are not waited for again.
+        is_overdue = self._waiting > self._limits.starting and since > FAREWELL
+        if is_overdue or since > LATECOMERS or (self._ending is None and is_heard):
             return True
         return not self.missing and (is_heard or since > FAREWELL)
 
