@@ -53,6 +53,7 @@ def model_shape(
     macs = _macs(text)
     switch = sites[0].projections[-1]
     _, expert_width, width = _matrix(sites[0].projections[0])
+    top_k = switch_input(model).top_k  # before shard(), which changes the model
     has_shard = not shard_problem(model, _TRIED_RANKS)
     split = _by_part(model, sites, itemsize) if has_shard else {}
 
@@ -76,7 +77,7 @@ def model_shape(
         num_experts=num_experts,
         width=width,
         expert_width=expert_width,
-        top_k=switch_input(model).top_k,
+        top_k=top_k,
         expert_bytes=experts.num_bytes // (len(sites) * num_experts),
         packing=Packing.of(switch, dtype),
         itemsize=itemsize,
