@@ -11,7 +11,7 @@ COMMANDS = {
     "server": "an OpenAI- and Anthropic-compatible endpoint over all ranks",
     "plan": "what every Mac would hold, if it fits, how fast it is",
     "launch": "start a command on every rank",
-    "doctor": "check kernels, experts and collectives on this cluster",
+    "doctor": "check this cluster: kernels, links, tokens; answers",
     "benchmark": "measure expert against tensor parallelism",
     "calibrate": "measure this cluster's hardware profile",
     "simulate": "serving on a cluster that you do not have",
@@ -35,7 +35,11 @@ def main() -> None:
     lines = [f"  mlx_ep.{command:<13} {what}" for command, what in COMMANDS.items()]
     listed = "\n".join(["Commands of mlx_ep (--help of each lists its flags):", *lines])
     if name not in ("-h", "--help"):
-        sys.exit(f"python -m mlx_ep: error: there is no command {name!r}. {listed}")
+        print(
+            f"python -m mlx_ep: error: there is no command {name!r}.", file=sys.stderr
+        )
+        print(listed, file=sys.stderr)
+        sys.exit(2)
     print(listed)
 
 

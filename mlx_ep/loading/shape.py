@@ -53,6 +53,7 @@ def model_shape(
     macs, top_k = _macs(text), switch_input(model).top_k
     switch = sites[0].projections[-1]
     _, expert_width, width = _matrix(sites[0].projections[0])
+    top_k = switch_input(model).top_k  # before shard(), which changes the model
     has_shard = not shard_problem(model, _TRIED_RANKS)
     split = _by_part(model, sites, itemsize) if has_shard else {}
 

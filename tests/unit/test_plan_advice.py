@@ -83,6 +83,10 @@ def test_the_context_it_offers_fits_and_the_next_step_does_not(
             ["--ranks", "2", "--ep", "1", "--kv-bits", "4", "--kv-group-size", "32"],
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            ["--memory", "0.2,0.1", "--replica-memory", "0.0005"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_launch_line_runs(more: list[str], tmp_path: Path) -> None:
