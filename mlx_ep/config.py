@@ -42,14 +42,12 @@ def allow_strategy(name: str) -> None:
 
 # What SGLang, DeepEP, vLLM and InfiniLM call them -> (strategy, mode).
 ALIASES: dict[str, tuple[str, AllToAllMode | None]] = {
-    "none": ("replicated", None),
-    "disabled": ("replicated", None),
-    "local_allreduce": ("replicated", None),
-    "tp_ep": ("replicated", None),
-    "allgather_reducescatter": ("gathered", None),
-    "ag_rs": ("gathered", None),
-    "naive": ("gathered", None),
-    "deepep": ("all_to_all", None),
+    **dict.fromkeys(["disabled", "none", "off", "standard", "0"], ("replicated", None)),
+    **dict.fromkeys(["local_allreduce", "local_all_reduce"], ("replicated", None)),
+    **dict.fromkeys(["tp_ep", "vllm_tp", "dp1"], ("replicated", None)),
+    **dict.fromkeys(["allgather_reducescatter", "naive", "ag_rs"], ("gathered", None)),
+    "all_gather_reduce_scatter": ("gathered", None),
+    **dict.fromkeys(["deepep", "deep_ep"], ("all_to_all", None)),
     "low_latency": ("all_to_all", "low_latency"),
     "normal": ("all_to_all", "normal"),
 }

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+from mlx_ep.config import ALIASES
+
 # mlx-lm's command -> ours, with its parser.
 COMMANDS = {
     "generate": ("mlx_ep.generate", "mlx_ep.generate.flags"),
@@ -185,7 +187,18 @@ def page() -> str:
             )
         more = ", ".join(f"`{name}`" for name in only_ours(command))
         parts.append(f"\nOnly here: {more}.\n")
+    parts.append(_strategies())
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _strategies() -> str:
+    """What `--strategy` takes beside its own names."""
+    others: dict[str, list[str]] = {}
+    for alias, (strategy, mode) in ALIASES.items():
+        own = f"`--strategy {strategy}" + (f" --mode {mode}`" if mode else "`")
+        others.setdefault(own, []).append(f"`{alias}`")
+    lines = [f"| {own} | {', '.join(names)} |" for own, names in others.items()]
+    return "\n".join([_STRATEGIES, *lines])
 
 
 def _default(flag: Flag) -> str:
@@ -203,6 +216,20 @@ command explains every flag.
 `--seed` gives the text of `mlx_lm.generate` with the same seed on one rank, and on
 several as far as their sums round alike.
 """
+
+_STRATEGIES = """\
+## Strategies by other names
+
+`--strategy` and `EPConfig(strategy=...)` take the names of SGLang, DeepEP, vLLM and
+InfiniLM too. A command prints what runs by our name and, as InfiniLM does, as
+`MoE EP backend: local_allreduce  TP=2  DP=1  EP=2`: TP ranks hold the same tokens, DP
+ranks have tokens of their own, the experts are divided in EP parts. It says `disabled`
+where EP is 1 (one rank, or `--ep 1`, where all ranks share the width of every expert);
+the alias `disabled` names the strategy only and leaves the experts where `--ep` puts
+them.
+
+| here | elsewhere |
+| --- | --- |"""
 
 
 def main() -> None:

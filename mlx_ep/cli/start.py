@@ -24,6 +24,7 @@ from mlx_ep.comm.launch import start_channel
 from mlx_ep.comm.liveness import fail_with, guard, joined_texts
 from mlx_ep.comm.symmetry import check_alike
 from mlx_ep.config import EPConfig
+from mlx_ep.exchange import backend_line
 
 # What a host may have of its own: places of files, whose contents are compared, and
 # what rank 0 alone reads or all take from it.
@@ -142,11 +143,12 @@ def prepare_model(
 def print_reports(
     model: nn.Module, comm: Comm, config: EPConfig, file: TextIO = sys.stdout
 ) -> None:
-    """One line per rank, by rank 0, in rank order, and one for the strategy."""
+    """One line per rank, by rank 0, in rank order, and two for the strategy."""
     if comm.rank == 0:
         for report in model.expert_parallel.reports:
             print(report, file=file)
         mode = f" ({config.mode})" if config.strategy == "all_to_all" else ""
         if config.attention != "replicated":
             print(model.expert_parallel.attention, file=file)
-        print(f"strategy: {config.strategy}{mode}", file=file, flush=True)
+        print(f"strategy: {config.strategy}{mode}", file=file)
+        print(backend_line(config, comm.size), file=file, flush=True)

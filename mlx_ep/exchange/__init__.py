@@ -24,6 +24,7 @@ from mlx_ep.exchange.functions import (
     moe_dispatch_exchange,
 )
 from mlx_ep.exchange.gathered import Gathered
+from mlx_ep.exchange.names import backend_line
 from mlx_ep.exchange.replicated import Replicated
 from mlx_ep.exchange.table import StrategyTable
 
@@ -36,6 +37,7 @@ STRATEGIES.register("auto", Auto)
 __all__ = [
     "moe_dispatch_exchange",
     "moe_combine_exchange",
+    "backend_line",
     "Exchange",
     "ExchangeRequest",
     "agree_tokens",

@@ -217,6 +217,10 @@ def test_the_command(tmp_path: Path) -> None:
         by_default = "auto" if "data" in options else "replicated"
         expected = canonical if "deepep" in options else by_default
         assert f"strategy: {expected}\n" in first.stderr
+        backend = {"auto": "auto", "replicated": "local_allreduce"}
+        sizes = "TP=2  DP=1" if expected == "replicated" else "TP=1  DP=2"
+        line = f"MoE EP backend: {backend.get(expected, 'deepep')}  {sizes}  EP=2\n"
+        assert line in first.stderr
         outputs.append(first.stdout)
     assert outputs[2] == ""
     outputs[2] = (tmp_path / "answers.jsonl").read_text()

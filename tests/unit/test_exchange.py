@@ -26,6 +26,7 @@ from mlx_ep.exchange import (
     Gathered,
     Replicated,
     Strategy,
+    backend_line,
     layer_traffic,
 )
 from mlx_ep.exchange.base import expected_share
@@ -71,7 +72,15 @@ def test_the_table_holds_what_the_configuration_lists():
         ("none", "replicated", "auto"),
         ("disabled", "replicated", "auto"),
         ("local_allreduce", "replicated", "auto"),
+        ("off", "replicated", "auto"),
+        ("standard", "replicated", "auto"),
+        ("0", "replicated", "auto"),
+        ("local_all_reduce", "replicated", "auto"),
         ("tp_ep", "replicated", "auto"),
+        ("vllm_tp", "replicated", "auto"),
+        ("dp1", "replicated", "auto"),
+        ("all_gather_reduce_scatter", "gathered", "auto"),
+        ("deep_ep", "all_to_all", "auto"),
         ("allgather_reducescatter", "gathered", "auto"),
         ("ag_rs", "gathered", "auto"),
         ("naive", "gathered", "auto"),
@@ -85,6 +94,24 @@ def test_aliases_are_printed_canonically(alias, strategy, mode):
     config = EPConfig(strategy=alias)
     assert (config.strategy, config.mode) == (strategy, mode)
     assert f"strategy={strategy!r}, mode={mode!r}" in str(config)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ep_size", "num_ranks", "line"),
+    [
+        ("dp1", None, 2, "local_allreduce  TP=2  DP=1  EP=2"),
+        ("naive", None, 3, "allgather_reducescatter  TP=1  DP=3  EP=3"),
+        ("deep_ep", None, 4, "deepep  TP=1  DP=4  EP=4"),
+        ("normal", None, 2, "deepep  TP=1  DP=2  EP=2"),
+        ("auto", None, 2, "auto  TP=1  DP=2  EP=2"),
+        ("replicated", 2, 4, "local_allreduce  TP=4  DP=1  EP=2"),
+        ("replicated", 1, 2, "disabled  TP=2  DP=1  EP=1"),
+        ("replicated", None, 1, "disabled  TP=1  DP=1  EP=1"),
+    ],
+)
+def test_the_line_that_infinilm_prints(strategy, ep_size, num_ranks, line):
+    config = EPConfig(strategy=strategy, ep_size=ep_size)
+    assert backend_line(config, num_ranks) == f"MoE EP backend: {line}"
 
 
 def test_wrong_settings_are_said():
