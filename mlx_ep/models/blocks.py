@@ -75,9 +75,15 @@ class BlockState:
     @cached_property
     def _with_stand_in(self) -> BlockView:
         """The block, whose switch gives stand-ins for its outputs."""
-        path = self.form.site.switch_path_in(self.form.holder)
-        call = BlockCall(self.form.holder, self.block_class, path, (), {})
-        return call.view(lambda x, ids: OutputsStandIn(x, ids, self._routed_sum))
+        form = self.form
+        path = form.site.switch_path_in(form.holder)
+        call = BlockCall(form.holder, self.block_class, path, (), {})
+
+        def switch(x: mx.array, ids: mx.array) -> OutputsStandIn:
+            return OutputsStandIn(x, ids, self._routed_sum)
+
+        is_beside = self.group.overlaps and not form.partial_shared
+        return call.view(switch, _started if is_beside else None)
 
     def _routed_sum(
         self, x: mx.array, ids: mx.array, gates: mx.array, dtype: mx.Dtype
@@ -145,6 +151,18 @@ class BlockState:
             return outputs.reshape(*ids.shape, width)
 
         return switch
+
+
+def _started(module: nn.Module, x: mx.array) -> mx.array:
+    """In the place of shared experts: these, queued behind the sum that is under way.
+
+    MLX runs what waits for the sum in the order in which it is asked for. Asked for
+    with it, shared experts may come first, and delay the start of the collective, or
+    behind what waits for it.
+    """
+    output: mx.array = module(x)
+    mx.async_eval(output)
+    return output
 
 
 def install(

@@ -68,6 +68,8 @@ class ExpertGroup:
         capacity: most pairs of one expert and this rank's tokens; None: no limit.
         sum_dtype: what sums travel back in where they are added at home; None: the
             dtype of the tokens.
+        overlaps: each layer's last collective is started when the layer is called,
+            before what the block computes beside its experts.
         step: what the caller has agreed on for this step.
         timings: of each stage; off until asked for:
             ``with group.timings.measure() as timings: ...``.
@@ -83,6 +85,7 @@ class ExpertGroup:
     share_routing: bool = False
     capacity: int | None = None
     sum_dtype: mx.Dtype | None = None
+    overlaps: bool = False
     step: Step = field(default_factory=Step)
     timings: StageTimings = field(default_factory=StageTimings)
     eval_layers: int = 0
@@ -113,6 +116,7 @@ class ExpertGroup:
             sum_dtype=mx.float32 if config.sums == "float32" else None,
             eval_layers=config.eval_layers or 0,
             check_nan=config.check_nan,
+            overlaps=config.overlap == "single",
         )
 
     @cached_property
@@ -208,8 +212,9 @@ class ExpertGroup:
             self._check_numbers(partial, "what this rank's experts give")
             output = stage("combine", exchange.combine, partial, barrier=barrier)
             outputs.append(output)
-            if strategy.is_sharded:
-                # Peers wait for this rank's part, whether or not it uses the result.
+            if strategy.is_sharded or self.overlaps:
+                # Peers wait for this rank's part, whether or not it uses the result;
+                # and what the block computes next runs while it is under way.
                 mx.async_eval(output)
             if len(rounds) > 1:
                 # sync: the buffers of a round are freed before the next one starts.

@@ -34,6 +34,7 @@ from tests.support.launchers import (
     rank_environment,
     ring_variables,
 )
+from tests.support.link import Link
 
 __all__ = [
     "RankOutcome",
@@ -117,6 +118,7 @@ def run_ranks(
     timeout: float = 60.0,
     env: Mapping[str, str] | None = None,
     checks_shapes: bool = True,
+    link: Link | None = None,
 ) -> list[Any]:
     """Call `function(group, *args)` on `num_ranks` ranks.
 
@@ -129,6 +131,7 @@ def run_ranks(
         env: environment variables added for the ranks.
         checks_shapes: whether shapes are checked in a test; not where something is
             timed. Ranks without these checks start an interpreter each.
+        link: what a ring goes through, where it is not to be this machine's memory.
 
     Returns:
         The results, in rank order.
@@ -147,7 +150,7 @@ def run_ranks(
                 pickle.dumps((sys.path, transport, num_ranks, call))
             )
             problem = _run_job(
-                num_ranks, transport, timeout, env, directory, checks_shapes
+                num_ranks, transport, timeout, env, directory, checks_shapes, link
             )
             if problem is None:
                 return [_result(directory, rank) for rank in range(num_ranks)]
@@ -240,6 +243,7 @@ def _run_job(
     env: Mapping[str, str] | None,
     directory: Path,
     checks_shapes: bool,
+    link: Link | None,
 ) -> str | None:
     """Start the ranks and wait; returns what went wrong, or None."""
     command = [sys.executable, str(Path(__file__).resolve()), str(directory)]
@@ -253,10 +257,10 @@ def _run_job(
         # mpirun reports as a failure: one rank needs no launcher anyway.
         processes: list[Process]
         if transport == "ring" or (transport == "mpi" and num_ranks == 1):
-            environments = [
-                environment | variables
-                for variables in ring_variables(num_ranks, directory)
-            ]
+            ring = ring_variables(num_ranks, directory)
+            if link is not None and num_ranks > 1:
+                ring = link.between(ring, directory)
+            environments = [environment | variables for variables in ring]
             if is_forked:
                 with Path(os.devnull).open("rb") as nothing:
                     processes = [

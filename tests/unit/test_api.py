@@ -37,7 +37,7 @@ def test_config_values_are_checked() -> None:
     """In a process without the checks of types that tests switch on."""
     program = """
 from mlx_ep import EPConfig
-fields = ("mode", "sums", "attention", "reduction", "shared_routing")
+fields = ("mode", "sums", "attention", "reduction", "shared_routing", "overlap")
 for field in (*fields, "memory_limit_gb"):
     try:
         EPConfig(**{field: -1 if field == "memory_limit_gb" else "nonsense"})

@@ -1,0 +1,105 @@
+"""`--overlap single`: the same tokens, and shared experts that do not wait."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+import mlx_ep
+from mlx_ep.comm import GroupComm
+from mlx_ep.config import EPConfig
+from tests.support import tiny
+from tests.support.link import Link
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.requires("ranks")
+
+MODELS = {"qwen2_moe": tiny.QWEN2_MOE, "deepseek_v3": tiny.DEEPSEEK_V3}
+STRATEGIES = ("replicated", "gathered", "low_latency", "normal")
+PROMPT = np.random.default_rng(0).integers(2, 300, 24)
+
+
+def logits_of(model, tokens):
+    cache = make_prompt_cache(model)
+    steps = [tokens[:, :-3], *(tokens[:, i : i + 1] for i in range(-3, 0))]
+    return np.array(mx.concatenate([model(s, cache=cache) for s in steps], 1)[0])
+
+
+def both_ways(group, names, strategies):
+    """On a rank: the logits of each model and strategy are those without overlap."""
+    for name in names:
+        for strategy in strategies:
+            found = []
+            for overlap in ("none", "single"):
+                model = tiny.make_model(MODELS[name])
+                config = EPConfig(strategy=strategy, overlap=overlap)
+                mlx_ep.parallelize(model, group, config)
+                # Where ranks have tokens of their own, they are not alike.
+                own = np.roll(PROMPT, 0 if strategy == "replicated" else group.rank())
+                found.append(logits_of(model, mx.array(own)[None]))
+            np.testing.assert_array_equal(*found, err_msg=f"{name}, {strategy}")
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "names", "strategies"),
+    [
+        (2, tuple(MODELS), STRATEGIES),
+        pytest.param(3, tuple(MODELS), STRATEGIES, marks=pytest.mark.slow),
+        pytest.param(4, tuple(MODELS), STRATEGIES, marks=pytest.mark.slow),
+    ],
+)
+def test_the_numbers_are_the_same(num_ranks, names, strategies):
+    run_ranks(num_ranks, both_ways, names, strategies, timeout=150)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} never came"
+        time.sleep(0.005)
+
+
+def shared_first(group, folder):
+    """Rank 1 joins the layer's sum only when rank 0 has its shared experts' output."""
+    model = tiny.make_model(tiny.QWEN2_MOE)
+    mlx_ep.parallelize(model, group, EPConfig(overlap="single"))
+    block = model.layers[0].mlp
+    x, seen, done = mx.random.normal((1, 8, 64)), [], Path(folder) / "done"
+    mx.eval(model.parameters(), block(x))
+    shared = type(block.shared_expert)
+    call = shared.__call__
+    shared.__call__ = lambda self, x: seen.append(call(self, x)) or seen[-1]
+    if group.rank() == 1:
+        wait_for(done)
+    output = block(x)
+    mx.async_eval(output)
+    if group.rank() == 0:
+        mx.eval(seen[-1])  # hangs where it is queued behind the sum
+        done.touch()
+    mx.eval(output)
+
+
+def test_shared_experts_run_while_the_sum_is_under_way(tmp_path):
+    run_ranks(2, shared_first, str(tmp_path), timeout=60)
+
+
+def seconds_through(group, num_bytes):
+    comm = GroupComm(group)
+    x = mx.zeros((num_bytes // 4,))
+    comm.barrier()
+    start = time.perf_counter()
+    mx.eval(comm.all_gather(x))
+    return time.perf_counter() - start
+
+
+def test_a_link_has_latency_and_bandwidth():
+    """Both directions at once, each at the bandwidth."""
+    with Link(latency=0.05, bandwidth=20e6) as link:
+        seconds = run_ranks(2, seconds_through, 2_000_000, link=link, timeout=60)
+    assert link.num_bytes >= 2 * 2_000_000
+    assert min(seconds) >= 0.05 + 2_000_000 / 20e6

@@ -1,0 +1,119 @@
+"""A slow link between the ranks of a ring: latency and bandwidth, without a cable.
+
+Each rank believes that its neighbours listen where a relay of this process does. A
+relay holds back what it passes on: bytes leave one after another at the bandwidth, and
+arrive a latency later, as on a cable. Nothing of it takes a rank's time but waiting.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import socket
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CHUNK_BYTES = 1 << 16
+CONNECT_SECONDS = 20.0
+
+
+@dataclass
+class Link:
+    """Links of one kind between all neighbours; a context manager.
+
+    Attributes:
+        latency: seconds.
+        bandwidth: bytes per second, in each direction.
+        num_bytes: that went through, of all links.
+    """
+
+    latency: float
+    bandwidth: float
+    num_bytes: int = 0
+    _sockets: list[socket.socket] = field(default_factory=list)
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in self._sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def between(
+        self, variables: list[dict[str, str]], directory: Path
+    ) -> list[dict[str, str]]:
+        """The variables of `ring_variables`, with relays between the ranks."""
+        hosts = json.loads(Path(variables[0]["MLX_HOSTFILE"]).read_text())
+        relays = [[self._relay(address) for address in host] for host in hosts]
+        changed = []
+        for rank, own in enumerate(variables):
+            seen = [*relays[:rank], hosts[rank], *relays[rank + 1 :]]
+            hostfile = directory / f"hostfile.{rank}"
+            hostfile.write_text(json.dumps(seen))
+            changed.append(own | {"MLX_HOSTFILE": str(hostfile)})
+        return changed
+
+    def _relay(self, address: str) -> str:
+        """Where to connect instead of to `address`."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets.append(listener)
+        self._start(self._accept, listener, address)
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+    def _accept(self, listener: socket.socket, address: str) -> None:
+        with suppress(OSError):  # closed at the end
+            while True:
+                near, _ = listener.accept()
+                far = _connect(address)
+                self._sockets += [near, far]
+                for source, target in ((near, far), (far, near)):
+                    target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    chunks: queue.Queue[tuple[float, bytes]] = queue.Queue()
+                    self._start(self._read, source, chunks)
+                    self._start(_write, target, chunks)
+
+    def _read(
+        self, source: socket.socket, chunks: queue.Queue[tuple[float, bytes]]
+    ) -> None:
+        """Say of each chunk when its last byte arrives at the other end."""
+        sent = 0.0
+        with suppress(OSError):
+            while data := source.recv(CHUNK_BYTES):
+                self.num_bytes += len(data)
+                sent = max(sent, time.monotonic()) + len(data) / self.bandwidth
+                chunks.put((sent + self.latency, data))
+        chunks.put((0.0, b""))
+
+    @staticmethod
+    def _start(function: object, *args: object) -> None:
+        threading.Thread(target=function, args=args, daemon=True).start()  # type: ignore[arg-type]
+
+
+def _write(target: socket.socket, chunks: queue.Queue[tuple[float, bytes]]) -> None:
+    with suppress(OSError):
+        while True:
+            arrival, data = chunks.get()
+            if not data:
+                target.shutdown(socket.SHUT_WR)
+                return
+            if (wait := arrival - time.monotonic()) > 0:
+                time.sleep(wait)
+            target.sendall(data)
+
+
+def _connect(address: str) -> socket.socket:
+    """To a rank that may not listen yet."""
+    host, port = address.rsplit(":", 1)
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            return socket.create_connection((host, int(port)))
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
