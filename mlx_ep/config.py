@@ -41,13 +41,13 @@ def allow_strategy(name: str) -> None:
         _strategies.append(name)
 
 
+_REPLICATED = ["disabled", "none", "off", "standard", "0", "tp_ep", "vllm_tp", "dp1"]
+_REPLICATED += ["local_allreduce", "local_all_reduce"]
+_GATHERED = ["allgather_reducescatter", "all_gather_reduce_scatter", "naive", "ag_rs"]
 # What SGLang, DeepEP, vLLM and InfiniLM call them -> (strategy, mode).
 ALIASES: dict[str, tuple[str, AllToAllMode | None]] = {
-    **dict.fromkeys(["disabled", "none", "off", "standard", "0"], ("replicated", None)),
-    **dict.fromkeys(["local_allreduce", "local_all_reduce"], ("replicated", None)),
-    **dict.fromkeys(["tp_ep", "vllm_tp", "dp1"], ("replicated", None)),
-    **dict.fromkeys(["allgather_reducescatter", "naive", "ag_rs"], ("gathered", None)),
-    "all_gather_reduce_scatter": ("gathered", None),
+    **dict.fromkeys(_REPLICATED, ("replicated", None)),
+    **dict.fromkeys(_GATHERED, ("gathered", None)),
     **dict.fromkeys(["deepep", "deep_ep"], ("all_to_all", None)),
     "low_latency": ("all_to_all", "low_latency"),
     "normal": ("all_to_all", "normal"),
@@ -97,8 +97,7 @@ class EPConfig:
         capacity: None drops nothing. A number C keeps, of the pairs of one rank's
             tokens and one expert, the first C (all first choices come before all
             second choices); the others contribute 0, are counted and warned of.
-        overlap: ``single`` starts a layer's last collective before its shared experts,
-            which run while it is under way. The same numbers either way.
+        overlap: ``single`` runs shared experts while a layer's sum is under way.
         reduction: what that all_sum carries. ``partial_sum``: ``[T, D]`` float32,
             each rank's gate-weighted sum. ``per_slot``: ``[T, K, D]`` in the model's
             dtype, K times the bytes; the model then sums them itself, which is
@@ -179,7 +178,7 @@ class EPConfig:
         ),
     ] = None
     overlap: Annotated[
-        Overlap, Flag(help="single: shared experts run while a collective is under way")
+        Overlap, Flag(help="single: shared experts run while a sum is under way")
     ] = "none"
     reduction: Annotated[
         Reduction,

@@ -75,13 +75,14 @@ class BlockState:
     @cached_property
     def _with_stand_in(self) -> BlockView:
         """The block, whose switch gives stand-ins for its outputs."""
-        path = self.form.site.switch_path_in(self.form.holder)
-        call = BlockCall(self.form.holder, self.block_class, path, (), {})
+        form = self.form
+        path = form.site.switch_path_in(form.holder)
+        call = BlockCall(form.holder, self.block_class, path, (), {})
 
         def switch(x: mx.array, ids: mx.array) -> OutputsStandIn:
             return OutputsStandIn(x, ids, self._routed_sum)
 
-        is_beside = self.group.overlaps and not self.form.partial_shared
+        is_beside = self.group.overlaps and not form.partial_shared
         return call.view(switch, _started if is_beside else None)
 
     def _routed_sum(

@@ -26,13 +26,16 @@ class Link:
 
     Attributes:
         latency: seconds.
-        bandwidth: bytes per second, in each direction.
+        bandwidth: bytes per second, in each direction, of all connections between two
+            ranks together.
         num_bytes: that went through, of all links.
     """
 
     latency: float
     bandwidth: float
     num_bytes: int = 0
+    _free_at: dict[tuple[int, int], float] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     _sockets: list[socket.socket] = field(default_factory=list)
 
     def __enter__(self) -> Link:
@@ -49,7 +52,10 @@ class Link:
     ) -> list[dict[str, str]]:
         """The variables of `ring_variables`, with relays between the ranks."""
         hosts = json.loads(Path(variables[0]["MLX_HOSTFILE"]).read_text())
-        relays = [[self._relay(address) for address in host] for host in hosts]
+        relays = [
+            [self._relay(address, (rank - 1) % len(hosts), rank) for address in host]
+            for rank, host in enumerate(hosts)
+        ]
         changed = []
         for rank, own in enumerate(variables):
             seen = [*relays[:rank], hosts[rank], *relays[rank + 1 :]]
@@ -58,34 +64,42 @@ class Link:
             changed.append(own | {"MLX_HOSTFILE": str(hostfile)})
         return changed
 
-    def _relay(self, address: str) -> str:
-        """Where to connect instead of to `address`."""
+    def _relay(self, address: str, source: int, target: int) -> str:
+        """Where rank `source` connects instead of to `address`, of rank `target`."""
         listener = socket.create_server(("127.0.0.1", 0))
         self._sockets.append(listener)
-        self._start(self._accept, listener, address)
+        self._start(self._accept, listener, address, (source, target))
         return f"127.0.0.1:{listener.getsockname()[1]}"
 
-    def _accept(self, listener: socket.socket, address: str) -> None:
+    def _accept(
+        self, listener: socket.socket, address: str, ends: tuple[int, int]
+    ) -> None:
         with suppress(OSError):  # closed at the end
             while True:
                 near, _ = listener.accept()
                 far = _connect(address)
                 self._sockets += [near, far]
-                for source, target in ((near, far), (far, near)):
+                ways = ((near, far, ends), (far, near, ends[::-1]))
+                for source, target, way in ways:
                     target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     chunks: queue.Queue[tuple[float, bytes]] = queue.Queue()
-                    self._start(self._read, source, chunks)
+                    self._start(self._read, source, chunks, way)
                     self._start(_write, target, chunks)
 
     def _read(
-        self, source: socket.socket, chunks: queue.Queue[tuple[float, bytes]]
+        self,
+        source: socket.socket,
+        chunks: queue.Queue[tuple[float, bytes]],
+        way: tuple[int, int],
     ) -> None:
         """Say of each chunk when its last byte arrives at the other end."""
-        sent = 0.0
         with suppress(OSError):
             while data := source.recv(CHUNK_BYTES):
-                self.num_bytes += len(data)
-                sent = max(sent, time.monotonic()) + len(data) / self.bandwidth
+                with self._lock:
+                    self.num_bytes += len(data)
+                    sent = max(self._free_at.get(way, 0.0), time.monotonic())
+                    sent += len(data) / self.bandwidth
+                    self._free_at[way] = sent
                 chunks.put((sent + self.latency, data))
         chunks.put((0.0, b""))
 
