@@ -10,7 +10,7 @@ from mlx_ep.comm import Comm
 from mlx_ep.placement import Moves
 
 # Most bytes that go from one rank to another at once, but for one expert's parameter.
-ROUND_BYTES = 8 * 2**20
+ROUND_BYTES = 2 * 2**20
 
 
 def move_slots(

@@ -321,7 +321,7 @@ class Placement:
         if self.layers:
             of_layers = [layer.num_copies for layer in self.layers]
             return (
-                f"{text}; {sum(of_layers)} copies on all ranks, {min(of_layers)} to "
+                f"{text}; {sum(of_layers)} copies in all layers, {min(of_layers)} to "
                 f"{max(of_layers)} of a layer{self.note and ': '}{self.note}"
             )
         if self.has_replicas:

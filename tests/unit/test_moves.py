@@ -153,7 +153,7 @@ def test_layers_of_a_placement() -> None:
     assert plain.of_layer(7) is plain
     assert placement.digest != plain.digest
     assert placement.describe(0) == (
-        "experts 0..1 (2 of 4 per layer); 2 copies on all ranks, 0 to 2 of a layer"
+        "experts 0..1 (2 of 4 per layer); 2 copies in all layers, 0 to 2 of a layer"
     )
     for other in (Placement.contiguous(5, 2), Placement.contiguous(4, 1)):
         with pytest.raises(ValueError, match="4 whole experts on 2 ranks"):
