@@ -50,6 +50,7 @@ def make_parser() -> cli.Parser:
         default=256,
         help="Most tokens of an answer.",
     )
+    cli.add_record_flag(parser)
     cli.add_cache_flags(parser)
     cli.add_sampling_flags(parser, by_default=0)
     cli.add_ep_flags(parser)
@@ -71,6 +72,7 @@ def main() -> None:
 
 def _chat(args: argparse.Namespace, comm: Comm, interrupt: _Interrupt) -> None:
     with cli.usage_errors():
+        cli.check_record_name(args.record)
         prepared = cli.prepare_model(args, comm)
         cli.check_for_model(args, prepared)
         if not prepared.tokenizer.has_chat_template:
@@ -82,6 +84,11 @@ def _chat(args: argparse.Namespace, comm: Comm, interrupt: _Interrupt) -> None:
     cli.seed_ranks(args.seed, prepared)
     conversation = Conversation(args, comm, model, tokenizer, interrupt)
     _say(comm, _HELP)
+    with cli.recorded(args.record, model, comm):
+        _talk(comm, conversation)
+
+
+def _talk(comm: Comm, conversation: Conversation) -> None:
     lines = _Lines(comm)
     while (line := lines.read()) is not None and line != "/quit":
         if line == "/reset":

@@ -4,19 +4,13 @@ the help of its flag stand here alone. `mlx_ep.cli.flags` makes the flags of it.
 
 from __future__ import annotations
 
+import typing
 import warnings
 from dataclasses import dataclass, fields
 from functools import cache
 from math import inf
 from os import PathLike, fspath
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    get_args,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from mlx_ep.types import check_value
 
@@ -79,69 +73,56 @@ class EPConfig:
 
     Attributes:
         strategy: how tokens meet experts. ``replicated``: every rank holds the same
-            tokens, runs its own slots and one all_sum per MoE layer completes the
-            sum. The others are for ranks with tokens of their own. ``gathered``:
-            all_gather of the tokens, reduce_scatter of the sums. ``all_to_all``: a
-            row travels to a rank that needs it, and its sum back. ``auto``: one of
-            these two, see `mlx_ep.exchange.auto`. `ALIASES` has other names of these.
-        mode: of ``all_to_all``. ``low_latency``: shapes fixed by
-            `low_latency_tokens`, no host sync. ``normal``: the routing first, then
-            exactly the rows that are needed. ``auto``: low_latency where the tokens
-            fit, else normal.
+            tokens, and one all_sum per MoE layer completes the sum. The others are for
+            ranks with tokens of their own, see `mlx_ep.exchange`. `ALIASES` has other
+            names of these.
+        mode: of ``all_to_all``. ``low_latency``: fixed shapes, no host sync.
+            ``normal``: the routing first, then exactly the rows that are needed.
+            ``auto``: low_latency where the tokens fit, else normal.
         low_latency_tokens: most tokens of one rank in mode ``low_latency``.
         round_tokens: most tokens of one rank that are exchanged at once in the other
             sharded strategies; longer prompts go in rounds.
         sums: what the sums of ``all_to_all`` travel back in. ``model``: the dtype of
-            the tokens, each rank's sum rounded once. ``float32``: not rounded, for
-            twice the bytes of a bfloat16 model.
-        capacity: None drops nothing. A number C keeps, of the pairs of one rank's
-            tokens and one expert, the first C (all first choices come before all
-            second choices); the others contribute 0, are counted and warned of.
-        overlap: ``single`` runs shared experts while a layer's sum is under way.
+            the tokens, rounded once. ``float32``: not rounded.
+        capacity: C keeps, of the pairs of one rank's tokens and one expert, the first
+            C (first choices before second ones); the others contribute 0, are counted
+            and warned of. None: nothing is dropped.
+        overlap: ``single`` starts a layer's last collective before its shared experts.
         reduction: what that all_sum carries. ``partial_sum``: ``[T, D]`` float32,
             each rank's gate-weighted sum. ``per_slot``: ``[T, K, D]`` in the model's
-            dtype, K times the bytes; the model then sums them itself, which is
-            bit-identical to one process. For debugging, and for blocks that are
-            neither ``routed`` nor ``partial-sum``, see docs/models.md.
+            dtype, K times the bytes, which is bit-identical to one process: for
+            debugging, and for some blocks (docs/models.md).
         shared_routing: whether rank 0's routing is sent to all ranks, one more
-            collective per MoE layer: where ranks may round differently and so choose
-            other experts at a near-tie. ``auto``: where the ranks' chips, MLX versions
-            or MLX_ variables differ.
+            collective per MoE layer. ``auto``: where the ranks' chips, MLX versions or
+            MLX_ variables differ, and they may round differently at a near-tie.
         attention: how the dense part runs, with strategy ``replicated``.
             ``replicated``: whole on every rank. ``tensor``: split over the ranks by the
-            model's own ``shard()``, for one more collective per layer; the KV cache is
-            split too where it holds heads. ``auto``: the one of these that fits and is
-            predicted to be faster, see `mlx_ep.cost.attention`.
+            model's own ``shard()``. ``auto``: what fits and is predicted to be faster.
         runner: what runs a rank's experts. ``gather``: MLX's gather_mm and gather_qmm.
             ``blas``: NumPy on the CPU. ``metal``: this package's kernels for decode.
             ``auto``: for each call the fastest that is right, see `mlx_ep.tune`.
-        backend: what computes the experts and moves their rows; MLX_EP_BACKEND of
-            rank 0 goes first.
+        backend: what computes them and moves rows; rank 0's MLX_EP_BACKEND goes first.
         warmup: whether the ways to run experts and, on Metal, those to move their rows
-            are checked and timed when the model is made expert-parallel (a fraction of
-            a second for each shape of layer, then remembered); else a rule decides.
-        eval_layers: N: while a prompt is read, what was built is evaluated after every
-            N MoE layers, as Metal ends a command buffer that waits for 5 s. 0: never.
-            None: 8 where a rank computes through Metal, else 0.
-        check_nan: whether NaN ends the run where it appears, with its rank and layer;
-            costs a few host syncs per MoE layer. (Weights are always looked at.)
-        memory_limit_gb: most GB (10^9 bytes) of weights this rank may hold; None is
-            what the device recommends (Metal) or the host has available (CPU).
+            are checked and timed once, and remembered; else a rule decides.
+        eval_layers: N: prompts are evaluated after every N MoE layers, as Metal ends a
+            command buffer that waits for 5 s; 0: never; None: 8 with Metal, else 0.
+        check_nan: whether NaN ends the run where it appears; costs host syncs.
+        memory_limit_gb: most GB (10^9 bytes) of weights this rank may hold; None: what
+            the device recommends (Metal) or the host has available (CPU).
         memory: GB (10^9 bytes) that each rank may hold, in rank order: experts are
             shared out in proportion to what the dense weights leave. None: evenly.
-        context: tokens of a sequence whose KV cache and computation have to fit into
-            `memory` too.
-        replica_memory: memory of each rank for copies of experts that other ranks have
-            too, such as ``"24GB"``; ``"0"``: none. ``"auto"``: what is left beside the
-            weights and the KV cache of `context` tokens, as long as copies pay.
-        placement_file: a file that says which rank holds which expert, see
-            `mlx_ep.placement.file`; or a record of routing (.npz), see
-            `mlx_ep.placement.record`, by which experts and copies are placed.
-        ep_size: N, with strategy ``replicated``: the ranks form N groups of
-            consecutive ranks; an expert belongs to a group, whose ranks share its
-            width. None: as many groups as ranks, which hold whole experts.
-        download: what a rank fetches of a hub repository. ``ranges``: the dense tensors
-            and its own experts, by HTTP byte ranges. ``full``: all files.
+        context: tokens whose KV cache and computation have to fit into `memory` too.
+        replica_memory: memory of each rank for copies of other ranks' experts, such as
+            ``"24GB"``; ``"auto"``: what is left, as long as copies pay.
+        placement_file: says which rank holds which expert (`mlx_ep.placement.file`), or
+            is a record of routing (.npz, `mlx_ep.placement.record`) to place them by.
+        rebalance_every: forward passes after which experts are moved between ranks, by
+            their load in the last ones; 0: never. See `mlx_ep.moe.RebalanceRule`.
+        rebalance_below: they are moved too when the balancedness falls below it.
+        ep_size: N, with strategy ``replicated``: N groups of consecutive ranks; an
+            expert belongs to a group, whose ranks share its width. None: P groups.
+        download: what a rank fetches of a hub repository. ``ranges``: what it holds, by
+            HTTP byte ranges. ``full``: all files.
 
     Raises:
         ValueError: a field's value is of another type or not one of those listed.
@@ -236,7 +217,7 @@ class EPConfig:
         Flag(
             help="Memory of each rank for copies of experts of other ranks, such as "
             "24GB; auto: what is left beside the KV cache of --context tokens, as long "
-            "as copies pay (docs/plan.md)",
+            "as copies pay (docs/balance.md)",
             metavar="GB",
         ),
     ] = "0"
@@ -244,11 +225,27 @@ class EPConfig:
         str | None,
         Flag(
             help="A JSON file that says which rank holds which experts, or an .npz "
-            "that --record wrote, by which they are placed (docs/plan.md)",
+            "that --record wrote, by which they are placed (docs/balance.md)",
             name="--placement",
             metavar="FILE",
         ),
     ] = None
+    rebalance_every: Annotated[
+        int,
+        Flag(
+            help="Passes after which experts move between ranks by their load in the "
+            "last ones; 0: never (docs/balance.md)",
+            metavar="N",
+            least=0,
+        ),
+    ] = 0
+    rebalance_below: Annotated[
+        float,
+        Flag(
+            help="They move too when the balancedness (0 to 1) falls below it",
+            metavar="X",
+        ),
+    ] = 0.0
     ep_size: Annotated[
         int | None,
         Flag(
@@ -395,7 +392,7 @@ class Setting(NamedTuple):
 @cache
 def settings() -> tuple[Setting, ...]:
     """The fields of EPConfig, with what their flags say."""
-    hints = get_type_hints(EPConfig, include_extras=True)
+    hints = typing.get_type_hints(EPConfig, include_extras=True)
     found = []
     for each in fields(EPConfig):
         kind, flag = get_args(hints[each.name])

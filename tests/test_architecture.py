@@ -56,13 +56,11 @@ MAY_IMPORT = {
         "tune",
     },
     "cli": {
-        "types", "api", "comm", "config", "exchange", "loading", "rows", "tune",
+        "types", "api", "comm", "config", "exchange", "loading", "placement", "rows",
+        "tune",
     },
     # The commands.
-    "generate": {
-        "types", "api", "cli", "comm", "data_parallel", "loading", "metrics",
-        "placement",
-    },
+    "generate": {"types", "api", "cli", "comm", "data_parallel", "loading", "metrics"},
     "chat": {"cli", "comm", "tune"},
     "cache_prompt": {"cli", "comm"},
     "launch": {"cli"},

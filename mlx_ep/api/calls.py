@@ -31,6 +31,7 @@ from mlx_ep.models import (
     stack_experts,
     why_not_here,
 )
+from mlx_ep.moe import RebalanceRule
 from mlx_ep.placement import Placement
 
 
@@ -100,6 +101,7 @@ def parallelize(
     check_alike(
         comm, config_facts(config), "All ranks must have the same configuration:"
     )
+    RebalanceRule.of(config, comm.size)
     sites = find_moe_sites(stack_experts(model))
     placement = _agreed_placement(model, sites[0].num_experts, comm, config)
     splitter = Splitter(agree_attention(model, comm, config), comm)

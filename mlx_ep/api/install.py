@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_ep.api.machines import (
@@ -14,16 +17,22 @@ from mlx_ep.api.machines import (
     shares_rank_0_routing,
     unlike,
 )
-from mlx_ep.comm import Comm, gather_objects, note_progress
+from mlx_ep.comm import Comm, gather_objects, note_progress, note_step
 from mlx_ep.config import EPConfig
 from mlx_ep.cost.attention import REPLICATED, AttentionChoice
 from mlx_ep.exchange import STRATEGIES
 from mlx_ep.loading import Splitter, watch_phase
 from mlx_ep.metrics import Counters, RankReport
-from mlx_ep.models import BlockState, build_kernels, find_forms, install
+from mlx_ep.models import BlockState, build_kernels, find_forms, install, keep_experts
 from mlx_ep.models.tensor_parallel import connect
-from mlx_ep.moe import ExpertGroup, RoutingRecorder
-from mlx_ep.placement import Placement
+from mlx_ep.moe import (
+    ExpertGroup,
+    Rebalancer,
+    RebalanceRule,
+    RoutingRecorder,
+    move_slots,
+)
+from mlx_ep.placement import Moves, Placement
 from mlx_ep.rows import MovesRows
 from mlx_ep.tune import Layer, ModelPolicy, Wish, tune
 
@@ -40,6 +49,7 @@ class ExpertParallel:
         reports: of every rank, in rank order; empty for a model that was already in
             memory.
         attention: how the dense part runs, with the reason and predicted times.
+        rebalancer: what moves slots between ranks meanwhile; None: nothing does.
     """
 
     group: ExpertGroup
@@ -47,20 +57,60 @@ class ExpertParallel:
     policy: ModelPolicy | None = None
     reports: list[RankReport] = field(default_factory=list)
     attention: AttentionChoice = REPLICATED
+    rebalancer: Rebalancer | None = None
+    _recorders: list[RoutingRecorder] = field(default_factory=list)
 
     @property
     def counters(self) -> Counters:
         return self.group.counters
+
+    def placement_of(self, layer: int) -> Placement:
+        """The present placement of a MoE layer, by its number from 0 on."""
+        return self.blocks[layer].group.placement
 
     def recorder(self) -> RoutingRecorder:
         """A recorder of this rank's routing, connected to the MoE layers, not started.
 
         Where ranks have tokens of their own, each records its own.
         """
-        made = RoutingRecorder(len(self.blocks), self.group.placement)
+        layers = range(len(self.blocks))
+        made = RoutingRecorder([self.placement_of(layer) for layer in layers])
         for layer, block in enumerate(self.blocks):
-            block.group = replace(self.group, observe=made.observer(layer))
+            observe = _both(block.group.observe, made.observer(layer))
+            block.group = replace(block.group, observe=observe)
+        self._recorders.append(made)
         return made
+
+    def place(self, layer: int, placement: Placement) -> int:
+        """Give a MoE layer another placement: its experts move between the ranks.
+
+        Every rank must call it alike, between forward passes. One layer's experts at
+        most are held a second time meanwhile.
+
+        Returns:
+            The bytes that travelled, between all ranks.
+
+        Raises:
+            ValueError: the placement is of other experts or ranks.
+        """
+        block = self.blocks[layer]
+        moves = Moves.between(block.group.placement, placement)
+        num_bytes = 0
+
+        def moved(parameter: mx.array) -> mx.array:
+            nonlocal num_bytes
+            row = parameter.dtype.size * math.prod(parameter.shape[1:])
+            num_bytes += row * len(moves.transfers)
+            return move_slots(parameter, moves, self.group.comm)
+
+        keep_experts(block.form.site, moved)
+        mx.clear_cache()
+        block.group = replace(block.group, placement=placement)
+        for recorder in self._recorders:
+            recorder.place(layer, placement)
+        # A rank that missed it is found by its fingerprint.
+        note_step(layer, int(placement.digest, 16))
+        return num_bytes
 
     @property
     def per_slot_reasons(self) -> list[str]:
@@ -68,6 +118,20 @@ class ExpertParallel:
         forms = [block.form for block in self.blocks]
         found = {form.why_not_routed for form in forms if form.tier == "per-slot"}
         return sorted(found)
+
+
+Observer = Callable[[mx.array], None]
+
+
+def _both(first: Observer | None, second: Observer) -> Observer:
+    if first is None:
+        return second
+
+    def observe(expert_ids: mx.array) -> None:
+        first(expert_ids)
+        second(expert_ids)
+
+    return observe
 
 
 def install_experts(
@@ -81,6 +145,10 @@ def install_experts(
 
     First it is known how each block runs and what runs its experts and moves its rows;
     then the group is made, with its strategy, and the blocks get it.
+
+    Args:
+        placement: by which the switches were filled; where its `layers` differ from it
+            experts move between the ranks here.
     """
     note_progress("warmup")
     plain = STRATEGIES.create(config)  # what it needs is known without a mover
@@ -127,6 +195,10 @@ def install_experts(
         policy.with_strategy(group.strategy),
         attention=splitter.choice,
     )
+    for layer, wanted in enumerate(placement.layers):
+        note_progress("loading", layer)
+        state.place(layer, wanted)
+    _rebalance_by(config, state)
     model.expert_parallel = state
     if reasons := state.per_slot_reasons:
         warnings.warn(
@@ -142,3 +214,22 @@ def install_experts(
             stacklevel=3,
         )
     return model
+
+
+def _rebalance_by(config: EPConfig, state: ExpertParallel) -> None:
+    """Slots move as the configuration says."""
+    group = state.group
+    rule = RebalanceRule.of(config, group.comm.size)
+    if not rule.is_on:
+        return
+    if group.comm.size == 1:
+        warnings.warn("On one rank there is nothing to rebalance.", stacklevel=4)
+        return
+    sums_loads = group.strategy.is_sharded
+    recorder = state.recorder()
+    if sums_loads or group.comm.rank == 0:
+        recorder.start()
+    state.rebalancer = Rebalancer(
+        rule, group.comm, recorder, state.placement_of, state.place, sums_loads
+    )
+    state.blocks[0].before = state.rebalancer.before_pass

@@ -55,6 +55,7 @@ from mlx_ep.metrics import RankReport, peak_resident_bytes
 from mlx_ep.models import (
     find_moe_sites,
 )
+from mlx_ep.moe import RebalanceRule
 
 
 def prepare(
@@ -76,6 +77,7 @@ def prepare(
     chips = cluster_chips(config, comm)
     try:
         STRATEGIES.create(config)
+        RebalanceRule.of(config, comm.size)
         path = find_model(
             path_or_hf_repo,
             revision,

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         positive,
     )
     from mlx_ep.cli.prompt_cache import PromptCache, read_prompt_cache
+    from mlx_ep.cli.record import add_record_flag, check_record_name, recorded
     from mlx_ep.cli.say import rank_of_environment
     from mlx_ep.cli.start import prepare_model, print_reports, run, usage_errors
 
@@ -101,6 +102,9 @@ _HOMES = {
     "positive": "parser",
     "PromptCache": "prompt_cache",
     "read_prompt_cache": "prompt_cache",
+    "add_record_flag": "record",
+    "check_record_name": "record",
+    "recorded": "record",
     "prepare_model": "start",
     "print_reports": "start",
     "run": "start",
@@ -148,6 +152,9 @@ __all__ = [
     "write_json",
     "on_rank_0",
     "read_text",
+    "add_record_flag",
+    "check_record_name",
+    "recorded",
     "prepare_model",
     "print_reports",
     "run",

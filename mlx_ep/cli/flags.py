@@ -6,7 +6,14 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from mlx_ep.cli.parser import Parser, above_zero, at_least, gigabytes, not_empty
+from mlx_ep.cli.parser import (
+    Parser,
+    above_zero,
+    at_least,
+    fraction,
+    gigabytes,
+    not_empty,
+)
 from mlx_ep.config import ALIASES, EPConfig, Setting, settings
 from mlx_ep.exchange import STRATEGIES
 from mlx_ep.loading.source import EMBEDDED_MODEL
@@ -113,6 +120,8 @@ def _options(setting: Setting) -> dict[str, Any]:
         return options | {"choices": get_args(kind)}
     if int in (kind, *get_args(kind)):
         return options | {"type": at_least(flag.least or 0)}
+    if kind is float:
+        return options | {"type": fraction}
     if float in get_args(kind):
         return options | {"type": above_zero}
     if tuple[float, ...] in get_args(kind):

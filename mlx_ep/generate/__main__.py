@@ -10,7 +10,6 @@ from mlx_ep import cli
 from mlx_ep.comm import Comm, broadcast_object, gather_objects
 from mlx_ep.generate.batch import answer_all, plan_batch
 from mlx_ep.generate.flags import make_parser
-from mlx_ep.generate.recorded import check_record_name, recorded
 from mlx_ep.generate.reuse import find_draft, read_cache, reuse_options
 from mlx_ep.generate.stream import stream
 from mlx_ep.generate.tokens import prompt_tokens, tokens_after_cache, user_message
@@ -30,7 +29,7 @@ def _one(args: argparse.Namespace, comm: Comm) -> None:
     """One prompt, streamed to the standard output."""
     with cli.usage_errors():
         cli.check_outputs(args, comm)
-        check_record_name(args.record)
+        cli.check_record_name(args.record)
         text = cli.read_text(args.prompt, args.prompt_file, comm, "--prompt")
         cache = read_cache(args, comm)
         args.model = args.model or (cache.model if cache else EMBEDDED_MODEL)
@@ -49,7 +48,7 @@ def _one(args: argparse.Namespace, comm: Comm) -> None:
     if args.verbose:
         cli.print_reports(model, comm, args.config, cli.beside(args))
     options = cli.cache_options(args) | reuse_options(args, model, draft, cache)
-    with recorded(args.record, model, comm):
+    with cli.recorded(args.record, model, comm):
         stream(args, comm, model, tokenizer, prompt, options)
     if args.timings:
         _print_timings(timings, comm, cli.beside(args))
@@ -58,7 +57,7 @@ def _one(args: argparse.Namespace, comm: Comm) -> None:
 def _many(args: argparse.Namespace, comm: Comm) -> None:
     """Every prompt of a file, each answer written when it ends."""
     with cli.usage_errors():
-        check_record_name(args.record)
+        cli.check_record_name(args.record)
         args.model = args.model or EMBEDDED_MODEL
         batch = plan_batch(args, comm)
         if not batch.todo:
@@ -71,7 +70,7 @@ def _many(args: argparse.Namespace, comm: Comm) -> None:
     timings.enabled = args.timings
     if args.verbose:
         cli.print_reports(model, comm, args.config, sys.stderr)
-    with recorded(args.record, model, comm):
+    with cli.recorded(args.record, model, comm):
         answer_all(args, comm, model, tokenizer, batch)
     if args.timings:
         _print_timings(timings, comm, sys.stderr)

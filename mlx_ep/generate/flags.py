@@ -43,12 +43,7 @@ def make_parser() -> cli.Parser:
         help="Time every stage of the MoE layers (nothing overlaps then, which is a "
         "little slower) and print them at the end.",
     )
-    parser.add_argument(
-        "--record",
-        metavar="FILE.npz",
-        help="Write how often experts were used, alone and together (and FILE.json): "
-        "for --placement, and for the simulator.",
-    )
+    cli.add_record_flag(parser)
     cli.add_cache_flags(parser)
     add_reuse_flags(parser)
     cli.add_sampling_flags(parser)

@@ -16,7 +16,12 @@ from mlx_ep.loading.checkpoint import Checkpoint, read_config
 from mlx_ep.loading.dummy import build_dummy
 from mlx_ep.loading.local import count_experts, model_class, outline
 from mlx_ep.loading.rank_tensors import load_bytes
-from mlx_ep.loading.sizes import DTYPES, experts_bytes, held_bytes
+from mlx_ep.loading.sizes import (
+    DTYPES,
+    experts_bytes,
+    held_bytes,
+    layer_copy_bytes,
+)
 from mlx_ep.loading.working import working_memory
 from mlx_ep.models.tensor_parallel import connect, split_dense
 from mlx_ep.placement import Placement
@@ -177,17 +182,19 @@ def rank_needs(
             caches = workload.sequences * cache_bytes(
                 made, workload.context, workload.quantization, workload.step
             )
-        experts = experts_bytes(made)
+        read = experts_bytes(made)
+        experts = read + layer_copy_bytes(made, placement, rank)
+        slots = max(p.num_slots(rank) for p in (placement, *placement.layers))
         needs.append(
             RankNeed(
                 rank=rank,
                 experts=placement.describe(rank),
-                dense_bytes=held_bytes(made) - experts,
+                dense_bytes=held_bytes(made) - read,
                 expert_bytes=experts,
                 cache_bytes=caches,
                 working_bytes=working_memory(
                     made, workload.step_tokens, placement.part(rank)
-                ).of(placement.num_slots(rank), placement.num_experts),
+                ).of(slots, placement.num_experts),
                 memory=None if memory is None else memory[rank],
             )
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import lcm
+from math import lcm, prod
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,6 +44,33 @@ def experts_bytes(model: nn.Module) -> int:
     """Those of them that belong to routed experts."""
     sites = find_moe_sites(model)
     return sum(held_bytes(p) for site in sites for p in site.projections)
+
+
+def layer_expert_bytes(model: nn.Module) -> list[int]:
+    """Of one expert of each MoE layer; the model may have any number of them and be
+    lazy.
+    """
+    found = []
+    for site in find_moe_sites(model):
+        parameters = [
+            parameter
+            for projection in site.projections
+            for parameter in dict(tree_flatten(projection.parameters())).values()
+        ]
+        found.append(sum(prod(p.shape[1:]) * p.dtype.size for p in parameters))
+    return found
+
+
+def layer_copy_bytes(model: nn.Module, placement: Placement, rank: int) -> int:
+    """Of copies that a rank gets after its model was read, by `Placement.layers`."""
+    if not placement.layers:
+        return 0
+    read = placement.num_slots(rank)
+    sizes = layer_expert_bytes(model)
+    return sum(
+        (layer.num_slots(rank) - read) * size
+        for layer, size in zip(placement.layers, sizes, strict=True)
+    )
 
 
 def expert_sizes(model: nn.Module) -> ExpertSizes:
@@ -93,7 +120,11 @@ def choose_placement(
     if config.placement_file is not None and is_record(config.placement_file):
         record = read_record(config.placement_file, num_experts)
     elif config.placement_file is not None:
-        return read_placement(config.placement_file, num_experts, num_ranks)
+        placement = read_placement(config.placement_file, num_experts, num_ranks)
+        if placement.layers:
+            num_layers = len(find_moe_sites(outline()))
+            _check_layers(config.placement_file, len(placement.layers), num_layers)
+        return placement
     is_parted = config.ep_size not in (None, num_ranks)
     if is_parted and (config.strategy, config.reduction) != (
         "replicated",
@@ -139,17 +170,20 @@ def choose_placement(
         )
         taken = sizes.dense_bytes + reserved
         free = None if memory is None else [max(n - taken, 0) for n in memory]
+        per_token = switch_input(model).top_k
+        loads, of_layers = [LayerLoad.uniform(num_experts, per_token)], [0]
         if record is not None:
-            load = record.whole_load()
-        else:
-            load = LayerLoad.uniform(num_experts, switch_input(model).top_k)
+            loads, of_layers = record.loads(), layer_expert_bytes(model)
+            _check_layers(config.placement_file, len(loads), len(of_layers))
+        # The working memory of an expert is part of its size too.
+        beside = -(-(sizes.expert_bytes - sum(of_layers)) // len(of_layers))
         return with_replicas(
             base,
-            sizes.expert_bytes,
-            load,
+            [num_bytes + beside for num_bytes in of_layers],
+            loads,
             config.replica_bytes,
             free,
-            is_recorded=record is not None,
+            whole_load=record and record.whole_load(),
         )
     return place(
         sizes,
@@ -159,3 +193,10 @@ def choose_placement(
         reserved_bytes=reserved,
         must_fit=must_fit,
     )
+
+
+def _check_layers(file: str | None, found: int, expected: int) -> None:
+    if found != expected:
+        raise ValueError(
+            f"{file} must be for the model's {expected} MoE layers; it has {found}."
+        )

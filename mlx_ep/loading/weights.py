@@ -24,7 +24,7 @@ from mlx_ep.loading.local import (
 )
 from mlx_ep.loading.progress import watch_phase
 from mlx_ep.loading.rank_tensors import load_bytes
-from mlx_ep.loading.sizes import choose_placement, held_bytes
+from mlx_ep.loading.sizes import choose_placement, held_bytes, layer_copy_bytes
 from mlx_ep.placement import Placement
 
 _TRIED_TOKENS = 8
@@ -81,8 +81,8 @@ def checkpoint_weights(
         rank_bytes = load_bytes(checkpoint, placement, rank).rank_bytes
     else:
         rank_bytes = held_bytes(outline(checkpoint, placement, rank))
-
     made = outline(checkpoint, placement, rank)
+    rank_bytes += layer_copy_bytes(made, placement, rank)
     check_dtypes(made, checkpoint.tensors)
     with foreign_code(f"{path}: its model cannot run"):
         run_shapes(made, _TRIED_TOKENS, make_caches(made))
@@ -134,6 +134,5 @@ def dummy_weights(
             fill_dummy(model, placement, rank, change, advance)
         return model, 0
 
-    return RankWeights(
-        placement, held_bytes(model), build, lambda: model, config=description
-    )
+    rank_bytes = held_bytes(model) + layer_copy_bytes(model, placement, rank)
+    return RankWeights(placement, rank_bytes, build, lambda: model, config=description)

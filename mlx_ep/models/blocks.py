@@ -35,6 +35,7 @@ class BlockState:
         block_class: of the module whose ``__call__`` this is, as it was.
         reduction: see `EPConfig`.
         is_without_experts: their outputs are zeros, and nothing is communicated.
+        before: called before every pass through the block, on all ranks alike.
     """
 
     form: BlockForm
@@ -42,6 +43,7 @@ class BlockState:
     group: ExpertGroup
     reduction: str
     is_without_experts: bool = False
+    before: Callable[[], None] | None = None
 
     @cached_property
     def layer(self) -> int:
@@ -50,6 +52,8 @@ class BlockState:
         return int(next((part for part in parts if part.isdecimal()), -1))
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
+        if self.before is not None:
+            self.before()
         form = self.form
         self.group.step.enter(self.layer)
         is_routed = type(form.probe) is StandInProbe and self.reduction != "per_slot"
@@ -133,6 +137,8 @@ class BlockState:
                 f"{self.form.site.path} cannot serve tokens of other ranks, because "
                 f"{self.form.why_not_routed}. Use --attention replicated."
             )
+        if self.before is not None:
+            self.before()
         self.group.step.enter(self.layer)
         x = mx.zeros((0, self.form.probe.row_dims), self.form.probe.row_dtype)
         ids = mx.zeros((0, self.form.probe.top_k), mx.int32)

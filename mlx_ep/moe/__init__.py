@@ -2,7 +2,18 @@
 
 from mlx_ep.moe.group import ExpertGroup, Step
 from mlx_ep.moe.layer import MixtureOfExperts
+from mlx_ep.moe.moving import move_slots
+from mlx_ep.moe.rebalance import Rebalancer, RebalanceRule
 from mlx_ep.moe.recorder import RoutingRecorder
 from mlx_ep.moe.router import TopKRouter
 
-__all__ = ["ExpertGroup", "MixtureOfExperts", "RoutingRecorder", "Step", "TopKRouter"]
+__all__ = [
+    "ExpertGroup",
+    "MixtureOfExperts",
+    "RebalanceRule",
+    "Rebalancer",
+    "RoutingRecorder",
+    "Step",
+    "TopKRouter",
+    "move_slots",
+]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -40,18 +40,19 @@ class RoutingRecorder:
     that ranks read.
 
     Args:
-        num_layers: MoE layers.
-        placement: of the experts, for the loads of ranks.
+        placements: of the experts of each MoE layer, for the loads of ranks.
     """
 
-    def __init__(self, num_layers: int, placement: Placement) -> None:
-        self.placement, self.num_layers, self.top_k = placement, num_layers, 0
+    def __init__(self, placements: Sequence[Placement]) -> None:
+        self._placements = list(placements)
+        self.num_layers, self.top_k = len(placements), 0
+        self.num_experts = placements[0].num_experts
         self.is_running = False
         self.reset()
 
     def reset(self) -> None:
         """Forget what was recorded."""
-        size = self.placement.num_experts
+        size = self.num_experts
         self._both = np.zeros((self.num_layers, size, size), np.int64)
         self._passes: deque[dict[int, mx.array]] = deque()
         self._balance: deque[tuple[float, float]] = deque(maxlen=max(WINDOWS))
@@ -67,6 +68,26 @@ class RoutingRecorder:
         self._count(len(self._passes))
         if self.num_passes:
             log.info(self.line())
+
+    def place(self, layer: int, placement: Placement) -> None:
+        """A layer has another placement from now on."""
+        self._count(max(len(self._passes) - LEAST_UNCOUNTED, 0))
+        self._placements[layer] = placement
+
+    def take(self) -> tuple[Int[np.ndarray, "layers E E"], list[tuple[float, float]]]:
+        """What was recorded since the last time, which is forgotten here.
+
+        The last passes, which may not be computed yet, are left for the next time.
+
+        Returns:
+            The coactivations, and the balancedness of each pass (of at most the last
+            1000): of rows, and of distinct experts.
+        """
+        self._count(max(len(self._passes) - LEAST_UNCOUNTED, 0))
+        both, self._both = self._both, np.zeros_like(self._both)
+        evenness = list(self._balance)
+        self._balance.clear()
+        return both, evenness
 
     def observer(self, layer: int) -> Callable[[mx.array], None]:
         """What takes the routed ids ``[T, K]`` of one layer's calls."""
@@ -129,15 +150,15 @@ class RoutingRecorder:
         for layer, found in by_layer.items():
             lengths = [len(ids) for ids in found]
             ids = np.concatenate(found).astype(np.int32)
-            sums[numbers[layer]] += self._evenness(ids, lengths)
-            taken = np.zeros((len(ids), self.placement.num_experts + 1), np.float32)
+            sums[numbers[layer]] += self._evenness(layer, ids, lengths)
+            taken = np.zeros((len(ids), self.num_experts + 1), np.float32)
             np.put_along_axis(taken, ids, 1.0, axis=1)  # -1 is the last column
             taken = taken[:, :-1]
             self._both[layer] += np.rint(taken.T @ taken).astype(np.int64)
         for rows, distinct in (sums / layers_of).tolist():  # on host
             self._note_pass(rows, distinct)
 
-    def _evenness(self, ids: np.ndarray, lengths: list[int]) -> np.ndarray:
+    def _evenness(self, layer: int, ids: np.ndarray, lengths: list[int]) -> np.ndarray:
         """``[passes, 2]``: mean over maximum of the ranks' rows, and of their experts.
 
         Args:
@@ -145,20 +166,9 @@ class RoutingRecorder:
             lengths: tokens of each pass.
         """
         parts = np.split(ids, np.cumsum(lengths)[:-1])
-        return np.array(  # on host
-            [[_evenness(loads) for loads in self._rank_loads(part)] for part in parts]
-        )
-
-    def _rank_loads(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and distinct experts of each rank."""
-        placement = self.placement
-        slots = placement.serve(ids)
-        slots = slots[slots >= 0]
-        of_slot, num_ranks = placement.slots.expert_ranks, placement.num_ranks
-        rows = np.bincount(of_slot[slots], minlength=num_ranks)
-        if len(ids) == 1:
-            return rows, rows
-        return rows, np.bincount(of_slot[np.unique(slots)], minlength=num_ranks)
+        loads = [_rank_loads(part, self._placements[layer]) for part in parts]
+        found = [[_evenness(n) for n in of_pass] for of_pass in loads]
+        return np.array(found)  # on host
 
     def _note_pass(self, rows: float, distinct: float) -> None:
         self._balance.append((rows, distinct))
@@ -184,3 +194,14 @@ def _evenness(loads: np.ndarray) -> float:
     numbers = loads.tolist()  # on host
     most = max(numbers)
     return sum(numbers) / (len(numbers) * most) if most else 1.0
+
+
+def _rank_loads(ids: np.ndarray, placement: Placement) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and distinct experts of each rank."""
+    slots = placement.serve(ids)
+    slots = slots[slots >= 0]
+    of_slot, num_ranks = placement.slots.expert_ranks, placement.num_ranks
+    rows = np.bincount(of_slot[slots], minlength=num_ranks)
+    if len(ids) == 1:
+        return rows, rows
+    return rows, np.bincount(of_slot[np.unique(slots)], minlength=num_ranks)

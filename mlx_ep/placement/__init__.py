@@ -4,7 +4,9 @@ from mlx_ep.placement.balance import rebalance_experts
 from mlx_ep.placement.choice import DECODE_TOKENS, ReplicaChoice
 from mlx_ep.placement.file import read_placement, write_placement
 from mlx_ep.placement.fill import with_replicas
+from mlx_ep.placement.improve import Improved, improve
 from mlx_ep.placement.load import LayerLoad, draw_steps, expected_busiest
+from mlx_ep.placement.moves import Moves, keep_slots
 from mlx_ep.placement.placement import Part, Placement, runs
 from mlx_ep.placement.record import (
     RecordedRouting,
@@ -25,7 +27,9 @@ __all__ = [
     "DECODE_TOKENS",
     "Balanced",
     "ExpertSizes",
+    "Improved",
     "LayerLoad",
+    "Moves",
     "Part",
     "Placement",
     "RankRoom",
@@ -36,7 +40,9 @@ __all__ = [
     "balance_while_it_pays",
     "draw_steps",
     "expected_busiest",
+    "improve",
     "is_record",
+    "keep_slots",
     "place",
     "read_placement",
     "read_record",

@@ -9,7 +9,9 @@
 
 `ranks` has one list per rank, in slot order: numbers of experts, or a text
 "first-last" for consecutive ones, both included. An expert may be on several ranks,
-which then hold copies of it. It holds for every MoE layer.
+which then hold copies of it. It holds for every MoE layer, unless there is "layers",
+a list with one such list for each of them: then "ranks" is what a checkpoint is read
+by, and experts move to the places in "layers" when that is done.
 """
 
 from __future__ import annotations
@@ -42,14 +44,26 @@ def read_placement(path: str | Path, num_experts: int, num_ranks: int) -> Placem
             f'{path} must say "format": "{FORMAT}" and "version": {VERSION}; it says '
             f"{content.get('format')!r} and {content.get('version')!r}."
         )
-    if unknown := sorted(set(content) - {"format", "version", "experts", "ranks"}):
+    known = {"format", "version", "experts", "ranks", "layers"}
+    if unknown := sorted(set(content) - known):
         raise ValueError(f"{path} has keys that are not known: {', '.join(unknown)}.")
     if content.get("experts") != num_experts:
         raise ValueError(
             f"{path} must be for the model's {num_experts} experts per layer; its "
             f'"experts" is {content.get("experts")!r}.'
         )
-    ranks = content.get("ranks")
+    base = _ranks_of(path, content.get("ranks"), num_experts, num_ranks)
+    layers = content.get("layers", [])
+    if not isinstance(layers, list):
+        raise ValueError(f'{path}: "layers" must be a list with one entry per layer.')
+    made = [_ranks_of(path, ranks, num_experts, num_ranks) for ranks in layers]
+    return Placement(base, layers=tuple(map(Placement, made)))
+
+
+def _ranks_of(
+    path: str | Path, ranks: Any, num_experts: int, num_ranks: int
+) -> tuple[tuple[int, ...], ...]:
+    """The experts of each rank, from "ranks" or an entry of "layers"."""
     if not isinstance(ranks, list) or not all(isinstance(r, list) for r in ranks):
         raise ValueError(f'{path}: "ranks" must be a list with one list per rank.')
     if len(ranks) != num_ranks:
@@ -62,7 +76,7 @@ def read_placement(path: str | Path, num_experts: int, num_ranks: int) -> Placem
         for entries in ranks
     )
     _check_held(path, found, num_experts)
-    return Placement(found)
+    return found
 
 
 def write_placement(path: str | Path, placement: Placement) -> None:
@@ -76,17 +90,22 @@ def write_placement(path: str | Path, placement: Placement) -> None:
             "A placement file says which rank holds which expert; it cannot say how "
             "ranks share the width of experts. Give --ep to the run instead."
         )
-    ranks = [
-        [f"{first}-{first + n - 1}" if n > 1 else first for first, n in runs(experts)]
-        for experts in placement.rank_experts
-    ]
     content = {
         "format": FORMAT,
         "version": VERSION,
         "experts": placement.num_experts,
-        "ranks": ranks,
+        "ranks": _entries(placement),
     }
+    if placement.layers:
+        content["layers"] = [_entries(layer) for layer in placement.layers]
     Path(path).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _entries(placement: Placement) -> list[list[str | int]]:
+    return [
+        [f"{first}-{first + n - 1}" if n > 1 else first for first, n in runs(experts)]
+        for experts in placement.rank_experts
+    ]
 
 
 def _read_json(path: str | Path) -> dict[str, Any]:

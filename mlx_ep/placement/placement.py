@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -48,17 +48,29 @@ class Placement:
         parts: one per rank: what it holds of the width of its experts, an expert then
             lives on several ranks; None where ranks hold whole experts.
         note: why there are as many copies as there are, for a person.
+        layers: of each MoE layer once the model is loaded, where layers differ; this
+            placement is then what a checkpoint is read by, the same in all layers.
 
     Raises:
         ValueError: the tuples do not hold each of the experts 0..E-1, one is twice on
-            a rank, or the parts of an expert are not its width.
+            a rank, the parts of an expert are not its width, or a layer's placement
+            is of other experts or ranks.
     """
 
     rank_experts: tuple[tuple[int, ...], ...]
     parts: tuple[Part, ...] | None = None
     note: str = field(default="", compare=False)
+    layers: tuple[Placement, ...] = ()
 
     def __post_init__(self) -> None:
+        for layer in self.layers:
+            sizes = layer.num_experts, layer.num_ranks
+            is_whole = self.parts is None and layer.parts is None
+            if sizes != (self.num_experts, self.num_ranks) or not is_whole:
+                raise ValueError(
+                    f"A layer's placement must be of {self.num_experts} whole experts "
+                    f"on {self.num_ranks} ranks; got {sizes[0]} on {sizes[1]}."
+                )
         if self.parts is not None:
             self._check_parts(self.parts)
             return
@@ -157,10 +169,15 @@ class Placement:
         """What `rank` holds of the width of its experts; None: all of it."""
         return self.parts[rank] if self.parts is not None else None
 
+    def of_layer(self, layer: int) -> Placement:
+        """The placement of one MoE layer, by its number from 0 on."""
+        return self.layers[layer] if self.layers else self
+
     @cached_property
     def digest(self) -> str:
         """A short text that differs where placements do."""
         content = f"{self.rank_experts}{self.parts and list(map(tuple, self.parts))}"
+        content += "".join(layer.digest for layer in self.layers)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def num_slots(self, rank: int) -> int:
@@ -168,11 +185,14 @@ class Placement:
         return len(self.rank_experts[rank])
 
     @cached_property
+    def num_copies(self) -> int:
+        """Slots of all ranks beyond one of each expert; of whole experts."""
+        return sum(map(len, self.rank_experts)) - self.num_experts
+
+    @cached_property
     def has_replicas(self) -> bool:
         """Whether an expert has copies, on several ranks."""
-        return self.parts is None and sum(map(len, self.rank_experts)) > (
-            self.num_experts
-        )
+        return self.parts is None and self.num_copies > 0
 
     @cached_property
     def slots(self) -> Placement:
@@ -184,7 +204,7 @@ class Placement:
         """
         if not self.has_replicas:
             return self
-        return Placement.from_counts([len(experts) for experts in self.rank_experts])
+        return _of_counts(tuple(len(experts) for experts in self.rank_experts))
 
     @cached_property
     def choice(self) -> ReplicaChoice:
@@ -298,15 +318,27 @@ class Placement:
         experts = self.rank_experts[rank]
         share = f"({len(experts)} of {self.num_experts} per layer)"
         text = f"experts {_ranges(experts) or 'none'} {share}"
-        if self.has_replicas:
-            copies = sum(map(len, self.rank_experts)) - self.num_experts
+        if self.layers:
+            of_layers = [layer.num_copies for layer in self.layers]
             return (
-                f"{text}; {copies} copies on all ranks{self.note and ': '}{self.note}"
+                f"{text}; {sum(of_layers)} copies in all layers, {min(of_layers)} to "
+                f"{max(of_layers)} of a layer{self.note and ': '}{self.note}"
+            )
+        if self.has_replicas:
+            return (
+                f"{text}; {self.num_copies} copies on all ranks"
+                f"{self.note and ': '}{self.note}"
             )
         part = self.part(rank)
         if part is None or not experts:
             return text
         return f"{text}, width {part.start}..{part.stop - 1} of {part.width}"
+
+
+@cache
+def _of_counts(counts: tuple[int, ...]) -> Placement:
+    """One for all layers that have so many slots."""
+    return Placement.from_counts(counts)
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

@@ -41,7 +41,11 @@ def rank_loads(
 ) -> Float[np.ndarray, "layers P"]:
     """Rows of each rank over their mean, per layer."""
     loads = np.array(  # on host
-        [placement.choice.row_loads(counts) for counts in record.counts], np.float64
+        [
+            placement.of_layer(layer).choice.row_loads(counts)
+            for layer, counts in enumerate(record.counts)
+        ],
+        np.float64,
     )
     return loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-300)
 

@@ -51,7 +51,7 @@ def replica_tables(placement: Placement) -> ReplicaTables:
     )
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=256)  # layers may differ
 def _checked_tables(placement: Placement, per_token: int) -> ReplicaTables | None:
     """The kernel's tables, where it chooses as the host does; None: the host has to."""
     num_ranks, num_experts = placement.num_ranks, placement.num_experts

@@ -207,11 +207,15 @@ def test_record_and_place_by_it(tmp_path: Path) -> None:
     ask = [*GENERATE, "--prompt", "What is a hacker?", "--max-tokens", "8"]
     ask += ["--replica-memory", memory_of(4.5)]
     texts = []
-    for more in (["--record", str(file)], ["--placement", str(file)]):
+    # 4.5 experts of four layers: 4 in each, or 18 slots divided among them.
+    for copies, more in (
+        ("8 copies on all ranks", ["--record", str(file)]),
+        ("36 copies in all layers", ["--placement", str(file)]),
+    ):
         ranks = run_commands(2, [*ask, *more], timeout=120)
         assert [rank.returncode for rank in ranks] == [0, 0], ranks
         report = ranks[0].stdout
-        assert "8 copies on all ranks" in report
+        assert copies in report
         texts.append(report.split("==========")[1])
     assert texts[0] == texts[1]
     record = read_record(file, EXPERTS)
@@ -221,6 +225,18 @@ def test_record_and_place_by_it(tmp_path: Path) -> None:
     assert (
         per_layer[0] == 4 * json.loads((tmp_path / "r.json").read_text())["num_tokens"]
     )
+
+
+def test_chat_records_too(tmp_path: Path) -> None:
+    file = tmp_path / "r.npz"
+    chat = [sys.executable, "-m", "mlx_ep.chat", "--ranks", "2", "--no-warmup"]
+    chat += ["--max-tokens", "4", "--record", str(file)]
+    ranks = run_commands(2, chat, timeout=120, stdin="What is a hacker?\n/quit\n")
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
+    described = json.loads(file.with_suffix(".json").read_text())
+    assert described["num_tokens"] > 4
+    per_layer = read_record(file, EXPERTS).counts.sum(axis=1)
+    assert set(per_layer.tolist()) == {4 * described["num_tokens"]}
 
 
 def test_a_wrong_name_is_said_before_a_weight_is_read() -> None:

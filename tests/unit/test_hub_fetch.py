@@ -132,6 +132,30 @@ def test_a_rank_fetches_its_share(
     assert _sent(hub) == 0
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_copies_are_fetched_too(
+    hub: HubServer, folders: dict[str, Path], name: str
+) -> None:
+    """A rank with copies of 4 experts of others fetches those bytes, and no more."""
+    contiguous = checkpoint_weights(folders[name], 1, 2)
+    plain = load_bytes(Checkpoint.open(folders[name]), contiguous.placement, 1)
+    num_experts = contiguous.placement.num_experts
+    each = plain.expert_bytes / contiguous.placement.num_slots(1)
+    config = EPConfig(replica_memory=f"{4.5 * each / 1e9:.12f}")
+    path = find_model(f"me/{name}", download="ranges")
+    weights = checkpoint_weights(path, 1, 2, config)
+    placement = weights.placement
+    assert placement.num_copies == 8 and placement.num_slots(1) == num_experts // 2 + 4
+    _sent(hub)
+    _fetch(weights)
+    held = load_bytes(Checkpoint.open(folders[name]), placement, 1)
+    assert held.expert_bytes == round(plain.expert_bytes + 4 * each)
+    sent = _sent(hub)
+    assert held.rank_bytes <= sent + _header_bytes(folders[name])
+    assert sent <= 1.01 * held.rank_bytes
+    _assert_same(weights, checkpoint_weights(folders[name], 1, 2, config))
+
+
 def test_another_placement_fetches_what_is_missing(
     hub: HubServer, folders: dict[str, Path]
 ) -> None:

@@ -255,7 +255,7 @@ def test_placement_file_round_trip(tmp_path: Path) -> None:
         ({"format": "another"}, '"format": "mlx_ep placement"'),
         ({"version": 2}, '"version": 1'),
         ({"experts": 5}, 'the model\'s 4 experts per layer; its "experts" is 5'),
-        ({"layers": []}, "keys that are not known: layers"),
+        ({"layer": []}, "keys that are not known: layer"),
         ({"ranks": {}}, "one list per rank"),
         ({"ranks": [["0-3"]]}, "is for 1 ranks; this run has 2"),
         ({"ranks": [["0-1"], [3]]}, "1 are missing: 2"),

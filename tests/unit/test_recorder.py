@@ -14,7 +14,7 @@ import pytest
 from mlx_ep import EPConfig
 from mlx_ep.loading import choose_placement, expert_sizes
 from mlx_ep.moe import RoutingRecorder
-from mlx_ep.moe.recorder import MOST_UNCOUNTED
+from mlx_ep.moe.recorder import LEAST_UNCOUNTED, MOST_UNCOUNTED
 from mlx_ep.placement import Placement, RecordedRouting, read_record, write_record
 from tests.support.tiny import QWEN3_MOE, make_model
 
@@ -30,7 +30,7 @@ def passes(count: int, tokens: int) -> list[np.ndarray]:
 
 
 def recorded(steps: list[np.ndarray]) -> RoutingRecorder:
-    recorder = RoutingRecorder(LAYERS, PLACEMENT)
+    recorder = RoutingRecorder([PLACEMENT] * LAYERS)
     observers = [recorder.observer(layer) for layer in range(LAYERS)]
     observers[0](mx.array(steps[0][0]))  # before start: not recorded
     recorder.start()
@@ -90,7 +90,7 @@ def test_a_file_and_back(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got the name"):
         recorder.dump(tmp_path / "r.json")
     with pytest.raises(ValueError, match="Nothing was recorded"):
-        RoutingRecorder(LAYERS, PLACEMENT).dump(file)
+        RoutingRecorder([PLACEMENT] * LAYERS).dump(file)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_copies_as_long_as_they_pay() -> None:
 
 def test_placed_by_a_record(tmp_path: Path) -> None:
     """Experts that occur together part; the hot ones have copies."""
-    both = np.zeros((LAYERS, 10, 10), np.int64)
+    both = np.zeros((2, 10, 10), np.int64)
     for a, b, n in ((0, 1, 90), (2, 3, 60), (4, 5, 20), (6, 7, 5), (8, 9, 5)):
         both[:, [a, b, a, b], [a, a, b, b]] = n
     write_record(file := tmp_path / "r.npz", RecordedRouting(both, K))
@@ -174,9 +174,39 @@ def test_placed_by_a_record(tmp_path: Path) -> None:
     memory = f"{1.5 * each / 1e9:.12f}"
     config = EPConfig(placement_file=str(file), replica_memory=memory)
     copied = choose_placement(config, 10, 2, _outline)
+    assert not copied.layers  # both layers were used alike
     twice = [e for e in range(10) if len(copied.choice.holders[e]) == 2]
     assert len(twice) == 2 and set(twice) <= {0, 1, 2, 3}
+    both[1] = np.diag(np.diag(both[1]))  # no two together: copies pay less
+    write_record(file, RecordedRouting(both, K))
+    layered = choose_placement(config, 10, 2, _outline)
+    assert len(layered.layers) == 2 and layered.layers[0] != layered.layers[1]
+    assert layered.rank_experts == plain.rank_experts
+    write_record(file, RecordedRouting(both[:1], K))
+    with pytest.raises(ValueError, match="the model's 2 MoE layers; it has 1"):
+        choose_placement(config, 10, 2, _outline)
 
 
 def _outline() -> Any:
     return make_model(QWEN3_MOE)
+
+
+def test_what_is_taken_is_forgotten() -> None:
+    """The last passes stay for the next time: they may not be computed yet."""
+    steps = passes(20, 1)
+    recorder = RoutingRecorder([PLACEMENT] * LAYERS)
+    observers = [recorder.observer(layer) for layer in range(LAYERS)]
+    recorder.start()
+    taken = np.zeros((LAYERS, E, E), np.int64)
+    for number, step in enumerate(steps):
+        for observe, ids in zip(observers, step, strict=True):
+            observe(mx.array(ids))
+        if number == 12:
+            both, evenness = recorder.take()
+            assert len(evenness) == 13 - LEAST_UNCOUNTED
+            taken += both
+    recorder.stop()
+    both, evenness = recorder.take()
+    assert len(evenness) == 7 + LEAST_UNCOUNTED
+    np.testing.assert_array_equal(taken + both, recorded(steps).coactivations)
+    assert not recorder.coactivations.any()

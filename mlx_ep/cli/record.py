@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,16 @@ import numpy as np
 from mlx_ep.comm import Comm
 from mlx_ep.placement import RecordedRouting, is_record, write_record
 from mlx_ep.types import to_host
+
+
+def add_record_flag(parser: argparse.ArgumentParser) -> None:
+    """--record, for `check_record_name` and `recorded`."""
+    parser.add_argument(
+        "--record",
+        metavar="FILE.npz",
+        help="Write how often experts were used, alone and together (and FILE.json): "
+        "for --placement, and for the simulator.",
+    )
 
 
 def check_record_name(path: str | None) -> None:
