@@ -12,7 +12,7 @@ from mlx_ep.simulate.blocks import BlockNames
 from mlx_ep.simulate.cluster import Cluster, Instance
 from mlx_ep.simulate.group import Group, StepTimes
 from mlx_ep.simulate.links import send_ns
-from mlx_ep.simulate.requests import Request
+from mlx_ep.simulate.requests import ServedRequest
 from mlx_ep.simulate.scheduler import Scheduler
 from mlx_ep.simulate.traces import Trace, TraceRequest
 
@@ -50,7 +50,7 @@ class Engine:
     ) -> None:
         self.cluster = cluster
         self.groups = [Group(g, t) for g, t in zip(cluster.groups, times, strict=True)]
-        self.requests: list[Request] = []
+        self.requests: list[ServedRequest] = []
         self.num_requests = trace.num_requests
         self._places: list[tuple[Instance, Group, Scheduler]] = [
             (instance, group, member)
@@ -68,7 +68,7 @@ class Engine:
             place[0].settings.block_size: BlockNames(place[0].settings.block_size)
             for place in self._places
         }
-        self._heap: list[tuple[int, int, Request]] = []
+        self._heap: list[tuple[int, int, ServedRequest]] = []
         self._order = count()
         self._index = count()
         self._has_sessions = any(len(session) > 1 for session in trace.sessions)
@@ -119,12 +119,12 @@ class Engine:
         asked: TraceRequest,
         follow: tuple[TraceRequest, ...],
     ) -> None:
-        request = Request(index, arrival, asked, follow)
+        request = ServedRequest(index, arrival, asked, follow)
         request.total = asked.input_tokens
         self.requests.append(request)
         heapq.heappush(self._heap, (arrival, next(self._order), request))
 
-    def _deliver(self, now: int, request: Request) -> None:
+    def _deliver(self, now: int, request: ServedRequest) -> None:
         is_decode = request.made > 0
         places = self._decoders if is_decode else self._entries
         instance, group, member = self._choose(places, request, is_decode)
@@ -143,7 +143,7 @@ class Engine:
     def _choose(
         self,
         places: Sequence[tuple[Instance, Group, Scheduler]],
-        request: Request,
+        request: ServedRequest,
         is_decode: bool,
     ) -> tuple[Instance, Group, Scheduler]:
         if self._policy == "CUSTOM" and not is_decode:
@@ -156,7 +156,7 @@ class Engine:
             return places[int(self._random.integers(len(places)))]
         return min(places, key=lambda place: place[2].load)
 
-    def _end(self, request: Request, group: Group) -> int:
+    def _end(self, request: ServedRequest, group: Group) -> int:
         """It got its last token here. Returns how many requests are done with that."""
         assert group.time is not None
         if request.made < request.outputs:  # its decode instance goes on
@@ -186,7 +186,7 @@ class Engine:
             )
         return 1
 
-    def times_of(self, request: Request) -> np.ndarray:
+    def times_of(self, request: ServedRequest) -> np.ndarray:
         """When each of its tokens came, ns."""
         group = next(
             group

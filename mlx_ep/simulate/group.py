@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from mlx_ep.simulate.cluster import Instance
-from mlx_ep.simulate.requests import Request
+from mlx_ep.simulate.requests import ServedRequest
 from mlx_ep.simulate.scheduler import Scheduler, StepBatch
 from mlx_ep.simulate.steps import StepLog, Stretch
 
@@ -69,7 +69,7 @@ class Group:
         if self.time is None:
             self.time = now
 
-    def iterate(self, until: int) -> list[Request]:
+    def iterate(self, until: int) -> list[ServedRequest]:
         """One round of the loop, or many that are alike and begin before `until`.
 
         Returns:
@@ -81,7 +81,7 @@ class Group:
             return self._many(min(steps, MOST_STEPS), until)
         return self._one()
 
-    def _one(self) -> list[Request]:
+    def _one(self) -> list[ServedRequest]:
         now, step = self.time, self.log.count
         assert now is not None
         flying = [entry.batches for entry in self._in_flight]
@@ -119,7 +119,7 @@ class Group:
             return 0
         return min(member.steps_alike() for member in self.members)
 
-    def _many(self, steps: int, until: int) -> list[Request]:
+    def _many(self, steps: int, until: int) -> list[ServedRequest]:
         """`_one` so many times, as far as the rounds begin before `until`."""
         now, first = self.time, self.log.count
         assert now is not None
@@ -171,13 +171,13 @@ class Group:
             ),
         )
 
-    def _pop(self) -> list[Request]:
+    def _pop(self) -> list[ServedRequest]:
         return self._hand_out(self._in_flight.popleft())
 
-    def _hand_out(self, entry: _InFlight) -> list[Request]:
+    def _hand_out(self, entry: _InFlight) -> list[ServedRequest]:
         """The oldest step has ended."""
         self.time = entry.end
-        done: list[Request] = []
+        done: list[ServedRequest] = []
         for batch, member in zip(entry.batches, self.members):
             for request in batch.firsts:
                 if request.first < 0:

@@ -76,11 +76,11 @@ def placement_of(
     numbers = model.expert_weights // model.num_experts
     return with_replicas(
         Placement.contiguous(model.num_experts, num_ranks),
-        round(numbers * (model.packed_bytes or settings.itemsize)),
-        load,
+        [round(numbers * (model.packed_bytes or settings.itemsize))],
+        [load],
         num_replica_bytes,
         None,
-        is_recorded=bool(file),
+        whole_load=load if file else None,
     )
 
 

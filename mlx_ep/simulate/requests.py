@@ -10,7 +10,7 @@ from mlx_ep.simulate.traces import TraceRequest
 
 
 @dataclass(slots=True, eq=False)
-class Request:
+class ServedRequest:
     """What an engine knows of a request.
 
     Attributes:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_ep.simulate.engine import Engine
-from mlx_ep.simulate.requests import Request
+from mlx_ep.simulate.requests import ServedRequest
 
 HEADER = (
     "instance id,request id,model,input,output,arrival,end_time,latency,queuing_delay,"
@@ -69,7 +69,7 @@ def served(engine: Engine) -> Iterator[Served]:
         )
 
 
-def _order(request: Request) -> tuple[int, int]:
+def _order(request: ServedRequest) -> tuple[int, int]:
     return request.end, request.index
 
 

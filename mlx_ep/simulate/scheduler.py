@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mlx_ep.simulate.blocks import BlockPool
-from mlx_ep.simulate.requests import Request
+from mlx_ep.simulate.requests import ServedRequest
 from mlx_ep.simulate.settings import EngineSettings
 
 
@@ -33,9 +33,9 @@ class StepBatch:
 
     prefills: list[tuple[int, int]] = field(default_factory=list)
     decodes: list[int] = field(default_factory=list)
-    making: list[Request] = field(default_factory=list)
-    firsts: list[Request] = field(default_factory=list)
-    lasts: list[Request] = field(default_factory=list)
+    making: list[ServedRequest] = field(default_factory=list)
+    firsts: list[ServedRequest] = field(default_factory=list)
+    lasts: list[ServedRequest] = field(default_factory=list)
 
     @property
     def prefill_tokens(self) -> int:
@@ -59,8 +59,8 @@ class Scheduler:
     ) -> None:
         self.settings = settings
         self.pool = BlockPool(num_blocks)
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.waiting: deque[ServedRequest] = deque()
+        self.running: list[ServedRequest] = []
         self._leaves_after_first = leaves_after_first
         self._was_preempted = False
         # The first waiting request finds no blocks, and will not before some are freed.
@@ -71,7 +71,7 @@ class Scheduler:
         """vLLM's measure of how busy it is."""
         return 4 * len(self.waiting) + len(self.running)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: ServedRequest) -> None:
         """A request that arrives here."""
         request.wanted = 1 if self._leaves_after_first else request.outputs
         self.waiting.append(request)
@@ -124,19 +124,19 @@ class Scheduler:
             self._admit(batch, now, step, budget)
         return batch
 
-    def _chunk(self, request: Request, budget: int) -> int:
+    def _chunk(self, request: ServedRequest, budget: int) -> int:
         chunk = request.total - request.computed
         threshold = self.settings.long_prefill_token_threshold
         if 0 < threshold < chunk:
             chunk = threshold
         return min(chunk, budget)
 
-    def _blocks_for(self, request: Request, tokens: int) -> int:
+    def _blocks_for(self, request: ServedRequest, tokens: int) -> int:
         size = self.settings.block_size
         return -(-tokens // size) - request.num_blocks
 
     def _make_room(
-        self, request: Request, chunk: int, in_flight: Sequence[StepBatch]
+        self, request: ServedRequest, chunk: int, in_flight: Sequence[StepBatch]
     ) -> bool:
         """Blocks for a running request; the youngest make room. False: it was it."""
         need = self._blocks_for(request, request.computed + chunk)
@@ -148,11 +148,11 @@ class Scheduler:
         self._own(request, need)
         return True
 
-    def _own(self, request: Request, blocks: int) -> None:
+    def _own(self, request: ServedRequest, blocks: int) -> None:
         request.own_blocks += max(blocks, 0)
         request.room = request.num_blocks * self.settings.block_size
 
-    def _preempt(self, request: Request, in_flight: Sequence[StepBatch]) -> None:
+    def _preempt(self, request: ServedRequest, in_flight: Sequence[StepBatch]) -> None:
         self.pool.give_back(request.own_blocks, request.shared)
         for batch in in_flight:
             if any(other is request for other in batch.making):
@@ -204,7 +204,7 @@ class Scheduler:
             budget -= chunk
 
     def _compute(
-        self, batch: StepBatch, request: Request, chunk: int, step: int
+        self, batch: StepBatch, request: ServedRequest, chunk: int, step: int
     ) -> None:
         if chunk == 1:
             batch.decodes.append(request.computed + 1)
@@ -223,7 +223,7 @@ class Scheduler:
         if request.made >= request.wanted:
             batch.lasts.append(request)
 
-    def _name_blocks(self, request: Request) -> None:
+    def _name_blocks(self, request: ServedRequest) -> None:
         """Blocks that are full of known tokens can be found by others from now on."""
         full = min(request.computed // self.settings.block_size, len(request.names))
         while request.named < full:
@@ -233,7 +233,7 @@ class Scheduler:
                 request.own_blocks -= 1
                 request.shared.append(name)
 
-    def finish(self, request: Request) -> None:
+    def finish(self, request: ServedRequest) -> None:
         """It has its last token."""
         self.running.remove(request)
         self.pool.give_back(request.own_blocks, request.shared)

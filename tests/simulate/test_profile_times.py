@@ -11,7 +11,7 @@ import pytest
 from mlx_ep.cost.profile import find_profile, from_json, overridden, to_json
 from mlx_ep.cost.step import step_cost
 from mlx_ep.loading import model_shape
-from mlx_ep.simulate.requests import Request
+from mlx_ep.simulate.requests import ServedRequest
 from mlx_ep.simulate.scheduler import StepBatch
 from mlx_ep.simulate.times.profile_times import ProfileTimes
 from tests.support.simulate.data import (
@@ -62,7 +62,7 @@ def test_prompts_and_single_tokens_are_separate_forwards(tmp_path: Path) -> None
 
 
 def test_a_prompt_that_ends_runs_its_last_token_by_itself(tmp_path: Path) -> None:
-    times, request = _times(tmp_path), Request.__new__(Request)
+    times, request = _times(tmp_path), ServedRequest.__new__(ServedRequest)
     going = StepBatch(prefills=[(64, 0)])
     ending = replace(going, making=[request])
     more = _seconds(times, ending) - _seconds(times, going)
