@@ -35,7 +35,7 @@ import numpy as np
 from benchmarks.harness import Samples, Target, arguments, finish, heading, ratio
 from mlx_ep.metrics import markdown_table
 from mlx_ep.simulate.calibrate import errors, fit, trace_of
-from mlx_ep.simulate.engine import Engine
+from mlx_ep.simulate.engine import Simulation
 from mlx_ep.simulate.flags import make_parser
 from mlx_ep.simulate.measured import read_measured, read_simulated
 from mlx_ep.simulate.results import write_csv
@@ -57,14 +57,14 @@ LIMITS = {"E2E": 6.7, "TTFT": 17.6, "ITL": 7.1}
 BIG_POOL = {"mem_size": 4.0, "mem_bw": 100, "mem_latency": 0}
 
 
-def open_engine(cluster: Path, trace: Path, *flags: str) -> Engine:
+def open_engine(cluster: Path, trace: Path, *flags: str) -> Simulation:
     """Everything read, nothing served."""
     argv = ["--cluster-config", str(cluster), "--dataset", str(trace), *flags]
     args = make_parser().parse_args(argv)
     return prepare(args, open_cluster(args), read_trace(trace))
 
 
-def serve(cluster: Path, trace: Path, out: Path, *flags: str) -> Engine:
+def serve(cluster: Path, trace: Path, out: Path, *flags: str) -> Simulation:
     """What the command does: read, serve, write the CSV."""
     engine = open_engine(cluster, trace, *flags)
     engine.run()

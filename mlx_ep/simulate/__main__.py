@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mlx_ep import cli
-from mlx_ep.simulate.engine import Engine
+from mlx_ep.simulate.engine import Simulation
 from mlx_ep.simulate.flags import check_files, make_parser
 from mlx_ep.simulate.plot import plot_run
 from mlx_ep.simulate.results import Totals, moments, served, totals_text, write_csv
@@ -38,7 +38,7 @@ def main() -> None:
     _serve(engine, args)
 
 
-def _prepare(args: argparse.Namespace) -> Engine:
+def _prepare(args: argparse.Namespace) -> Simulation:
     """Everything read and checked."""
     check_files(args, "json", "plot")
     output = _output(args)
@@ -55,7 +55,7 @@ def _output(args: argparse.Namespace) -> Path | None:
     return Path(args.output.replace("{run_id}", args.run_id))
 
 
-def _serve(engine: Engine, args: argparse.Namespace) -> None:
+def _serve(engine: Simulation, args: argparse.Namespace) -> None:
     names = {instance.model.name for instance in engine.cluster.instances}
     model = names.pop()
     with tqdm(

@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_ep import cli
 from mlx_ep.simulate.cluster import Cluster, Instance, LinkLevel
-from mlx_ep.simulate.engine import Engine
+from mlx_ep.simulate.engine import Simulation
 from mlx_ep.simulate.flags import add_settings_flags, check_files, settings_of
 from mlx_ep.simulate.measured import Observed, read_measured
 from mlx_ep.simulate.memory import KvPool
@@ -163,7 +163,7 @@ def fit(
 
 def simulated_with(
     measured: Observed,
-    engine: Engine | None,
+    engine: Simulation | None,
     settings: EngineSettings | None = None,
     kv_tokens: int = 1 << 24,
     costs: StepCosts = _START,
@@ -181,7 +181,7 @@ def simulated_with(
     return _simulated(measured, engine)
 
 
-def _simulated(measured: Observed, engine: Engine) -> Observed:
+def _simulated(measured: Observed, engine: Simulation) -> Observed:
     requests = sorted(engine.requests, key=lambda request: request.index)
     ends = [engine.times_of(request) for request in requests]
     return Observed(
@@ -194,7 +194,7 @@ def _simulated(measured: Observed, engine: Engine) -> Observed:
 
 
 def _solve(
-    measured: Observed, engine: Engine, times: LinearTimes, count: int
+    measured: Observed, engine: Simulation, times: LinearTimes, count: int
 ) -> StepCosts:
     """The fit for the steps of one simulation; every equation counts by its share."""
     log = engine.groups[0].log
@@ -239,7 +239,7 @@ def _least_squares(matrix: np.ndarray, values: np.ndarray) -> list[float]:
 
 def _run(
     trace: Trace, settings: EngineSettings, kv_tokens: int, costs: StepCosts
-) -> tuple[Engine, LinearTimes]:
+) -> tuple[Simulation, LinearTimes]:
     blocks = max(kv_tokens // settings.block_size, 1)
     link = LinkLevel(1.0, 0.0)
     instance = Instance(
@@ -266,7 +266,7 @@ def _run(
         nodes_link=link,
     )
     times = LinearTimes(costs)
-    engine = Engine(cluster, trace, [times])
+    engine = Simulation(cluster, trace, [times])
     engine.run()
     return engine, times
 

@@ -11,7 +11,7 @@ import numpy as np
 from mlx_ep.cost.profile import Profile
 from mlx_ep.cost.shape import ModelShape
 from mlx_ep.simulate.cluster import Cluster, Instance, LinkLevel
-from mlx_ep.simulate.engine import Engine
+from mlx_ep.simulate.engine import Simulation
 from mlx_ep.simulate.memory import GIB, KvPool, kv_blocks
 from mlx_ep.simulate.model import ModelSizes
 from mlx_ep.simulate.placed import most_slots, placement_of
@@ -140,7 +140,7 @@ def _serve(
             instances_link=none,
             nodes_link=none,
         )
-        engine = Engine(cluster, trace, [times])
+        engine = Simulation(cluster, trace, [times])
     except ValueError as error:
         return replace(named, why_not=str(error))
     engine.run()

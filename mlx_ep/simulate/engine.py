@@ -20,7 +20,7 @@ FOREVER = 1 << 62
 ROUTING_POLICIES = ("LOAD", "RR", "RAND", "CUSTOM")
 
 
-class Engine:
+class Simulation:
     """A cluster that serves a trace.
 
     Args:

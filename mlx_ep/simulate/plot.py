@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_ep.simulate.engine import Engine
+from mlx_ep.simulate.engine import Simulation
 from mlx_ep.simulate.results import NS, Served, moments
 
 _MOST_POINTS = 20000
@@ -26,7 +26,7 @@ def check_can_plot() -> None:
 
 
 def plot_run(
-    file: Path, engine: Engine, requests: Sequence[Served], interval: float | int
+    file: Path, engine: Simulation, requests: Sequence[Served], interval: float | int
 ) -> None:
     """TTFT and ITL over time, running and waiting requests, KV blocks: one PNG."""
     import matplotlib

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_ep.simulate.engine import Engine
+from mlx_ep.simulate.engine import Simulation
 from mlx_ep.simulate.requests import ServedRequest
 
 HEADER = (
@@ -50,7 +50,7 @@ class Served:
         return (self.latency - self.ttft) // (self.outputs - 1)
 
 
-def served(engine: Engine) -> Iterator[Served]:
+def served(engine: Simulation) -> Iterator[Served]:
     """Every request, in the order in which they ended."""
     for request in sorted(engine.requests, key=_order):
         times = engine.times_of(request)
@@ -75,7 +75,7 @@ def _order(request: ServedRequest) -> tuple[int, int]:
 
 def write_csv(
     file: Path,
-    engine: Engine,
+    engine: Simulation,
     model: str,
     each: Callable[[Served], object] = lambda one: None,
 ) -> None:
@@ -140,7 +140,7 @@ class Totals:
         self.end = max(self.end, one.end)
         self.start = one.arrival if self.start is None else min(self.start, one.arrival)
 
-    def content(self, engine: Engine) -> dict[str, Any]:
+    def content(self, engine: Simulation) -> dict[str, Any]:
         """As JSON has it: times in ms, rates per second of simulated time."""
         seconds = max(self.end / NS, 1e-9)
         latency = Spread.of(self._latency)
@@ -232,7 +232,7 @@ class Moment:
         )
 
 
-def moments(engine: Engine, interval: float | int) -> list[Moment]:
+def moments(engine: Simulation, interval: float | int) -> list[Moment]:
     """Intervals of `interval` seconds in which a step ended."""
     logs = [group.log for group in engine.groups]
     last = max((int(log.ends[-1]) for log in logs if log.count), default=0)

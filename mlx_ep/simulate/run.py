@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlx_ep.cost.profile import find_profile, shipped_profiles
 from mlx_ep.simulate.cluster import Cluster, Instance, read_cluster
-from mlx_ep.simulate.engine import Engine
+from mlx_ep.simulate.engine import Simulation
 from mlx_ep.simulate.fields import read_json
 from mlx_ep.simulate.flags import settings_of
 from mlx_ep.simulate.group import StepTimes
@@ -65,7 +65,7 @@ def prepare(
     cluster: Cluster,
     trace: Trace,
     note: Callable[[str], object] = lambda text: None,
-) -> Engine:
+) -> Simulation:
     """The engine that serves the trace, checked and ready.
 
     Args:
@@ -88,7 +88,7 @@ def prepare(
         raise ValueError(
             "--expert-routing-file goes with --expert-routing-policy CUSTOM or TRACE."
         )
-    return Engine(
+    return Simulation(
         cluster,
         trace,
         times,

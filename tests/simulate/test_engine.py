@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_ep.simulate.engine import Engine
+from mlx_ep.simulate.engine import Simulation
 from mlx_ep.simulate.traces import read_trace
 from tests.support.simulate.data import (
     cluster,
@@ -187,7 +187,7 @@ def test_pipeline_stages_overlap(tmp_path: Path) -> None:
     assert piped < 2 * int(whole.groups[0].log.ends[-1])
 
 
-def _single_batches(engine: Engine) -> list[Any]:
+def _single_batches(engine: Simulation) -> list[Any]:
     from mlx_ep.simulate.scheduler import StepBatch
 
     return [
