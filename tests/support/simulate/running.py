@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from mlx_ep.simulate import __main__ as command
-from mlx_ep.simulate.engine import Engine
+from mlx_ep.simulate.engine import Simulation
 from mlx_ep.simulate.flags import make_parser
 from mlx_ep.simulate.results import write_csv
 from mlx_ep.simulate.run import open_cluster, prepare
@@ -40,7 +40,7 @@ def run_command(argv: Sequence[str | Path]) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def make_engine(cluster: Path, trace: Path, *flags: str) -> Engine:
+def make_engine(cluster: Path, trace: Path, *flags: str) -> Simulation:
     """The engine of a command line, not run yet."""
     argv = ["--cluster-config", str(cluster), "--dataset", str(trace), *flags]
     args = make_parser().parse_args(argv)
@@ -48,7 +48,7 @@ def make_engine(cluster: Path, trace: Path, *flags: str) -> Engine:
     return prepare(args, opened, read_trace(args.dataset).first(args.num_reqs))
 
 
-def csv_of(engine: Engine, file: Path) -> str:
+def csv_of(engine: Simulation, file: Path) -> str:
     engine.run()
     write_csv(file, engine, engine.cluster.instances[0].model.name)
     return file.read_text()
