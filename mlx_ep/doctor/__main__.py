@@ -14,7 +14,7 @@ from typing import Any
 
 from mlx_ep import cli
 from mlx_ep.api import prepare
-from mlx_ep.comm import Comm, GroupComm, gather_objects
+from mlx_ep.comm import Comm, GroupComm, agreed, gather_objects
 from mlx_ep.config import EPConfig
 from mlx_ep.doctor.answers import answers, is_wrong
 from mlx_ep.doctor.facts import machine, unlike
@@ -27,6 +27,7 @@ from mlx_ep.doctor.report import (
     verdict,
 )
 from mlx_ep.doctor.tokens import check_tokens
+from mlx_ep.loading import find_model
 from mlx_ep.measure import Check, check_collectives, check_experts, check_kernels
 from mlx_ep.measure.links import measure_links
 from mlx_ep.rows import uses_metal
@@ -132,6 +133,8 @@ def main() -> None:
         assert isinstance(comm, GroupComm)
         with cli.usage_errors():
             cli.check_outputs(args, comm)
+            if args.model is not None:  # a wrong name is no finding
+                agreed(comm, lambda: find_model(args.model, None, download="ranges"))
         is_right = examine(args, comm)
 
     cli.run(make_parser(), body)

@@ -185,7 +185,13 @@ PLAN = [
     (f"{MODEL} --ranks 2 --attention data", "invalid choice: 'data'"),
     (f"{MODEL} --ranks 3 --attention tensor", "cannot split this model over 3 ranks"),
 ]
-DOCTOR = [("--ranks x", "must be a whole number, got 'x'"), ("--foo", "unrecognized")]
+DOCTOR = [
+    ("--ranks x", "must be a whole number, got 'x'"),
+    ("--foo", "unrecognized"),
+    ("--model ''", "--model: must not be empty"),
+    ("--model /no/such", "there is no folder '/no/such'"),
+    ("--json /no/such/x", "--json must be a file in a folder"),
+]
 CALIBRATE = [
     ("--packings x", "--packings must be some of"),
     ("--widths 100,100", "--widths must be two multiples of 256"),
