@@ -63,7 +63,7 @@ def build_engine(
 
     def make_sampler(request: Request) -> SequenceSampler:
         grammar = grammars.matcher(request.id, request.grammar)
-        return SequenceSampler(request, ends, special, grammar)
+        return SequenceSampler(request, special, grammar)
 
     scheduler = RequestScheduler(
         sizes,
@@ -79,7 +79,16 @@ def build_engine(
         notes.append(f"no prefix cache: {reason}")
     return ServingEngine(
         comm,
-        Worker(model, comm, sizes, own_attention, prefixes, make_sampler),
+        Worker(
+            model,
+            comm,
+            sizes,
+            own_attention,
+            options.max_num_seqs,
+            prefixes,
+            ends,
+            make_sampler,
+        ),
         scheduler,
         pools=pools,
         options=options,

@@ -293,7 +293,8 @@ def test_a_long_prompt_stalls_nobody(seen: list[dict[str, Any]]) -> None:
     (asked,) = steps["asked"]
     chunks = -(-(len(LONG) - 1) // 32)
     assert chunks > 8
-    assert asked + chunks <= steps["long"][0] <= asked + chunks + 4
+    # One step more for the first pass, one to read its token, one for the short one.
+    assert asked + chunks <= steps["long"][0] <= asked + chunks + 5
     assert steps["short"][0] <= asked + 5
 
 
