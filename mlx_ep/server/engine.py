@@ -4,7 +4,7 @@ One turn of the loop, on all ranks together:
 
     rank 0 decides -> one collective begins: its decision, and the tokens of the last
                       turn, which are still being drawn
-                   -> the pass over these tokens begins
+                   -> the pass over these tokens begins (`EngineOptions.look_ahead`)
                    -> the collective is read: tokens are delivered, places become free
                    -> requests enter, one chunk of prompts is processed
                    -> every sequence of the pass draws a token
@@ -213,9 +213,10 @@ class ServingEngine:
             self._bell.wait()
         note_progress("batch", self._state.steps)
         sent = self._send(decision)
-        # Where ranks run sequences of their own, each has drawn for itself.
-        drawn_by = self._comm.rank if self.attention == "data" else 0
-        worker.look_ahead(self._exchange.words(sent, drawn_by))
+        if worker.looks_ahead:
+            # Where ranks run sequences of their own, each has drawn for itself.
+            drawn_by = self._comm.rank if self.attention == "data" else 0
+            worker.look_ahead(self._exchange.words(sent, drawn_by))
         heard = self._exchange.receive(sent)
         told = [decode(rank.payload) for rank in heard]
         if self._comm.rank != 0:

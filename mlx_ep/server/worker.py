@@ -1,9 +1,10 @@
 """What one rank does in a step: it follows rank 0's decision, and decodes.
 
-The pass over the tokens of the last step begins before anybody has read them, so that
-what the host does in between costs no time: taking tokens, telling clients, building
-the next graph. It comes too early for those that end or are cancelled, whose row is for
-nothing, and for those that enter, whose first pass is the next one.
+With `look_ahead` the pass over the tokens of the last step begins before anybody has
+read them, so that what the host does in between costs no time: taking tokens, telling
+clients, building the next graph. It comes too early for those that end or are
+cancelled, whose row is for nothing, and for those that enter, whose first pass is the
+next one. Without it, the pass begins when all that is known.
 
 Ranks with attention of their own (`data`) hold the sequences that they own; every rank
 knows of all, since a pass is one of all ranks, with as many tokens of each as all know.
@@ -111,6 +112,8 @@ class Worker:
 
     Args:
         own_attention: whether each rank holds sequences of its own.
+        looks_ahead: whether `look_ahead` is called, between `words` and `hear`; alike
+            on all ranks.
         num_places: sequences at most.
         prefixes: of every rank that holds sequences of its own, of which this rank
             keeps its own up to date (rank 0 all of them); one where all hold the same.
@@ -122,6 +125,7 @@ class Worker:
     comm: Comm
     sizes: KvSizes
     own_attention: bool
+    looks_ahead: bool
     num_places: int
     prefixes: list[PrefixCache]
     ends: Sequence[int]
@@ -184,6 +188,10 @@ class Worker:
         Args:
             words: as `words` of the rank that drew for this one, not evaluated.
         """
+        self._begin_pass(words)
+
+    def _begin_pass(self, words: Int32[mx.array, " places"] | None = None) -> None:
+        """The pass over one more token of all that can; None: the tokens are known."""
         ready = [s for s in self.running.values() if not s.left]
         self._pass = Pass([], [], None)
         if all(s.num_drawn >= s.request.max_tokens for s in ready):
@@ -197,10 +205,10 @@ class Worker:
             self._pass = Pass(ready, [], None)
             self._serve()
             return
-        tokens = words[mx.array(self._batch.places)] - 1
-        if not all(row.is_drawing for row in rows):  # the first time
-            last = mx.array([row.tokens[-1] for row in rows], mx.int32)
-            tokens = mx.where(mx.array([row.is_drawing for row in rows]), tokens, last)
+        tokens = mx.array([row.tokens[-1] for row in rows], mx.int32)
+        if words is not None:  # but those of their first pass
+            drawn = words[mx.array(self._batch.places)] - 1
+            tokens = mx.where(mx.array([s.is_drawing for s in rows]), drawn, tokens)
         logits = self._batch.logits(tokens)
         mx.async_eval(logits)
         self._pass = Pass(ready, rows, logits)
@@ -241,6 +249,8 @@ class Worker:
             self._enter(enter, begun.get(enter.place))
         if decision.prefill:
             self._prefill(decision.prefill)
+        if not self.looks_ahead:
+            self._begin_pass()
         self._draw()
 
     def begin(self, decision: Decision) -> dict[int, list[Any]]:
