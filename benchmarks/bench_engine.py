@@ -3,7 +3,8 @@
 2 ranks over MPI and over the ring, without HTTP, on the embedded model: seconds of CPU
 that each rank uses in a second without a request, the time from `submit` until all
 ranks have begun the step that takes the request, and tokens per second of the engine
-with 1 to 32 requests at once, beside mlx-lm's BatchGenerator in one process.
+with 1 to 32 requests at once, beside mlx-lm's BatchGenerator in one process, whose
+answers must be the same.
 
     python -m benchmarks.bench_engine --check
 """
@@ -32,7 +33,7 @@ from mlx_ep.server.requests import Request, Sampling, Token
 MOST_IDLE_SHARE = 0.05  # of a core
 MOST_START_SECONDS = 0.01
 TOKENS = 32
-PROMPT = (0, 2, 305, 3)
+PROMPTS = [(0, 2, 300 + term, 3) for term in range(7)]  # questions it knows
 # The model's end token is not drawn, so that all answers are equally long.
 ENDLESS = Sampling(logit_bias={1: -100.0, 3: -100.0, 0: -100.0, 2: -100.0})
 
@@ -50,7 +51,7 @@ def measure(
     )
     options = EngineOptions(max_kv_memory=10**8, prefix_cache_memory=0)
     engine = build_engine(model, tokenizer, GroupComm(group), options)
-    found: dict[str, Any] = {"starts": [], "throughput": {}}
+    found: dict[str, Any] = {"starts": [], "throughput": {}, "answers": {}}
 
     def watch_idle() -> None:
         time.sleep(1.0)
@@ -59,13 +60,14 @@ def measure(
         found["idle"] = (time.process_time() - before) / idle_seconds
 
     def client() -> None:
-        _ask(engine, 4)  # what is compiled at first
+        _ask(engine, 4, {})  # what is compiled at first
         watch_idle()
         for _ in range(samples):
             time.sleep(0.05)
             found["starts"].append(_start_seconds(engine))
         for count in at_once:
-            found["throughput"][count] = count * TOKENS / _ask(engine, count)
+            seconds = _ask(engine, count, found["answers"].setdefault(count, {}))
+            found["throughput"][count] = count * TOKENS / seconds
         engine.stop()
 
     target = client if group.rank() == 0 else watch_idle
@@ -76,18 +78,20 @@ def measure(
     return found
 
 
-def _ask(engine: ServingEngine, count: int) -> float:
-    """Seconds for `count` requests at once."""
+def _ask(engine: ServingEngine, count: int, answers: dict[int, list[int]]) -> float:
+    """Seconds for `count` requests at once; puts their tokens into `answers`."""
     done = threading.Semaphore(0)
 
     def deliver(event: Token) -> None:
+        if event.token is not None:
+            answers.setdefault(int(event.request.split()[0]), []).append(event.token)
         if event.finish_reason is not None:
             done.release()
 
     start = time.perf_counter()
     for number in range(count):
-        request = Request(f"{start}.{number}", PROMPT, TOKENS, ENDLESS)
-        engine.submit(request, deliver)
+        prompt = PROMPTS[number % len(PROMPTS)]
+        engine.submit(Request(f"{number} {start}", prompt, TOKENS, ENDLESS), deliver)
     for _ in range(count):
         done.acquire()
     return time.perf_counter() - start
@@ -95,40 +99,39 @@ def _ask(engine: ServingEngine, count: int) -> float:
 
 def _start_seconds(engine: ServingEngine) -> float:
     """From `submit` until all ranks have told rank 0 that they are in the step."""
-    begun = threading.Event()
     worker, hear = engine._worker, engine._worker.hear
     times = []
 
-    def note(heard: Any) -> Any:
+    def note(*arguments: Any) -> Any:
         times.append(time.perf_counter())
-        begun.set()
-        return hear(heard)
+        return hear(*arguments)
 
-    worker.hear = note  # type: ignore[method-assign]
+    worker.hear = note  # type: ignore[method-assign, assignment]
     done = threading.Event()
     start = time.perf_counter()
-    request = Request(f"start {start}", PROMPT, 1, ENDLESS)
+    request = Request(f"start {start}", PROMPTS[0], 1, ENDLESS)
     engine.submit(request, lambda event: done.set())
     done.wait()
     worker.hear = hear  # type: ignore[method-assign]
     return times[0] - start
 
 
-def batch_throughput(count: int) -> float:
-    """Tokens/s of mlx-lm's BatchGenerator in this process."""
+def batch_throughput(count: int) -> tuple[float, list[list[int]]]:
+    """Tokens/s of mlx-lm's BatchGenerator in this process, and the answers."""
     model, tokenizer = mlx_lm.load(str(find_model("jargon-moe")))
     bias = ENDLESS.logit_bias
+    prompts = [list(PROMPTS[number % len(PROMPTS)]) for number in range(count)]
 
     def endless(_: mx.array, logits: mx.array) -> mx.array:
         return logits.at[:, mx.array(list(bias))].add(mx.array(list(bias.values())))
 
-    def run() -> float:
+    def run() -> tuple[float, list[list[int]]]:
         start = time.perf_counter()
-        batch_generate(
-            model, tokenizer, [list(PROMPT)] * count, max_tokens=TOKENS,
+        answers = batch_generate(
+            model, tokenizer, prompts, max_tokens=TOKENS, return_token_ids=True,
             logits_processors=[endless], completion_batch_size=32,
-        )  # fmt: skip
-        return count * TOKENS / (time.perf_counter() - start)
+        ).token_ids  # fmt: skip
+        return count * TOKENS / (time.perf_counter() - start), answers
 
     run()
     return run()
@@ -141,6 +144,7 @@ def main() -> int:
     samples, idle = (3, 1.0) if args.quick else (args.samples, 5.0)
     at_once = (1, 8) if args.quick else (1, 2, 4, 8, 16, 32)
     records: list[dict[str, Any]] = []
+    served: list[dict[int, dict[int, list[int]]]] = []
     runs = [("mpi", {}), ("ring", {}), ("mpi", {"strategy": "auto"})]
     for transport, config in runs[: 2 if args.quick else 3]:
         ranks = run_pinned(
@@ -156,6 +160,7 @@ def main() -> int:
             "tokens_per_second": ranks[0]["throughput"],
         }
         records.append(record)
+        served.append(ranks[0]["answers"])
         idles = ", ".join(f"{rank['idle']:.4f}" for rank in ranks)
         rates = ", ".join(f"{n}: {v:.0f}" for n, v in ranks[0]["throughput"].items())
         print(
@@ -164,13 +169,21 @@ def main() -> int:
             flush=True,
         )
     alone = {count: batch_throughput(count) for count in at_once}
-    records.append({"mlx_lm": "BatchGenerator", "tokens_per_second": alone})
-    rates = ", ".join(f"{n}: {v:.0f}" for n, v in alone.items())
+    differing = sum(
+        answers[count].get(number) != expected
+        for answers in served
+        for count, (_, all_expected) in alone.items()
+        for number, expected in enumerate(all_expected)
+    )
+    speeds = {count: speed for count, (speed, _) in alone.items()}
+    records.append({"mlx_lm": "BatchGenerator", "tokens_per_second": speeds})
+    rates = ", ".join(f"{n}: {v:.0f}" for n, v in speeds.items())
     print(f"mlx-lm's BatchGenerator, one process: {rates}")
     engines = records[:-1]
     worst = max(max(record["idle_cores"]) for record in engines)
     slowest = max(Samples(tuple(r["start_seconds"])).median for r in engines)
     targets = [
+        Target("answers that are not mlx-lm's", differing, 0),
         Target("cores that an idle rank uses", worst, MOST_IDLE_SHARE),
         Target("seconds until a request starts, median", slowest, MOST_START_SECONDS),
     ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
 from mlx_ep.server.kv import leaf_caches
 
@@ -59,13 +59,13 @@ class DecodeBatch:
         row = self.places.index(place)
         return [cache.extract(row) for cache in self._caches]
 
-    def logits(self, tokens: Sequence[int]) -> Float[mx.array, "B V"]:
+    def logits(self, tokens: Int32[mx.array, " B"]) -> Float[mx.array, "B V"]:
         """Of what follows one more token of each sequence; not evaluated.
 
         Args:
             tokens: of the rows.
         """
-        logits = self._model(mx.array(list(tokens))[:, None], cache=self._caches)
+        logits = self._model(tokens[:, None], cache=self._caches)
         return logits[:, -1, :]
 
 

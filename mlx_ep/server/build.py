@@ -15,7 +15,12 @@ from mlx_ep.data_parallel import can_batch
 from mlx_ep.server.engine import ServingEngine
 from mlx_ep.server.grammar import Grammars
 from mlx_ep.server.kv import kv_sizes, why_not_shared
-from mlx_ep.server.pools import EngineOptions, options_facts, share_memory
+from mlx_ep.server.pools import (
+    EngineOptions,
+    looks_ahead,
+    options_facts,
+    share_memory,
+)
 from mlx_ep.server.prefix_cache import PrefixCache
 from mlx_ep.server.requests import Request
 from mlx_ep.server.sampling import SequenceSampler
@@ -63,7 +68,7 @@ def build_engine(
 
     def make_sampler(request: Request) -> SequenceSampler:
         grammar = grammars.matcher(request.id, request.grammar)
-        return SequenceSampler(request, ends, special, grammar)
+        return SequenceSampler(request, special, grammar)
 
     scheduler = RequestScheduler(
         sizes,
@@ -74,12 +79,26 @@ def build_engine(
         find=lambda owner, tokens: prefixes[owner].find(tokens),
     )
     assert len(prefixes) == owners
-    notes = [f"attention: {attention}"]
+    ahead = looks_ahead(options, comm)
+    notes = [
+        f"attention: {attention}",
+        f"passes look ahead: {'yes' if ahead else 'no'}",
+    ]
     if reason:
         notes.append(f"no prefix cache: {reason}")
     return ServingEngine(
         comm,
-        Worker(model, comm, sizes, own_attention, prefixes, make_sampler),
+        Worker(
+            model,
+            comm,
+            sizes,
+            own_attention,
+            ahead,
+            options.max_num_seqs,
+            prefixes,
+            ends,
+            make_sampler,
+        ),
         scheduler,
         pools=pools,
         options=options,

@@ -2,10 +2,12 @@
 
 One turn of the loop, on all ranks together:
 
-    rank 0 decides -> one collective: its decision, and the tokens of the last turn
-                   -> tokens are delivered, places become free
+    rank 0 decides -> one collective begins: its decision, and the tokens of the last
+                      turn, which are still being drawn
+                   -> the pass over these tokens begins (`EngineOptions.look_ahead`)
+                   -> the collective is read: tokens are delivered, places become free
                    -> requests enter, one chunk of prompts is processed
-                   -> every sequence whose prompt is done draws a token
+                   -> every sequence of the pass draws a token
 
 All MLX work and all collectives are on the thread that calls `run`. Where nothing is to
 be done, rank 0 waits for a request and the others for rank 0 (`Doorbell`).
@@ -18,7 +20,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
 
@@ -31,17 +33,15 @@ from mlx_ep.server.messages import (
     STATUS,
     Details,
     Heard,
+    Sent,
     StepExchange,
-    decode_decision,
-    decode_details,
-    encode_decision,
-    encode_details,
+    decode,
+    encode,
 )
 from mlx_ep.server.pools import EngineOptions, Pools, resident_bytes
 from mlx_ep.server.requests import EngineState, RankState, Request, Stopping, Token
-from mlx_ep.server.sampling import Drawn
 from mlx_ep.server.scheduler import Decision, RequestScheduler
-from mlx_ep.server.worker import Ended, Worker
+from mlx_ep.server.worker import Ended, Running, Worker
 
 Deliver = Callable[[Token], None]
 RecordAction = Literal["start", "stop", "dump"]
@@ -212,14 +212,23 @@ class ServingEngine:
             note_progress("waiting")
             self._bell.wait()
         note_progress("batch", self._state.steps)
-        heard = self._tell(decision)
+        sent = self._send(decision)
+        if worker.looks_ahead:
+            # Where ranks run sequences of their own, each has drawn for itself.
+            drawn_by = self._comm.rank if self.attention == "data" else 0
+            worker.look_ahead(self._exchange.words(sent, drawn_by))
+        heard = self._exchange.receive(sent)
+        told = [decode(rank.payload) for rank in heard]
         if self._comm.rank != 0:
-            decision = decode_decision(heard[0].payload)
+            decision = told[0][0]
         begun = worker.begin(decision)
         before = dict(worker.running)
-        ended = worker.hear(heard)
+        details = worker.details() if self._comm.rank == 0 else {}
+        for _, of_rank in told:
+            details |= of_rank
+        ended = worker.hear(heard, {p: d for p, d in details.items() if d[2]})
         if self._comm.rank == 0:
-            self._deliver_all(heard, before, ended)
+            self._deliver_all(heard, before, ended, details)
             self._deliver_cancelled(decision, before)
         worker.step(decision, begun)
         self._act(decision)
@@ -247,19 +256,13 @@ class ServingEngine:
         is_asked = self._is_stopping or self._is_draining or self._record is not None
         return is_asked or self._scheduler.has_work or bool(self._cancelled)
 
-    def _tell(self, decision: Decision) -> list[Heard]:
+    def _send(self, decision: Decision) -> Sent:
         """The collective of the step."""
-        worker = self._worker
-        payload = b""
-        if self._comm.rank == 0:
-            payload = encode_decision(decision) if self._comm.size > 1 else b""
-        else:
-            payload = encode_details(_details(worker.drawn))
-        tokens = {
-            place: (drawn.token, drawn.finish_reason)
-            for place, drawn in worker.drawn.items()
-        }
-        return self._exchange(tokens, self._look(), payload)
+        details = self._worker.problems()
+        if self._comm.rank != 0 and self.attention == "data":
+            details = self._worker.details() | details
+        payload = encode(decision, details) if self._comm.size > 1 or details else b""
+        return self._exchange.send(self._worker.words(), self._look(), payload)
 
     def _look(self) -> list[int]:
         """What this rank says of itself: looked at when sequences come or go."""
@@ -285,36 +288,42 @@ class ServingEngine:
     # Rank 0's answers -----------------------------------------------------------------
 
     def _deliver_all(
-        self, heard: list[Heard], before: dict[int, Any], ended: list[Ended]
+        self,
+        heard: list[Heard],
+        before: dict[int, Running],
+        ended: dict[int, Ended],
+        details: Details,
     ) -> None:
-        details = {p: _detail(drawn) for p, drawn in self._worker.drawn.items()}
-        for told in heard[1:]:
-            details |= decode_details(told.payload)
-        is_data = self.attention == "data"
-        for told in heard if is_data else heard[:1]:
-            for place, (token, reason) in told.tokens.items():
-                sequence = before[place]
-                logprob, top, message = details.get(place, (None, (), ""))
+        for told in heard if self.attention == "data" else heard[:1]:
+            for place, token in told.tokens.items():
+                sequence, end = before[place], ended.get(place)
+                if end is not None and end.reason == "error":
+                    continue
+                logprob, top, _ = details.get(place, (None, (), ""))
                 is_first = len(sequence.tokens) == len(sequence.request.tokens) + 1
                 event = Token(
                     sequence.request.id,
-                    None if reason == "error" else token,
+                    token,
                     logprob,
                     top,
                     cached=sequence.cached if is_first else 0,
-                    finish_reason=reason,
-                    message=message,
+                    finish_reason=end.reason if end else None,
                 )
-                self._send(event)
-        with self._lock:
-            for end in ended:
-                self._scheduler.ended(end.place, before[end.place].request.id)
+                self._send_event(event)
+        for place, end in ended.items():
+            request = before[place].request.id
+            if end.reason == "error":
+                self._end(request, "error", end.message)
+            with self._lock:
+                self._scheduler.ended(place, request)
 
-    def _deliver_cancelled(self, decision: Decision, before: dict[int, Any]) -> None:
+    def _deliver_cancelled(
+        self, decision: Decision, before: dict[int, Running]
+    ) -> None:
         for place in decision.cancel:
             self._end(before[place].request.id, "cancelled")
 
-    def _send(self, event: Token) -> None:
+    def _send_event(self, event: Token) -> None:
         deliver = self._deliver.get(event.request)
         if event.finish_reason is not None:
             with self._lock:
@@ -326,7 +335,7 @@ class ServingEngine:
         self, request: str, reason: Literal["cancelled", "error"], message: str = ""
     ) -> None:
         self._grammars.forget(request)
-        self._send(Token(request, None, finish_reason=reason, message=message))
+        self._send_event(Token(request, None, finish_reason=reason, message=message))
 
     def _end_all(self, reason: str) -> None:
         with self._wake:
@@ -374,16 +383,3 @@ class ServingEngine:
                 zip(told, self.pools.running, strict=True)
             )
         )
-
-
-def _detail(drawn: Drawn) -> tuple[float | None, tuple[tuple[int, float], ...], str]:
-    return drawn.logprob, drawn.top, drawn.message
-
-
-def _details(drawn: dict[int, Drawn]) -> Details:
-    """Of those tokens that there is more to say of."""
-    return {
-        place: _detail(token)
-        for place, token in drawn.items()
-        if token.logprob is not None or token.message
-    }

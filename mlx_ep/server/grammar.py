@@ -31,13 +31,14 @@ class GrammarMatcher:
         """Why it cannot go on, or "": the grammar is wrong, or too much of a task."""
         return " ".join(self._matcher.get_error().split())
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing but the end may follow."""
-        return bool(self._matcher.is_stopped())
-
     def masked(self, logits: Float[mx.array, "1 V"]) -> Float[mx.array, "1 V"]:
-        """The logits, -inf where a token may not come next."""
+        """The logits, -inf where a token may not come next.
+
+        Behind the last token of a text that is complete, the end token alone may. With
+        an `error` they stay as they are.
+        """
+        if self._matcher.is_error():
+            return logits
         llguidance.numpy.fill_next_token_bitmask(self._matcher, self._mask)
         bits = np.unpackbits(self._mask.view(np.uint8), axis=1, bitorder="little")
         # A model's head may be wider than its vocabulary: those are no tokens.
@@ -46,9 +47,9 @@ class GrammarMatcher:
         allowed[:, :width] = bits[:, :width]
         return mx.where(mx.array(allowed), logits, mx.array(-mx.inf, logits.dtype))
 
-    def accept(self, token: int) -> bool:
-        """Go on behind a token; False where the grammar cannot."""
-        return bool(self._matcher.consume_token(token))
+    def accept(self, token: int) -> None:
+        """Go on behind a token; where that cannot be, there is an `error`."""
+        self._matcher.consume_token(token)
 
 
 def grammar_tokenizer(tokenizer: TokenizerWrapper, ends: Sequence[int]) -> LLTokenizer:

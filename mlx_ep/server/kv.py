@@ -67,8 +67,8 @@ def kept_prefix(caches: Sequence[KVCache], num_tokens: int) -> list[KVCache]:
         copy.values = mx.contiguous(cache.values[..., :num_tokens, :])
         copy.offset = num_tokens
         kept.append(copy)
-    # sync: else the copies would hold on to the whole batch.
-    mx.eval([(cache.keys, cache.values) for cache in kept])
+    # Else the copies would hold on to the whole batch.
+    mx.async_eval([(cache.keys, cache.values) for cache in kept])
     return kept
 
 

@@ -2,12 +2,14 @@
 
 Each rank gives a row of whole numbers:
 
-    bytes of its payload | status ... | one word per place | the first payload bytes
-                                        (token + 1) | reason << 28, 0: no token
+    bytes of its payload | status ... | token + 1 of every place | the first payload
+                                        (0: none was drawn)        bytes
 
-A payload is msgpack: rank 0's decision, and log probabilities from a rank that drew for
-others. It mostly is nothing, or short enough for the row. What is longer, such as a
-prompt, follows in a second collective, whose size all ranks have read in the rows.
+The tokens need not be known yet when a row is sent: what computes them is part of the
+same graph, and so is the pass that takes them. A payload is msgpack: rank 0's decision,
+and what a rank has to say of the tokens that it drew. It mostly is nothing, or short
+enough for the row. What is longer, such as a prompt, follows in a second collective,
+whose size all ranks have read in the rows.
 """
 
 from __future__ import annotations
@@ -19,17 +21,19 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import msgpack
 import numpy as np
+from jaxtyping import Int32
 
 from mlx_ep.comm import Comm
 from mlx_ep.server.prefix_cache import PrefixHit
-from mlx_ep.server.requests import FinishReason, Request, Sampling
+from mlx_ep.server.requests import Request, Sampling
 from mlx_ep.server.scheduler import Decision, Enter
 from mlx_ep.types import to_host
 
+# By place: log probability, those of the top tokens, what went wrong.
+Details = dict[int, tuple[float | None, tuple[tuple[int, float], ...], str]]
+
 INLINE = 256  # bytes of a payload that fit the row
 STATUS = 3  # numbers that each rank says of itself
-_SHIFT = 28  # bits of a token
-_REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length", "error")
 
 
 class Heard(NamedTuple):
@@ -37,17 +41,29 @@ class Heard(NamedTuple):
 
     Attributes:
         status: `STATUS` numbers.
-        tokens: by place: a token, and why the sequence ends with it.
+        tokens: that it has drawn, by place.
         payload: what came with them.
     """
 
     status: list[int]
-    tokens: dict[int, tuple[int, FinishReason | None]]
+    tokens: dict[int, int]
+    payload: bytes
+
+
+class Sent(NamedTuple):
+    """What is under way.
+
+    Attributes:
+        rows: of all ranks, not evaluated.
+        payload: of this rank.
+    """
+
+    rows: Int32[mx.array, "P W"]
     payload: bytes
 
 
 class StepExchange:
-    """The collective of every step.
+    """The collective of every step: `send`, then `receive`, on every rank.
 
     Args:
         num_places: sequences at most; alike on all ranks.
@@ -56,115 +72,110 @@ class StepExchange:
     def __init__(self, comm: Comm, num_places: int) -> None:
         self._comm, self._num_places = comm, num_places
 
-    def __call__(
+    def send(
         self,
-        tokens: dict[int, tuple[int, FinishReason | None]],
+        words: Int32[mx.array, " places"],
         status: Sequence[int],
         payload: bytes = b"",
-    ) -> list[Heard]:
-        """Tell and hear; every rank must call it.
+    ) -> Sent:
+        """Tell; nothing is waited for.
 
         Args:
-            tokens: that this rank has drawn, as in `Heard`.
+            words: token + 1 of every place that this rank drew one for, else 0; not
+                evaluated.
         """
-        row = np.zeros(1 + STATUS + self._num_places + INLINE // 4, np.int32)
-        row[0] = len(payload)
-        row[1 : 1 + STATUS] = status
-        for place, (token, reason) in tokens.items():
-            row[1 + STATUS + place] = token + 1 | _REASONS.index(reason) << _SHIFT
-        is_short = len(payload) <= INLINE
-        if is_short:
-            text = payload.ljust(INLINE, b"\0")
-            row[-INLINE // 4 :] = np.frombuffer(text, np.int32)
-        rows = self._gather(row).reshape(self._comm.size, -1)
+        text = payload.ljust(INLINE, b"\0") if len(payload) <= INLINE else bytes(INLINE)
+        first = mx.array([len(payload), *status], mx.int32)
+        last = mx.array(np.frombuffer(text, np.int32))
+        rows = mx.concatenate([first, words, last])[None]
+        if self._comm.size > 1:
+            rows = self._comm.all_gather(rows)
+        mx.async_eval(rows)
+        return Sent(rows, payload)
+
+    def words(self, sent: Sent, rank: int) -> Int32[mx.array, " places"]:
+        """The words of a rank, not evaluated."""
+        start = 1 + STATUS
+        return sent.rows[rank, start : start + self._num_places]
+
+    def receive(self, sent: Sent) -> list[Heard]:
+        """Hear what all ranks have told."""
+        # sync: the step depends on what rank 0 decided, and on the tokens.
+        rows = to_host(sent.rows)
         sizes = rows[:, 0].tolist()  # on host
-        long = self._gather_long(payload, sizes) if max(sizes) > INLINE else []
+        long = self._gather_long(sent.payload, sizes) if max(sizes) > INLINE else []
         heard = []
-        for rank, (size, other) in enumerate(zip(sizes, rows, strict=True)):
-            short = other[-INLINE // 4 :].tobytes()
+        for rank, (size, row) in enumerate(zip(sizes, rows, strict=True)):
+            short = row[-INLINE // 4 :].tobytes()
             text = (short if size <= INLINE else long[rank])[:size]
-            said = other[1 : 1 + STATUS].tolist()  # on host
-            heard.append(Heard(said, self._tokens(other), text))
+            status = row[1 : 1 + STATUS].tolist()  # on host
+            heard.append(Heard(status, self._tokens(row), text))
         return heard
 
-    def _tokens(self, row: np.ndarray) -> dict[int, tuple[int, FinishReason | None]]:
+    def _tokens(self, row: np.ndarray) -> dict[int, int]:
         words = row[1 + STATUS : 1 + STATUS + self._num_places]
         places = np.flatnonzero(words).tolist()  # on host
-        mask = (1 << _SHIFT) - 1
-        return {
-            place: (int(words[place] & mask) - 1, _REASONS[words[place] >> _SHIFT])
-            for place in places
-        }
+        return {place: int(words[place]) - 1 for place in places}
 
     def _gather_long(self, payload: bytes, sizes: list[int]) -> list[bytes]:
         """The payloads that do not fit their rows; nothing from those that do."""
-        width = max(size for size in sizes)
+        width = max(sizes)
         mine = payload if len(payload) > INLINE else b""
-        gathered = self._gather(np.frombuffer(mine.ljust(width, b"\0"), np.uint8))
-        return [row.tobytes() for row in gathered.reshape(self._comm.size, width)]
-
-    def _gather(self, row: np.ndarray) -> np.ndarray:
-        if self._comm.size == 1:
-            return row
-        # sync: the step depends on what rank 0 decided.
-        return to_host(self._comm.all_gather(mx.array(row)))
+        row = mx.array(np.frombuffer(mine.ljust(width, b"\0"), np.uint8))
+        if self._comm.size > 1:
+            row = self._comm.all_gather(row)
+        # sync: likewise.
+        gathered = to_host(row).reshape(self._comm.size, width)
+        return [row.tobytes() for row in gathered]
 
 
-def encode_decision(decision: Decision) -> bytes:
-    """A decision as msgpack; b"" where nothing was decided."""
-    if decision == Decision():
+def encode(decision: Decision, details: Details) -> bytes:
+    """A payload; b"" where nothing was decided and there is nothing to say."""
+    if not details and decision == Decision():
         return b""
-    return _packed(
-        [
-            decision.cancel,
-            [
-                [enter.place, enter.owner, _request_record(enter.request), enter.hit]
-                for enter in decision.enter
-            ],
-            list(decision.prefill.items()),
-            decision.stop,
-            decision.record,
-        ]
-    )
+    return _packed([_decision_record(decision), list(details.items())])
 
 
-def decode_decision(payload: bytes) -> Decision:
-    """What `encode_decision` was given."""
+def decode(payload: bytes) -> tuple[Decision, Details]:
+    """What `encode` was given."""
     if not payload:
+        return Decision(), {}
+    decision, details = msgpack.unpackb(payload, strict_map_key=False)
+    return _decision(decision), {
+        place: (logprob, tuple((token, value) for token, value in top), message)
+        for place, (logprob, top, message) in details
+    }
+
+
+def _decision_record(decision: Decision) -> list[Any]:
+    if decision == Decision():
+        return []
+    return [
+        decision.cancel,
+        [
+            [enter.place, enter.owner, _request_record(enter.request), enter.hit]
+            for enter in decision.enter
+        ],
+        list(decision.prefill.items()),
+        decision.stop,
+        decision.record,
+    ]
+
+
+def _decision(record: list[Any]) -> Decision:
+    if not record:
         return Decision()
-    cancel, enter, prefill, stop, record = msgpack.unpackb(
-        payload, strict_map_key=False
-    )
+    cancel, enter, prefill, stop, action = record
     return Decision(
         cancel,
         [
             Enter(place, owner, _request(values), PrefixHit(*hit) if hit else None)
             for place, owner, values, hit in enter
         ],
-        {
-            owner: [(place, count) for place, count in chunks]
-            for owner, chunks in prefill
-        },
+        {owner: [(place, n) for place, n in chunks] for owner, chunks in prefill},
         stop,
-        record,
+        action,
     )
-
-
-Details = dict[int, tuple[float | None, tuple[tuple[int, float], ...], str]]
-
-
-def encode_details(details: Details) -> bytes:
-    """By place: log probability, those of the top tokens, what went wrong."""
-    return _packed(list(details.items())) if details else b""
-
-
-def decode_details(payload: bytes) -> Details:
-    """What `encode_details` was given."""
-    items = msgpack.unpackb(payload) if payload else []
-    return {
-        place: (logprob, tuple((token, value) for token, value in top), message)
-        for place, (logprob, top, message) in items
-    }
 
 
 def _request_record(request: Request) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-# A running sequence counts as so many tokens of prompts: what it will cost is not
-# known, and sequences spread over ranks are what keeps all of them busy.
-SEQUENCE_TOKENS = 64
+# A running sequence counts as so many tokens of prompts: enough to spread what is new
+# over the ranks, too few to part a conversation from what is known of it.
+SEQUENCE_TOKENS = 4
 
 
 class RankLoad(NamedTuple):

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import mlx.core as mx
-from jaxtyping import Float
-from mlx_lm.generate import StopSequences
+from jaxtyping import Float, Int32
 from mlx_lm.sample_utils import (
     apply_min_p,
     apply_top_k,
@@ -24,26 +23,23 @@ from mlx_lm.sample_utils import (
 )
 
 from mlx_ep.server.grammar import GrammarMatcher
-from mlx_ep.server.requests import FinishReason, Request, Sampling
+from mlx_ep.server.requests import Request, Sampling
 from mlx_ep.types import to_host
 
 NextKey = Callable[[], mx.array | None]
 
 
 class Drawn(NamedTuple):
-    """A token that was drawn.
+    """Tokens that are being drawn; nothing is evaluated.
 
     Attributes:
-        logprob: its natural log probability; None where nobody asked.
-        top: (id, log probability) of the most likely ones, most likely first.
-        finish_reason: where the sequence ends with it.
+        tokens: of the rows of a batch.
+        details: by row, where somebody asked: the token's log probability, then ids and
+            log probabilities of the top ones.
     """
 
-    token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-    finish_reason: FinishReason | None = None
-    message: str = ""
+    tokens: Int32[mx.array, " B"]
+    details: dict[int, list[mx.array]]
 
 
 @dataclass
@@ -52,13 +48,11 @@ class SequenceSampler:
 
     Args:
         request: whose tokens they are.
-        ends: the model's own end tokens.
         special: tokens that XTC never excludes.
         grammar: no token outside of it is drawn.
     """
 
     request: Request
-    ends: Sequence[int]
     special: list[int] = field(default_factory=list)
     grammar: GrammarMatcher | None = None
 
@@ -81,9 +75,6 @@ class SequenceSampler:
         self._key: mx.array | None = None
         if sampling.seed is not None:
             self._key = mx.random.key(sampling.seed % 2**64)
-        stops = [(token,) for token in self.ends]
-        self._stops = StopSequences([*stops, *self.request.stop]).matcher()
-        self._num_drawn = 0
 
     @property
     def changes_logits(self) -> bool:
@@ -128,16 +119,17 @@ class SequenceSampler:
         """Tokens ``[B]``, not evaluated; B > 1 only for sequences of one `kind`."""
         return draw(logprobs, self.request.sampling, self.special, self._next_key)
 
-    def end(self, token: int) -> tuple[FinishReason | None, str]:
-        """Why the sequence ends with a token, and what went wrong; None: it goes on."""
-        self._num_drawn += 1
-        if self.grammar is not None and not self.grammar.accept(token):
-            return "error", f"the grammar cannot go on: {self.grammar.error}"
-        if self._stops.advance(token) or (self.grammar and self.grammar.is_complete):
-            return "stop", ""
-        if self._num_drawn >= self.request.max_tokens:
-            return "length", ""
-        return None, ""
+    def accept(self, token: int) -> None:
+        """The token that was drawn; the grammar goes on behind it."""
+        if self.grammar is not None:
+            self.grammar.accept(token)
+
+    @property
+    def problem(self) -> str:
+        """Why the sequence cannot go on, or ""."""
+        if self.grammar is None or not self.grammar.error:
+            return ""
+        return f"the grammar cannot go on: {self.grammar.error}"
 
     def _next_key(self) -> mx.array | None:
         """As each call of mx.random takes one; None: from the server's own stream."""
@@ -175,7 +167,7 @@ def draw_all(
     logits: Float[mx.array, "B V"],
     samplers: Sequence[SequenceSampler],
     tokens: Sequence[list[int]],
-) -> list[Drawn]:
+) -> Drawn:
     """One token of every sequence of a batch.
 
     Args:
@@ -195,15 +187,8 @@ def draw_all(
         for row, sampler in enumerate(samplers)
         if sampler.request.sampling.logprobs
     }
-    # sync: what comes next depends on the tokens.
-    mx.eval(drawn, details)
-    ids: list[int] = to_host(drawn).tolist()  # on host
-    found = []
-    for row, (token, sampler) in enumerate(zip(ids, samplers, strict=True)):
-        reason, message = sampler.end(token)
-        logprob, top = _read(details[row]) if row in details else (None, ())
-        found.append(Drawn(token, logprob, top, reason, message))
-    return found
+    mx.async_eval(drawn, details)
+    return Drawn(drawn, details)
 
 
 def _draw_groups(logprobs: mx.array, samplers: Sequence[SequenceSampler]) -> mx.array:
@@ -237,7 +222,10 @@ def _details(logprobs: mx.array, token: mx.array, sampling: Sampling) -> list[mx
     return found
 
 
-def _read(details: list[mx.array]) -> tuple[float, tuple[tuple[int, float], ...]]:
+def read_details(
+    details: list[mx.array],
+) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """One of `Drawn.details` as numbers."""
     # sync: evaluated with the tokens.
     own, *top = (to_host(array) for array in details)
     if not top:

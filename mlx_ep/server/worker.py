@@ -1,5 +1,11 @@
 """What one rank does in a step: it follows rank 0's decision, and decodes.
 
+With `look_ahead` the pass over the tokens of the last step begins before anybody has
+read them, so that what the host does in between costs no time: taking tokens, telling
+clients, building the next graph. It comes too early for those that end or are
+cancelled, whose row is for nothing, and for those that enter, whose first pass is the
+next one. Without it, the pass begins when all that is known.
+
 Ranks with attention of their own (`data`) hold the sequences that they own; every rank
 knows of all, since a pass is one of all ranks, with as many tokens of each as all know.
 Otherwise every rank holds all sequences, and rank 0 draws the tokens.
@@ -9,19 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from jaxtyping import Int32
+from mlx_lm.generate import StopSequences
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ep.comm import Comm, note_step
 from mlx_ep.server.batch import DecodeBatch, merge, prefill
 from mlx_ep.server.kv import begin_with, kept_prefix, leaf_caches
-from mlx_ep.server.messages import Heard
+from mlx_ep.server.messages import Details, Heard
 from mlx_ep.server.prefix_cache import PrefixCache
 from mlx_ep.server.requests import FinishReason, Request
-from mlx_ep.server.sampling import Drawn, SequenceSampler, draw_all
+from mlx_ep.server.sampling import Drawn, SequenceSampler, draw_all, read_details
 from mlx_ep.server.scheduler import Decision, Enter
 from mlx_ep.server.sizes import KvSizes
 from mlx_ep.types import TokenCounts
@@ -31,23 +39,29 @@ from mlx_ep.types import TokenCounts
 KEEP_PROMPT = 64
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
     """A sequence that has a place.
 
     Attributes:
         tokens: of the prompt and what was drawn.
         done: of the prompt's tokens that the KV cache holds.
+        stops: what ends it beside its length; every rank looks.
         caches: while the prompt is processed, on the ranks that hold it.
         sampler: on the rank that draws its tokens.
+        is_drawing: whether its next token is being drawn, on whatever rank.
+        cached: tokens of the prompt that came from the prefix cache.
     """
 
+    place: int
     request: Request
     owner: int
     tokens: list[int]
     done: int
+    stops: StopSequences.Matcher
     caches: list[Any] | None = None
     sampler: SequenceSampler | None = None
+    is_drawing: bool = False
     cached: int = 0
 
     @property
@@ -55,13 +69,41 @@ class Running:
         """Tokens of the prompt before the first can be drawn."""
         return max(0, len(self.request.tokens) - 1 - self.done)
 
+    @property
+    def num_drawn(self) -> int:
+        """Tokens of the answer, with the one that is being drawn."""
+        return len(self.tokens) - len(self.request.tokens) + self.is_drawing
 
-@dataclass
-class Ended:
-    """A sequence that has ended in this step."""
+    def take(self, token: int) -> FinishReason | None:
+        """One more token; why the sequence ends with it."""
+        self.tokens.append(token)
+        self.is_drawing = False
+        if self.sampler is not None:
+            self.sampler.accept(token)
+        if self.stops.advance(token):
+            return "stop"
+        return "length" if self.num_drawn >= self.request.max_tokens else None
 
-    place: int
+
+class Ended(NamedTuple):
+    """Why a sequence has ended in this step."""
+
     reason: FinishReason
+    message: str = ""
+
+
+class Pass(NamedTuple):
+    """A pass over one more token of every sequence whose prompt is processed.
+
+    Attributes:
+        sequences: of all ranks.
+        rows: those of this rank, in the order of its batch.
+        logits: ``[rows, V]``, not evaluated; None without rows.
+    """
+
+    sequences: list[Running]
+    rows: list[Running]
+    logits: mx.array | None
 
 
 @dataclass
@@ -70,25 +112,31 @@ class Worker:
 
     Args:
         own_attention: whether each rank holds sequences of its own.
+        looks_ahead: whether `look_ahead` is called, between `words` and `hear`; alike
+            on all ranks.
+        num_places: sequences at most.
         prefixes: of every rank that holds sequences of its own, of which this rank
             keeps its own up to date (rank 0 all of them); one where all hold the same.
+        ends: the model's own end tokens.
         make_sampler: for a request whose tokens this rank draws.
-
-    Attributes:
-        drawn: in the last step, by place.
     """
 
     model: nn.Module
     comm: Comm
     sizes: KvSizes
     own_attention: bool
+    looks_ahead: bool
+    num_places: int
     prefixes: list[PrefixCache]
+    ends: Sequence[int]
     make_sampler: Callable[[Request], SequenceSampler]
     running: dict[int, Running] = field(default_factory=dict)
-    drawn: dict[int, Drawn] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._batch = DecodeBatch(self.model)
+        self._pass = Pass([], [], None)
+        self._rows: list[Running] = []  # of what is being drawn on this rank
+        self._drawn: Drawn | None = None
 
     @property
     def kv_bytes(self) -> int:
@@ -105,25 +153,89 @@ class Worker:
         """Sequences on this rank."""
         return sum(map(self._is_here, self.running.values()))
 
-    def hear(self, heard: Sequence[Heard]) -> list[Ended]:
-        """Take the tokens that were drawn in the last step, on whatever rank."""
-        ended = []
-        for rank, told in enumerate(heard):
-            if rank and not self.own_attention:
-                break  # rank 0 alone draws
-            for place, (token, reason) in told.tokens.items():
-                sequence = self.running.get(place)
-                assert sequence is not None, f"a token for the free place {place}"
-                sequence.tokens.append(token)
+    # One step, in this order ----------------------------------------------------------
+
+    def words(self) -> Int32[mx.array, " places"]:
+        """What `StepExchange` takes of the tokens that are being drawn here."""
+        if self._drawn is None:
+            return mx.zeros(self.num_places, mx.int32)
+        # Row of each place; one row more, of zeros, for those that draw nothing here.
+        row_of = [len(self._rows)] * self.num_places
+        for row, sequence in enumerate(self._rows):
+            row_of[sequence.place] = row
+        none = mx.zeros(1, mx.int32)
+        return mx.concatenate([self._drawn.tokens + 1, none])[mx.array(row_of)]
+
+    def details(self) -> Details:
+        """What there is to say of the tokens that are being drawn here."""
+        found: Details = {}
+        for row, details in (self._drawn.details if self._drawn else {}).items():
+            logprob, top = read_details(details)
+            found[self._rows[row].place] = logprob, top, ""
+        return found
+
+    def problems(self) -> Details:
+        """Of sequences on this rank that cannot go on."""
+        return {
+            place: (None, (), sequence.sampler.problem)
+            for place, sequence in self.running.items()
+            if sequence.sampler is not None and sequence.sampler.problem
+        }
+
+    def look_ahead(self, words: Int32[mx.array, " places"]) -> None:
+        """Begin the pass over the tokens that were drawn.
+
+        Args:
+            words: as `words` of the rank that drew for this one, not evaluated.
+        """
+        self._begin_pass(words)
+
+    def _begin_pass(self, words: Int32[mx.array, " places"] | None = None) -> None:
+        """The pass over one more token of all that can; None: the tokens are known."""
+        ready = [s for s in self.running.values() if not s.left]
+        self._pass = Pass([], [], None)
+        if all(s.num_drawn >= s.request.max_tokens for s in ready):
+            return  # for nobody
+        counts = [0] * self.comm.size
+        for sequence in ready:
+            counts[sequence.owner] += 1
+        self._agree(counts)
+        rows = [self.running[place] for place in self._batch.places]
+        if not rows:
+            self._pass = Pass(ready, [], None)
+            self._serve()
+            return
+        tokens = mx.array([row.tokens[-1] for row in rows], mx.int32)
+        if words is not None:  # but those of their first pass
+            drawn = words[mx.array(self._batch.places)] - 1
+            tokens = mx.where(mx.array([s.is_drawing for s in rows]), drawn, tokens)
+        logits = self._batch.logits(tokens)
+        mx.async_eval(logits)
+        self._pass = Pass(ready, rows, logits)
+
+    def hear(self, heard: Sequence[Heard], problems: Details) -> dict[int, Ended]:
+        """Take the tokens that were drawn in the last step, on whatever rank.
+
+        Args:
+            problems: of all ranks; their sequences end without a token.
+
+        Returns:
+            By place, the sequences that have ended.
+        """
+        ended = {
+            place: Ended("error", text) for place, (_, _, text) in problems.items()
+        }
+        for told in heard if self.own_attention else heard[:1]:
+            for place, token in told.tokens.items():
+                if place in ended:
+                    continue
+                sequence = self.running[place]
                 note_step(place, token)
-                if reason is not None:
-                    ended.append(Ended(place, reason))
-        for end in ended:
-            if end.reason != "error":
-                # The last token has not been in the model.
-                sequence = self.running[end.place]
-                self._keep(end.place, sequence, len(sequence.tokens) - 1)
-        self._free([end.place for end in ended])
+                if reason := sequence.take(token):
+                    ended[place] = Ended(reason)
+                    # The last token may not have been in the model.
+                    self._keep(sequence, len(sequence.tokens) - 1)
+        self._free(list(ended))
         return ended
 
     def step(self, decision: Decision, begun: dict[int, list[Any]]) -> None:
@@ -137,7 +249,9 @@ class Worker:
             self._enter(enter, begun.get(enter.place))
         if decision.prefill:
             self._prefill(decision.prefill)
-        self.drawn = self._decode()
+        if not self.looks_ahead:
+            self._begin_pass()
+        self._draw()
 
     def begin(self, decision: Decision) -> dict[int, list[Any]]:
         """The caches that entering sequences find; to be called before `hear`.
@@ -167,9 +281,11 @@ class Worker:
     def _enter(self, enter: Enter, caches: list[Any] | None) -> None:
         request, hit = enter.request, enter.hit
         cached = hit.num_tokens if hit else 0
+        stops = StopSequences([*((end,) for end in self.ends), *request.stop])
         sequence = Running(
-            request, enter.owner, list(request.tokens), cached, cached=cached
-        )
+            enter.place, request, enter.owner, list(request.tokens), cached,
+            stops.matcher(), cached=cached,
+        )  # fmt: skip
         self.running[enter.place] = sequence
         if self._draws(sequence):
             sequence.sampler = self.make_sampler(request)
@@ -189,7 +305,7 @@ class Worker:
         for place in places:
             self.running[place].caches = None
 
-    def _keep(self, place: int, sequence: Running, num_tokens: int) -> None:
+    def _keep(self, sequence: Running, num_tokens: int) -> None:
         """Keep the KV cache of a sequence for requests that begin with its tokens."""
         if not self._knows(sequence.owner):
             return
@@ -199,7 +315,7 @@ class Worker:
             return
         content = None
         if self._is_here(sequence):
-            caches = sequence.caches or self._batch.extract(place)
+            caches = sequence.caches or self._batch.extract(sequence.place)
             content = kept_prefix(caches, num_tokens)
         prefixes.put(sequence.tokens[:num_tokens], num_bytes, content)
 
@@ -231,33 +347,29 @@ class Worker:
                 sequence = self.running[place]
                 new = sequence.done - sequence.cached
                 if not sequence.left and new >= KEEP_PROMPT:
-                    self._keep(place, sequence, sequence.done)
+                    self._keep(sequence, sequence.done)
 
     def _part(self, place: int, count: int) -> list[int]:
         sequence = self.running[place]
         return sequence.tokens[sequence.done : sequence.done + count]
 
-    def _decode(self) -> dict[int, Drawn]:
-        """One token of every sequence whose prompt is processed."""
-        ready = [sequence for sequence in self.running.values() if not sequence.left]
-        if not ready:
-            return {}
-        counts = [0] * self.comm.size
-        for sequence in ready:
-            counts[sequence.owner] += 1
-        self._agree(counts)
-        rows = [self.running[place] for place in self._batch.places]
-        if not rows:
-            self._serve()
-            return {}
-        logits = self._batch.logits([sequence.tokens[-1] for sequence in rows])
-        samplers = [row.sampler for row in rows if row.sampler is not None]
-        if not samplers:
-            # sync: rank 0 draws; this rank takes part in what its logits need.
-            mx.eval(logits)
-            return {}
-        drawn = draw_all(logits, samplers, [row.tokens for row in rows])
-        return dict(zip(self._batch.places, drawn, strict=True))
+    def _draw(self) -> None:
+        """Tokens of those sequences of the last pass that still run."""
+        sequences, rows, logits = self._pass
+        for sequence in filter(self._runs, sequences):
+            sequence.is_drawing = True
+        keep = [row for row, sequence in enumerate(rows) if self._runs(sequence)]
+        self._rows, self._drawn = [rows[row] for row in keep], None
+        samplers = [s.sampler for s in self._rows if s.sampler is not None]
+        if not samplers or logits is None:
+            return
+        if len(keep) < len(rows):
+            logits = logits[mx.array(keep)]
+        self._drawn = draw_all(logits, samplers, [row.tokens for row in self._rows])
+
+    def _runs(self, sequence: Running) -> bool:
+        """Whether a sequence of the last pass has its place still."""
+        return self.running.get(sequence.place) is sequence
 
     def _agree(self, counts: Sequence[int]) -> None:
         """Tell the layers how many tokens each rank has in the pass to come."""

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.requires("ranks")
 
 PROMPT = (0, 2, 305, 3)
 LONG = tuple(max(prompts(2, 300), key=len))
+ENDLESS = Sampling(logit_bias={40: 100.0})  # always this token
 GREEDY = Sampling(logprobs=True, top_logprobs=3)
 SCHEMA = {
     "type": "object",
@@ -52,13 +53,19 @@ def expected() -> list[int]:
     return alone(folder, [Request("x", PROMPT, 6)])["x"]
 
 
-@pytest.fixture(scope="module", params=[(1, {}), (2, {}), (2, DATA)], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[(1, {}, False), (2, {}, True), (2, DATA, True)],
+    ids=["1 rank", "2 ranks", "2 ranks, data"],
+)
 def seen(request: pytest.FixtureRequest, expected: list[int]) -> list[dict[str, Any]]:
     """What every rank saw of all scenes, played one after another on one engine."""
-    num_ranks, config = request.param
+    num_ranks, config, look_ahead = request.param
     folder = str(find_model("jargon-moe"))
     stop = tuple(expected[2:4])
-    return run_ranks(num_ranks, _play_all, folder, config, stop, timeout=200)
+    return run_ranks(
+        num_ranks, _play_all, folder, config, stop, look_ahead, timeout=200
+    )
 
 
 def _play_all(
@@ -66,8 +73,10 @@ def _play_all(
     folder: str,
     config: dict[str, Any],
     stop: tuple[int, ...],
+    look_ahead: bool,
 ) -> dict[str, Any]:
     options = {
+        "look_ahead": look_ahead,
         "max_num_seqs": 4, "max_waiting": 2, "prefix_cache_memory": 2 * 10**6,
         "prefill_step": 32,
     }  # fmt: skip
@@ -127,12 +136,12 @@ def _cancel(engine: ServingEngine) -> dict[str, Any]:
             if len(ended) == 2:
                 done.set()
 
-    engine.submit(Request("victim", PROMPT, 500), deliver)
-    engine.submit(Request("reader", LONG * 2, 500), deliver)
+    engine.submit(Request("victim", PROMPT, 500, ENDLESS), deliver)
+    engine.submit(Request("reader", LONG * 2, 500, ENDLESS), deliver)
     while "victim" not in asked or not _has_place(engine, "reader"):
         time.sleep(0.001)
-    asked["reader"] = engine._state.steps
     engine.cancel("reader")
+    asked["reader"] = engine._state.steps
     assert done.wait(30)
     return {"asked": asked, "ended": ended}
 
@@ -154,12 +163,11 @@ def _long_prompt(engine: ServingEngine) -> dict[str, list[int]]:
         if event.finish_reason is not None:
             done.release()
 
-    bias = Sampling(logit_bias={40: 100.0})  # it does not end
-    engine.submit(Request("runs", PROMPT, 40, bias), deliver)
+    engine.submit(Request("runs", PROMPT, 40, ENDLESS), deliver)
     assert started.wait(30)
     steps["asked"] = [engine._state.steps]
-    engine.submit(Request("long", tuple(reversed(LONG)), 2, bias), deliver)
-    engine.submit(Request("short", (0, 2, 306, 3), 2, bias), deliver)
+    engine.submit(Request("long", tuple(reversed(LONG)), 2, ENDLESS), deliver)
+    engine.submit(Request("short", (0, 2, 306, 3), 2, ENDLESS), deliver)
     for _ in range(3):
         assert done.acquire(timeout=30)
     return steps
@@ -175,7 +183,7 @@ def _full(engine: ServingEngine) -> int:
 
     for number in range(12):
         try:
-            engine.submit(Request(f"f{number}", PROMPT, 50), deliver)
+            engine.submit(Request(f"f{number}", PROMPT, 50, ENDLESS), deliver)
         except QueueFull as error:
             assert 1 <= error.retry_after <= 60
             refused += 1
@@ -283,7 +291,7 @@ def test_a_cancelled_request_is_gone_within_one_step(
         for rank in seen:
             has_place = [i for i, names in enumerate(rank["history"]) if name in names]
             # It was asked during a step; the next one frees the place.
-            assert has_place and has_place[-1] <= asked + (name == "reader"), name
+            assert has_place and has_place[-1] <= asked, name
 
 
 def test_a_long_prompt_stalls_nobody(seen: list[dict[str, Any]]) -> None:
@@ -293,8 +301,9 @@ def test_a_long_prompt_stalls_nobody(seen: list[dict[str, Any]]) -> None:
     (asked,) = steps["asked"]
     chunks = -(-(len(LONG) - 1) // 32)
     assert chunks > 8
-    assert asked + chunks <= steps["long"][0] <= asked + chunks + 4
-    assert steps["short"][0] <= asked + 5
+    # Some steps more until it is asked for, and for the chunk of the short one.
+    assert asked + chunks <= steps["long"][0] <= asked + chunks + 12
+    assert steps["short"][0] <= steps["long"][0] - 5
 
 
 def test_the_queue_is_full(seen: list[dict[str, Any]]) -> None:
@@ -314,8 +323,9 @@ def test_recorded_experts(seen: list[dict[str, Any]]) -> None:
     assert not stopped["recording"]
     drawn = stopped.pop("drawn")
     assert dumped == stopped
-    # 3 tokens of the prompt, maybe from the cache, then one for each that is drawn.
-    assert drawn <= stopped["tokens"] <= drawn + 3
+    # 3 tokens of the prompt, maybe from the cache, one for each that is drawn, and one
+    # for nothing where the next pass had begun.
+    assert drawn <= stopped["tokens"] <= drawn + 4
     for layer, ranks in zip(stopped["counts"], stopped["ranks"], strict=True):
         assert sum(layer) == pytest.approx(sum(ranks))
         assert len(ranks) == len(seen)

@@ -47,11 +47,14 @@ def _play(
     config: dict[str, Any],
     kept: int,
     transport: str = "ring",
+    look_ahead: bool | None = None,
 ) -> None:
     folder = str(find_model("jargon-moe"))
     expected = alone(folder, requests)
     scripts = [Script(requests, 16, CANCELLED), Script(requests, 16, CANCELLED, seed=1)]
-    options = {"max_num_seqs": 16, "prefix_cache_memory": kept}
+    options = {
+        "max_num_seqs": 16, "prefix_cache_memory": kept, "look_ahead": look_ahead,
+    }  # fmt: skip
     ranks = run_ranks(
         num_ranks, serve, folder, config, options, scripts, transport=transport,
         timeout=300,
@@ -66,13 +69,21 @@ def _play(
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "config", "kept"),
-    [(1, {}, 10**7), (2, {}, 10**7), (2, TENSOR, 0), (2, DATA, 10**7)],
+    ("num_ranks", "config", "kept", "look_ahead"),
+    [
+        (1, {}, 10**7, True),
+        (2, {}, 10**7, True),
+        (2, {}, 0, False),
+        (2, TENSOR, 0, True),
+        (2, DATA, 10**7, True),
+        (2, DATA, 0, False),
+    ],
 )
 def test_tokens_are_those_of_mlx_lm_alone(
-    num_ranks: int, config: dict[str, Any], kept: int
+    num_ranks: int, config: dict[str, Any], kept: int, look_ahead: bool
 ) -> None:
-    _play(num_ranks, mixed_requests(14, 70, 8), config, kept)
+    requests = mixed_requests(14, 70, 8)
+    _play(num_ranks, requests, config, kept, look_ahead=look_ahead)
 
 
 @pytest.mark.slow
@@ -83,6 +94,9 @@ def test_tokens_are_those_of_mlx_lm_alone(
     # 3 ranks do not divide the heads of the embedded model.
     [(n, c) for n in (1, 2, 3, 4) for c in ({}, TENSOR, DATA) if (n, c) != (3, TENSOR)],
 )
-@pytest.mark.parametrize("kept", [0, 10**7])
-def test_64_requests_at_16(num_ranks: int, config: dict[str, Any], kept: int) -> None:
-    _play(num_ranks, mixed_requests(64, 120, 24), config, kept, transport="mpi")
+@pytest.mark.parametrize(("kept", "look_ahead"), [(0, False), (10**7, True)])
+def test_64_requests_at_16(
+    num_ranks: int, config: dict[str, Any], kept: int, look_ahead: bool
+) -> None:
+    requests = mixed_requests(64, 120, 24)
+    _play(num_ranks, requests, config, kept, "mpi", look_ahead)

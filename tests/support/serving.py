@@ -195,9 +195,10 @@ def play(engine: ServingEngine, script: Script, timeout: float = 120.0) -> Outco
             engine.cancel(request.id)
         time.sleep(rng.choice([0, 0, 0.002, 0.01]))
     assert all_done.wait(timeout), f"without an end: {sorted(left)}"
-    while engine.state().running:
+    worker, deadline = engine._worker, time.monotonic() + timeout
+    while engine.state().running or worker.running:
+        assert time.monotonic() < deadline, "a place is still taken"
         time.sleep(0.001)
-    worker = engine._worker
     seconds = time.monotonic() - start
     return Outcome(
         events, engine.state(), len(worker.running), worker.kv_bytes, seconds
