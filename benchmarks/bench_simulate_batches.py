@@ -2,16 +2,20 @@
 
 The embedded model answers batches of prompts on one rank, as ``mlx_ep.generate
 --prompts-file`` does (mlx-lm's BatchGenerator), and the times of all tokens are noted.
-`mlx_ep.simulate calibrate` fits step costs to some batches, and others, of other sizes
-and lengths, are predicted: their throughput and time per token. Batches to fit and to
-predict run in turn, several times; the median of each request's times counts.
+Two predictions of their throughput and time per token stand beside them:
+
+- by the cost model, from a profile that `mlx_ep.calibrate`'s functions measure in this
+  process before, with experts of the model's width (or that of ``--profile``);
+- by step costs that `mlx_ep.simulate calibrate` fits to some batches, for others of
+  other sizes and lengths.
+
+Everything runs on one core: a step is a hundred short operations that two threads hand
+to each other, and where they wake each other across cores it takes up to twice as long.
+Batches run in turn, several times, and of each step the fast tenth of its runs counts,
+as in a calibration: what else the machine does only adds. Target: 10 % for throughput
+and time per token.
 
     python -m benchmarks.bench_simulate_batches --check
-    mlx_ep.calibrate --widths 256,256 --output profile.json
-    python -m benchmarks.bench_simulate_batches --profile profile.json --check
-
-With ``--profile`` the same batches are also predicted by the cost model from a profile
-that `mlx_ep.calibrate` measured here. Target: 10 % for throughput and time per token.
 """
 
 from __future__ import annotations
@@ -30,7 +34,10 @@ import mlx_lm
 import numpy as np
 from mlx_lm.generate import BatchGenerator
 
-from benchmarks.harness import Target, arguments, finish, heading
+from benchmarks.harness import Target, arguments, finish, heading, own_cores, pin
+from mlx_ep.calibrate import FAST, calibrate
+from mlx_ep.comm import init
+from mlx_ep.cost.profile import write_profile
 from mlx_ep.loading import find_model
 from mlx_ep.loading.checkpoint import read_config
 from mlx_ep.metrics import markdown_table
@@ -41,7 +48,7 @@ from mlx_ep.simulate.run import open_cluster, prepare
 from mlx_ep.simulate.settings import EngineSettings
 
 # Prompts, tokens of each, tokens of each answer.
-FITTED = ((4, 64, 80), (16, 64, 64), (8, 256, 48))
+FITTED = ((4, 64, 80), (10, 96, 64), (16, 64, 64), (8, 256, 48))
 PREDICTED = ((6, 128, 96), (12, 48, 72))
 POOL = 1 << 24
 GAP = 1e3  # s between batches of one recording, so that they do not meet
@@ -49,27 +56,29 @@ LIMIT = 10.0
 
 
 def run_batch(model: Any, shape: tuple[int, int, int]) -> np.ndarray:
-    """``[prompts, 2]`` s from the start to the first and to the last token."""
+    """``[steps]`` s of the steps that gave tokens, the first with the prompts."""
     count, length, outputs = shape
     chosen = random.Random(length)
     prompts = [
         [chosen.randrange(20, 1000) for _ in range(length)] for _ in range(count)
     ]
     generator = BatchGenerator(model, max_tokens=outputs, prefill_batch_size=count)
-    started = time.perf_counter()
-    uids = generator.insert(prompts, [outputs] * count)
-    times = np.zeros((count, 2))
-    left = count
-    while left:
-        _, responses = generator.next()
-        now = time.perf_counter() - started
-        for response in responses:
-            row = times[uids.index(response.uid)]
-            row[0] = row[0] or now
-            row[1] = now
-            left -= response.finish_reason is not None
+    times = [time.perf_counter()]
+    generator.insert(prompts, [outputs] * count)
+    for _ in range(outputs):  # all prompts are as long: each step is one of all
+        responses: Sequence[Any] = ()
+        while not responses:
+            _, responses = generator.next()
+        assert len(responses) == count
+        times.append(time.perf_counter())
     generator.close()
-    return times
+    return np.diff(times)
+
+
+def fast(samples: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """``[prompts, 2]`` s to the first and the last token, each step's fast tenth."""
+    steps = np.quantile(samples, FAST, axis=0)
+    return np.tile([steps[0], steps.sum()], (count, 1))
 
 
 def recording(
@@ -143,20 +152,27 @@ def by_profile(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__ or "", samples=7)
-    parser.add_argument("--profile", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help="Instead of measuring one."
+    )
     args = parser.parse_args(argv)
-    print(heading("Simulated batches beside the same batches run here"))
+    print(heading("Simulated batches beside the same batches run here, on one core"))
+    pin(own_cores())
     path = find_model("jargon-moe", None, download="ranges")
     model, _ = mlx_lm.load(str(path))
     shapes = [*FITTED, *PREDICTED]
     samples = 2 if args.quick else args.samples
+    profile = args.profile
+    if profile is None:
+        profile = Path(tempfile.mkdtemp()) / "profile.json"
+        write_profile(calibrate(init(), ["plain"], (128, 64)), profile)
     found: list[list[np.ndarray]] = [[] for _ in shapes]
     for shape in shapes:  # warm-up
         run_batch(model, shape)
     for _ in range(samples):
         for place, shape in enumerate(shapes):
             found[place].append(run_batch(model, shape))
-    times = [np.median(samples, axis=0) for samples in found]
+    times = [fast(steps, shape[0]) for steps, shape in zip(found, shapes)]
     fitted = recording(FITTED, times[: len(FITTED)])
     settings = settings_of(shapes)
     costs, _ = fit(fitted, trace_of(fitted, None), settings, POOL, len(fitted))
@@ -165,9 +181,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = read_config(path)
     for shape, own in zip(PREDICTED, times[len(FITTED) :]):
         measured = recording([shape], [own])
-        ways = {"fit": simulated_with(measured, None, settings, POOL, costs)}
-        if args.profile:
-            ways["profile"] = by_profile(args.profile, config, measured, shape)
+        ways = {
+            "profile": by_profile(profile, config, measured, shape),
+            "fit": simulated_with(measured, None, settings, POOL, costs),
+        }
         rate, tpot = figures(measured)
         for way, predicted in ways.items():
             our_rate, our_tpot = figures(predicted)

@@ -110,7 +110,7 @@ def run_pinned(
     Returns:
         The results in rank order.
     """
-    cores = _cores()
+    cores = own_cores()
     module = sys.modules[function.__module__]
     spec = getattr(module, "__spec__", None)
     name = spec.name if spec else function.__module__
@@ -132,18 +132,24 @@ def run_pinned(
 def _on_rank(
     group: mx.distributed.Group, cores: list[int], module: str, name: str, args: bytes
 ) -> Any:
-    if cores:
-        # MLX has started threads already; each has an affinity of its own.
-        for thread in os.listdir("/proc/self/task"):
-            with contextlib.suppress(ProcessLookupError):  # it has ended
-                os.sched_setaffinity(int(thread), {cores[group.rank() % len(cores)]})
+    pin(cores, group.rank())
     hooks = [type(finder).__module__ for finder in sys.meta_path]
     assert not any(hook.startswith("jaxtyping") for hook in hooks), "shapes are checked"
     function = getattr(importlib.import_module(module), name)
     return function(group, *pickle.loads(args))
 
 
-def _cores() -> list[int]:
+def pin(cores: Sequence[int], rank: int = 0) -> None:
+    """Keep this process on one core; where there are none named, as it is."""
+    if not cores:
+        return
+    # MLX has started threads already; each has an affinity of its own.
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(int(thread), {cores[rank % len(cores)]})
+
+
+def own_cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
@@ -177,7 +183,7 @@ def environment() -> dict[str, Any]:
         "command": shlex.join(["python", *script, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
-        "cores": len(_cores()) or os.cpu_count(),
+        "cores": len(own_cores()) or os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 1),
         "system": f"{platform.system()} {platform.machine()}",
         "device": str(mx.default_device()),

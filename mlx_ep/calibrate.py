@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.models import qwen3, qwen3_moe
-from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ep import cli
 from mlx_ep.comm import Comm, gather_objects
 from mlx_ep.cost.plausible import implausible
-from mlx_ep.cost.profile import Profile, from_json, slowest, to_json, write_profile
+from mlx_ep.cost.profile import (
+    OWN_BLOCK,
+    Profile,
+    from_json,
+    slowest,
+    to_json,
+    write_profile,
+)
 from mlx_ep.cost.profile_store import store_profile
 from mlx_ep.cost.profile_table import profile_table
 from mlx_ep.cost.records import Link, MatrixCost
@@ -37,6 +41,7 @@ from mlx_ep.measure.costs import (
 )
 from mlx_ep.measure.experts import expert_costs
 from mlx_ep.measure.machine import pin_ranks
+from mlx_ep.measure.steps import fixed_times, loop_times
 from mlx_ep.rows import uses_metal
 from mlx_ep.simulate.measure_bundle import write_bundle
 from mlx_ep.simulate.model import ModelSizes, read_model
@@ -47,7 +52,7 @@ SIZES = (256, 4096, 65536, 1 << 20, 1 << 23)
 QUICK_SIZES = (256, 65536)
 WIDTH, EXPERT_WIDTH = 2048, 768  # of Qwen3-30B-A3B
 QUICK_WIDTHS = (512, 256)
-FEW_LAYERS, MANY_LAYERS = 2, 10
+FAST = 0.1  # the quantile of samples that computations are taken to need
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -130,20 +135,25 @@ def chosen_packings(text: str, quick: bool) -> list[str]:
     return names
 
 
-def chosen_widths(text: str | None, quick: bool) -> tuple[int, int]:
+def chosen_widths(
+    text: str | None, quick: bool, packings: Sequence[str] = ()
+) -> tuple[int, int]:
     """D and F of ``--widths``.
 
     Raises:
         ValueError: they are not two multiples of 256 (a quarter of F is packed too, in
-            groups of 64).
+            groups of 64); of 64 where nothing is packed.
     """
     if text is None:
         return QUICK_WIDTHS if quick else (WIDTH, EXPERT_WIDTH)
     parts = [part.strip() for part in text.split(",")]
-    is_right = len(parts) == 2 and all(p.isdigit() and int(p) % 256 == 0 for p in parts)
-    if not is_right or 0 in (int(part) for part in parts):
-        raise ValueError(f"--widths must be two multiples of 256, D,F; got {text!r}.")
-    return int(parts[0]), int(parts[1])
+    unit = 64 if list(packings) == ["plain"] else 256
+    numbers = [int(part) for part in parts if part.isdigit()]
+    if len(numbers) != 2 or len(parts) != 2 or any(n % unit or not n for n in numbers):
+        raise ValueError(
+            f"--widths must be two multiples of {unit}, D,F; got {text!r}."
+        )
+    return numbers[0], numbers[1]
 
 
 def calibrate(
@@ -153,7 +163,7 @@ def calibrate(
 
     Args:
         packings: names in `PACKINGS`.
-        widths: D and F of the measured experts, multiples of 256.
+        widths: D and F of the measured experts, see `chosen_widths`.
         quick: few and short samples.
     """
     started = time.perf_counter()
@@ -161,28 +171,30 @@ def calibrate(
     timer = Timer(comm)
     if quick:
         timer = Timer(comm, seconds=0.01, longest=0.02, most=5)
+    between = timer  # collectives vary by themselves: their medians count
+    timer = replace(timer, quantile=FAST)
     dtype = mx.bfloat16 if uses_metal() else mx.float32
     experts: dict[str, MatrixCost] = {}
     dense: dict[str, MatrixCost] = {}
     for name in packings:
         experts |= expert_costs(timer, *widths, PACKINGS[name], dtype)
-        key, cost = dense_cost(timer, widths[0], PACKINGS[name], dtype)
-        dense[key] = cost
-    if "plain" not in packings:  # what routers and norms are
-        key, cost = dense_cost(timer, widths[0], PACKINGS["plain"], dtype)
-        dense[key] = cost
+        if name != "plain":
+            key, cost = dense_cost(timer, widths[0], PACKINGS[name], dtype)
+            dense[key] = cost
+    # What routers and norms are.
+    plain, cost = dense_cost(timer, widths[0], PACKINGS["plain"], dtype)
+    dense[plain] = cost
     values = machine_times(timer, widths[0], dtype)
-    values |= fixed_times(timer, dtype)
-    values |= rates(experts, dense)
-    # The tiny model calls `gather` too, which is counted with the experts, but does not
-    # wait for the device as a timed call does.
-    calls = [c.call_seconds for key, c in experts.items() if key.startswith("gather|")]
-    counted = max(0.0, max(calls, default=0.0) - values["sync_seconds"])
-    values["block_seconds"] = max(0.0, values["block_seconds"] - counted)
+    # A timed call waits for the device, that of a block in a model does not.
+    own = [c for key, c in experts.items() if key.startswith(f"{OWN_BLOCK}|")]
+    call = max(cost.call_seconds for cost in own) - values["sync_seconds"]
+    per_weight = dense[plain].seconds[0]
+    values |= fixed_times(timer, dtype, per_weight, max(0.0, call))
+    values |= loop_times(timer, dtype) | rates(experts, dense)
     values["memory_bytes"] = float(memory_limit(None) // sharing)
     mine = Profile(
         name=f"{comm.size} x {chip()}, {comm.transport}",
-        links=links(timer, QUICK_SIZES if quick else SIZES),
+        links=links(between, QUICK_SIZES if quick else SIZES),
         experts=experts,
         dense=dense,
         **values,  # type: ignore[arg-type]
@@ -193,7 +205,8 @@ def calibrate(
     seconds = time.perf_counter() - started
     note = (
         f"Measured by mlx_ep.calibrate on {comm.size} ranks in {seconds:.0f} s: "
-        f"medians, the slowest rank counts; experts of {widths[0]} x {widths[1]}"
+        f"the fast tenth of samples, of collectives the median; the slowest rank "
+        f"counts; experts of {widths[0]} x {widths[1]}"
         f"{', --quick: do not rely on it' if quick else ''}."
     )
     return measured(replace(found, note=note))
@@ -212,68 +225,6 @@ def measured(profile: Profile) -> Profile:
 
     mark(content)
     return from_json(content)
-
-
-def fixed_times(timer: Timer, dtype: mx.Dtype) -> dict[str, float]:
-    """What a step, a layer and a routed block take however small the model is.
-
-    From decode steps of tiny models of mlx-lm with few and with more layers.
-    """
-    times = {}
-    for kind in ("dense", "moe"):
-        few, many = (
-            timer.median(_decode_step(kind, layers, dtype))
-            for layers in (FEW_LAYERS, MANY_LAYERS)
-        )
-        layer = max(0.0, (many - few) / (MANY_LAYERS - FEW_LAYERS))
-        times[kind] = layer, max(0.0, few - FEW_LAYERS * layer)
-    layer, step = times["dense"]
-    return {
-        "layer_seconds": layer,
-        "step_seconds": step,
-        "block_seconds": max(0.0, times["moe"][0] - layer),
-    }
-
-
-def _decode_step(kind: str, layers: int, dtype: mx.Dtype) -> Any:
-    """A call that decodes one token with a model of 64 numbers."""
-    config: dict[str, Any] = {
-        "hidden_size": 64,
-        "num_hidden_layers": layers,
-        "intermediate_size": 64,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "head_dim": 64,
-        "rms_norm_eps": 1e-6,
-        "vocab_size": 64,
-        "max_position_embeddings": 4096,
-        "rope_theta": 1e4,
-        "tie_word_embeddings": False,
-    }
-    if kind == "dense":
-        model: nn.Module = qwen3.Model(qwen3.ModelArgs(model_type="qwen3", **config))
-    else:
-        routed = {
-            "num_experts": 16,
-            "num_experts_per_tok": 8,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "moe_intermediate_size": 64,
-            "norm_topk_prob": True,
-        }
-        args = qwen3_moe.ModelArgs(model_type="qwen3_moe", **config, **routed)
-        model = qwen3_moe.Model(args)
-    model.set_dtype(dtype)
-    # sync: what is timed must not include making the model.
-    mx.eval(model.parameters())
-    cache = make_prompt_cache(model)
-    token = mx.zeros((1, 1), mx.int32)
-
-    def run() -> None:
-        # sync: this is what is timed.
-        mx.eval(model(token, cache=cache))
-
-    return run
 
 
 def rates(
@@ -351,7 +302,7 @@ def main() -> None:
     def body(args: argparse.Namespace, comm: Comm) -> None:
         with cli.usage_errors():
             packings = chosen_packings(args.packings, args.quick)
-            widths = chosen_widths(args.widths, args.quick)
+            widths = chosen_widths(args.widths, args.quick, packings)
             if args.output is not None and args.output.is_dir():
                 raise ValueError(f"--output must be a file; {args.output} is a folder.")
             sizes = _bundle_model(args, comm)

@@ -32,7 +32,7 @@ MAY_IMPORT = {
         "rows",
     },
     # Predicting and measuring what a layer takes.
-    "cost": {"types", "comm", "config", "exchange", "metrics"},
+    "cost": {"types", "comm", "config", "exchange", "metrics", "placement"},
     "tune": {
         "types", "comm", "exchange", "experts", "kernels", "metrics",
         "placement", "rows",
@@ -84,7 +84,9 @@ MAY_IMPORT = {
         "cli", "config", "cost", "loading", "metrics", "models", "placement",
         "simulate", "tune",
     },
-    "simulate": {"types", "cli", "config", "cost", "exchange", "loading", "measure"},
+    "simulate": {
+        "types", "cli", "config", "cost", "exchange", "loading", "measure", "placement",
+    },
     "benchmark": {
         "types", "api", "cli", "comm", "config", "cost", "data_parallel", "exchange",
         "loading", "measure", "metrics", "models", "moe", "placement", "simulate",

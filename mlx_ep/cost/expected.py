@@ -7,6 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from mlx_ep.placement import Placement, served_counts
+
 DRAWN_TOKENS, LEAST_DRAWS, MOST_DRAWS = 16384, 8, 4096
 
 
@@ -44,21 +46,54 @@ def experts_of_ranks(num_experts: int, num_ranks: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(bounds)]
 
 
+@lru_cache(maxsize=128)
+def counts_of_ranks(
+    num_experts: int,
+    top_k: int,
+    tokens: int,
+    num_ranks: int,
+    placement: Placement | None = None,
+) -> np.ndarray:
+    """`sampled_counts`, of each rank the rows that it computes.
+
+    Args:
+        placement: of experts on the ranks, maybe with copies; None: contiguous.
+
+    Returns:
+        ``[ranks, draws, E]`` numbers.
+    """
+    counts = sampled_counts(num_experts, top_k, tokens)
+    if placement is None:
+        held = experts_of_ranks(num_experts, num_ranks)
+        placement = Placement(
+            tuple(tuple(range(part.start, part.stop)) for part in held)
+        )
+    return served_counts(placement, counts, tokens).swapaxes(0, 1)
+
+
 def expected_distinct(
-    num_experts: int, top_k: int, tokens: int, num_ranks: int
+    num_experts: int,
+    top_k: int,
+    tokens: int,
+    num_ranks: int,
+    placement: Placement | None = None,
 ) -> float:
     """Experts that the busiest rank uses, expected: E[max over ranks].
 
     >>> round(expected_distinct(256, 8, 1, 2), 1)
     5.1
     """
-    used = sampled_counts(num_experts, top_k, tokens) > 0
-    ranks = experts_of_ranks(num_experts, num_ranks)
-    return float(np.max([used[:, part].sum(axis=1) for part in ranks], axis=0).mean())
+    counts = counts_of_ranks(num_experts, top_k, tokens, num_ranks, placement)
+    return float((counts > 0).sum(axis=-1).max(axis=0).mean())
 
 
-def expected_pairs(num_experts: int, top_k: int, tokens: int, num_ranks: int) -> float:
+def expected_pairs(
+    num_experts: int,
+    top_k: int,
+    tokens: int,
+    num_ranks: int,
+    placement: Placement | None = None,
+) -> float:
     """(row, expert) pairs of the rank that has the most, expected."""
-    counts = sampled_counts(num_experts, top_k, tokens)
-    ranks = experts_of_ranks(num_experts, num_ranks)
-    return float(np.max([counts[:, part].sum(axis=1) for part in ranks], axis=0).mean())
+    counts = counts_of_ranks(num_experts, top_k, tokens, num_ranks, placement)
+    return float(counts.sum(axis=-1).max(axis=0).mean())

@@ -9,6 +9,7 @@ Tokens choose K of E experts uniformly, and the rank that takes longest counts
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -16,15 +17,15 @@ import numpy as np
 
 from mlx_ep.config import EPConfig
 from mlx_ep.cost.expected import (
+    counts_of_ranks,
     expected_distinct,
     expected_pairs,
-    experts_of_ranks,
-    sampled_counts,
 )
-from mlx_ep.cost.profile import Profile, cost_key
+from mlx_ep.cost.profile import OWN_BLOCK, Profile, cost_key
 from mlx_ep.cost.records import Link, MatrixCost, Number
 from mlx_ep.cost.shape import LayerShape, MatrixTotal
 from mlx_ep.exchange import STRATEGIES, Collective, ExchangeShape, layer_traffic
+from mlx_ep.placement import Placement
 from mlx_ep.types import Packing, TokenCounts
 
 Arm = Literal[
@@ -101,6 +102,7 @@ def layer_cost(
     runner: str = "auto",
     link: str | None = None,
     config: EPConfig | None = None,
+    placement: Placement | None = None,
 ) -> LayerCost:
     """One MoE layer: routing, experts, shared experts and what makes the sum whole.
 
@@ -113,9 +115,12 @@ def layer_cost(
         num_ranks: P; the arm ``single`` is one rank whatever it says.
         per_rank: T of each rank, with the arms ep-gathered and ep-all-to-all; None: as
             evenly as it goes.
-        runner: of the experts; ``auto`` the fastest that was measured.
+        runner: of the experts; ``auto`` the fastest that was measured; with the arms
+            single and tp mlx-lm's own block, where that was measured.
         link: in `Profile.links`; None: the first.
         config: rounds and modes of the exchange.
+        placement: of whole experts on the ranks of an arm with whole experts, maybe
+            with copies; None: contiguous.
 
     Raises:
         ValueError: there is no such arm, runner or link, or P or T make no sense.
@@ -125,7 +130,7 @@ def layer_cost(
     is_tensor, is_sharded = arm == "tp", arm in ("ep-gathered", "ep-all-to-all")
     counts = _token_counts(tokens, num_ranks, per_rank if is_sharded else None)
     held = max(counts) if is_sharded else tokens
-    found = _experts(profile, layer, arm, tokens, num_ranks, runner)
+    found = _experts(profile, layer, arm, tokens, num_ranks, runner, placement)
     # The package's `gather` asks the device which rows are this rank's; what was
     # measured has it, and the kernels of `metal` do not.
     asks = found.runner == "limits" and runner == "gather" and arm in STRATEGY
@@ -206,12 +211,18 @@ def _experts(
     tokens: int,
     num_ranks: int,
     runner: str,
+    placement: Placement | None,
 ) -> _Experts:
     """The routed experts on the slowest rank: mean over draws of the max over ranks."""
     is_tensor = arm in ("tp", "single")
     share = num_ranks if is_tensor else 1
-    parts = experts_of_ranks(layer.num_experts, 1 if is_tensor else num_ranks)
-    counts = sampled_counts(layer.num_experts, layer.top_k, tokens)
+    on_ranks = 1 if is_tensor else num_ranks
+    shape = (layer.num_experts, layer.top_k, tokens, on_ranks)
+    whole = None if is_tensor else placement
+    counts = counts_of_ranks(*shape, whole)
+    slots: Sequence[int] = spread(layer.num_experts, on_ranks)
+    if whole is not None:
+        slots = [len(experts) for experts in whole.rank_experts]
     weights = layer.expert_weights / share
 
     def expected(cost: MatrixCost | None) -> float:
@@ -220,34 +231,43 @@ def _experts(
             call = max(0.0, cost.call_seconds - profile.sync_seconds)
             cost = replace(cost, call_seconds=call)
         of_ranks = []
-        for part in parts:
-            mine = counts[:, part]
+        for mine, held in zip(counts, slots, strict=True):
             if cost is None:
-                of_ranks.append(_limits(profile, layer, mine, share))
+                of_ranks.append(_limits(profile, layer, mine, held, share))
             else:
                 of_ranks.append(cost.of_experts(mine, layer.width, weights))
         return float(np.max(of_ranks, axis=0).mean())
 
-    seconds = {name: expected(cost) for name, cost in _runners(profile, layer, runner)}
+    runners = _runners(profile, layer, runner, is_tensor)
+    seconds = {name: expected(cost) for name, cost in runners}
     fastest = min(seconds, key=lambda name: seconds[name])
-    on_ranks = 1 if is_tensor else num_ranks
-    shape = (layer.num_experts, layer.top_k, tokens, on_ranks)
     return _Experts(
-        seconds[fastest], expected_distinct(*shape), expected_pairs(*shape), fastest
+        seconds[fastest],
+        expected_distinct(*shape, whole),
+        expected_pairs(*shape, whole),
+        fastest,
     )
 
 
 def _runners(
-    profile: Profile, layer: LayerShape, runner: str
+    profile: Profile, layer: LayerShape, runner: str, is_own: bool
 ) -> list[tuple[str, MatrixCost | None]]:
-    """The runners that may run a layer's experts, with their cost; None: the limits."""
+    """The runners that may run a layer's experts, with their cost; None: the limits.
+
+    Args:
+        is_own: mlx-lm's own block runs, not this package's runners.
+    """
     measured: dict[str, MatrixCost] = {}
     for name in dict.fromkeys(key.partition("|")[0] for key in profile.experts):
         keys = (cost_key(name, packing) for packing in layer.packing.alike)
         if found := [profile.experts[key] for key in keys if key in profile.experts]:
             measured[name] = found[0]
-    if runner == "auto" and measured:
-        return list(measured.items())
+    if runner == "auto":
+        own = measured.pop(OWN_BLOCK, None)
+        if own is not None and is_own:
+            return [(OWN_BLOCK, own)]
+        if measured:
+            return list(measured.items())
     if runner in measured:
         return [(runner, measured[runner])]
     if runner in ("auto", "gather", "metal") and not measured:
@@ -260,9 +280,10 @@ def _runners(
 
 
 def _limits(
-    profile: Profile, layer: LayerShape, counts: np.ndarray, share: int
+    profile: Profile, layer: LayerShape, counts: np.ndarray, held: int, share: int
 ) -> np.ndarray:
-    """Seconds by what memory and arithmetic allow, for ``counts [draws, experts]``.
+    """Seconds by what memory and arithmetic allow, for ``counts [draws, experts]`` of a
+    rank that holds so many experts.
 
     Each expert that is used is read once. Rows are multiplied one by one where they are
     few, in tiles of `TILE_ROWS` where there are `SORTED_ROWS` per expert.
@@ -271,7 +292,7 @@ def _limits(
     memory = (counts > 0).sum(axis=-1) * num_bytes / profile.memory_bandwidth
     pairs = counts.sum(axis=-1)
     tiles = (-(-counts // TILE_ROWS) * TILE_ROWS).sum(axis=-1)
-    is_sorted = pairs >= SORTED_ROWS * counts.shape[-1]
+    is_sorted = pairs >= SORTED_ROWS * held
     few = 2 * pairs * weights / profile.unsorted_rate
     many = 2 * tiles * weights / profile.expert_rate
     return np.maximum(memory, np.where(is_sorted, many, few))

@@ -67,6 +67,10 @@ class Profile:
     )
     route_seconds: float = quantity("s", "choosing experts, per token and expert")
     sync_seconds: float = quantity("s", "the host waiting for the device once")
+    loop_seconds: float = quantity(
+        "s", "what a loop over batches adds to a step; 0 in profiles without it", 0.0
+    )
+    sequence_seconds: float = quantity("s", "and for each sequence of it", 0.0)
     memory_bytes: float = quantity("B", "that weights and caches may take")
     links: Mapping[str, Link] = field(default_factory=dict)
     experts: Mapping[str, MatrixCost] = field(default_factory=dict)
@@ -91,6 +95,10 @@ class Profile:
     def source(self, path: str) -> str:
         """Where a number comes from, or that nobody said."""
         return self.sources.get(path, "not said")
+
+
+# What stands for a runner in `Profile.experts` where mlx-lm's own block runs.
+OWN_BLOCK = "mlx-lm"
 
 
 def cost_key(runner: str, packing: Packing) -> str:

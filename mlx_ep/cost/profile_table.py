@@ -20,6 +20,8 @@ def profile_table(profile: Profile) -> str:
         "layer_seconds": ("us", 1e6),
         "step_seconds": ("us", 1e6),
         "sync_seconds": ("us", 1e6),
+        "loop_seconds": ("us", 1e6),
+        "sequence_seconds": ("us", 1e6),
         "element_seconds": ("ns", 1e9),
         "route_seconds": ("ns", 1e9),
     }

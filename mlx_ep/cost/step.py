@@ -23,6 +23,7 @@ from mlx_ep.cost.layer import (
 from mlx_ep.cost.profile import Profile
 from mlx_ep.cost.shape import ModelShape
 from mlx_ep.exchange import Collective
+from mlx_ep.placement import Placement
 
 __all__ = [
     "ARMS",
@@ -94,6 +95,7 @@ def step_cost(
     runner: str = "auto",
     link: str | None = None,
     config: EPConfig | None = None,
+    placement: Placement | None = None,
 ) -> StepCost:
     """One forward step of a model.
 
@@ -107,7 +109,7 @@ def step_cost(
         logits: tokens whose logits are computed; None: all in decode, one for each
             sequence in prefill. 0: a part of a prompt of which only the caches are
             evaluated; what the last layer does behind its cache is then left out.
-        profile, arm, num_ranks, runner, link, config: as in `layer_cost`.
+        profile, arm, num_ranks, runner, link, config, placement: as in `layer_cost`.
         model: its shape.
 
     Raises:
@@ -136,6 +138,7 @@ def step_cost(
         runner=runner,
         link=link,
         config=config,
+        placement=placement,
     )
     is_split = num_ranks > 1 and arm in ("tp", "ep-tensor")
     is_sharded = num_ranks > 1 and arm in ("ep-gathered", "ep-all-to-all")

@@ -7,7 +7,6 @@ are its own times.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_ep.comm import Comm, broadcast_object
 from mlx_ep.cost.records import CollectiveTable, MatrixCost
@@ -24,6 +24,7 @@ from mlx_ep.types import MXFP4, Packing
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 HEAD = 64  # of the positions
+TINY = 64  # width of what costs nothing to compute: what is left is the call
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
 
@@ -58,29 +59,33 @@ def sizes() -> Amounts:
 
 @dataclass(frozen=True)
 class Timer:
-    """Takes medians over samples that begin together on all ranks.
+    """Times calls by samples that begin together on all ranks.
 
     Attributes:
         seconds: for all samples of a call; at least three are taken.
         longest: a series of growing calls stops before one would take longer.
+        quantile: which sample counts, from the fastest, 0, over the median to the
+            slowest, 1. What else a machine does only adds to what a computation takes,
+            and can double the median of steps whose threads wait for each other.
     """
 
     comm: Comm
     seconds: float = 0.25
     longest: float = 0.4
     most: int = 25
+    quantile: float = 0.5
 
-    def median(self, call: Timed) -> float:
+    def typical(self, call: Timed) -> float:
         """Seconds of a call that returns when its work is done."""
         call()
         (first,) = in_turn({"": call}, before=self.comm.barrier)[""]
         wanted = int(self.seconds / max(first, 1e-6))
         count = self.agreed(min(self.most, max(3, wanted)))
         samples = in_turn({"": call}, rounds=count, before=self.comm.barrier)
-        return statistics.median(samples[""])
+        return float(np.quantile(samples[""], self.quantile))
 
     def series(self, calls: Sequence[tuple[float, Timed]]) -> list[tuple[float, float]]:
-        """Amounts with their medians, as long as the next one is not too long."""
+        """Amounts with their seconds, as long as the next one is not too long."""
         found: list[tuple[float, float]] = []
         for size, call in calls:
             # At worst a call takes as much longer as it is larger; the best of such
@@ -88,7 +93,7 @@ class Timer:
             expected = min((t * size / done for done, t in found), default=0.0)
             if len(found) >= 2 and self.agreed(expected > self.longest):
                 break
-            found.append((size, self.median(call)))
+            found.append((size, self.typical(call)))
         return found
 
     def agreed(self, value: Any) -> Any:
@@ -108,22 +113,29 @@ PACKINGS = {
 def dense_cost(
     timer: Timer, width: int, packing: Packing, dtype: mx.Dtype
 ) -> tuple[str, MatrixCost]:
-    """Square matrices that all rows pass one after another, by their packing."""
-    linears = [_linear(width, packing, dtype) for _ in range(sizes().matrices)]
+    """Square matrices that all rows pass one after another, by their packing.
 
-    def all_of_them(x: mx.array) -> mx.array:
-        for linear in linears:
-            x = linear(x)
-        return x
+    Without what as many tiny ones take: calls are counted with the layers.
+    """
 
-    calls = [
-        (float(r), _evaluated(all_of_them, _random((r, width), dtype))) for r in ROWS
-    ]
-    found = timer.series(calls)
-    wait, weights = timer.median(_wait), len(linears) * width**2
-    return str(Packing.of(linears[0])), MatrixCost(
+    wide, tiny = (
+        [_linear(columns, packing, dtype) for _ in range(sizes().matrices)]
+        for columns in (width, TINY)
+    )
+
+    def call(linears: Sequence[nn.Module], rows: int, columns: int) -> Timed:
+        def all_of_them(x: mx.array) -> mx.array:
+            for linear in linears:
+                x = linear(x)
+            return x
+
+        return _evaluated(all_of_them, _random((rows, columns), dtype))
+
+    found = timer.series([(float(rows), call(wide, rows, width)) for rows in ROWS])
+    calls, weights = timer.typical(call(tiny, 1, TINY)), len(wide) * width**2
+    return str(Packing.of(wide[0])), MatrixCost(
         rows=tuple(rows for rows, _ in found),
-        seconds=tuple(_above(seconds, wait) / weights for _, seconds in found),
+        seconds=tuple(_above(seconds, calls) / weights for _, seconds in found),
     )
 
 
@@ -173,8 +185,8 @@ def crossing_seconds(timer: Timer, alone: float) -> float:
         # sync: this is what is timed.
         mx.eval(x)
 
-    both = timer.median(partial(chain, True))
-    return max(0.0, (both - timer.median(partial(chain, False))) / steps - alone)
+    both = timer.typical(partial(chain, True))
+    return max(0.0, (both - timer.typical(partial(chain, False))) / steps - alone)
 
 
 def machine_times(timer: Timer, width: int, dtype: mx.Dtype) -> dict[str, float]:
@@ -184,10 +196,10 @@ def machine_times(timer: Timer, width: int, dtype: mx.Dtype) -> dict[str, float]
         width: D of the tokens.
     """
     size = sizes()
-    wait = timer.median(_wait)
+    wait = timer.typical(_wait)
 
     def above_wait(function: Callable[[mx.array], mx.array], x: mx.array) -> float:
-        return _above(timer.median(_evaluated(function, x)), wait)
+        return _above(timer.typical(_evaluated(function, x)), wait)
 
     large = _random((size.numbers,))
     half = large[: size.numbers // 2]

@@ -5,22 +5,23 @@ As in `measure_costs`, every function must be called on every rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mlx_ep.cost.profile import cost_key
+from mlx_ep.cost.profile import OWN_BLOCK, cost_key
 from mlx_ep.cost.records import MatrixCost
 from mlx_ep.experts import RUNNERS, expert_weights, options
-from mlx_ep.measure.costs import ROWS, Timer, sizes
+from mlx_ep.measure.costs import ROWS, TINY, Timer, sizes
 from mlx_ep.metrics import Counters
-from mlx_ep.rows import Option
 from mlx_ep.tune.timing import Timed
 from mlx_ep.types import Packing, Rows
 
 NARROWER = 4  # the second expert width, which tells apart what does not grow with it
 MANY_ROWS = 16  # and the second number of rows
-TINY = 64  # width of experts that cost nothing: what is left is the call
 
 
 def random_switch(
@@ -39,7 +40,8 @@ def random_switch(
 def expert_costs(
     timer: Timer, width: int, expert_width: int, packing: Packing, dtype: mx.Dtype
 ) -> dict[str, MatrixCost]:
-    """Every runner that can run such experts here, by `cost_key`.
+    """Every runner that can run such experts here, and mlx-lm's own block, by
+    `cost_key`.
 
     Args:
         width: D.
@@ -51,12 +53,15 @@ def expert_costs(
     tiny = random_switch(TINY, TINY, packing, dtype)
     weights = expert_weights(wide)
     assert weights is not None
-    found: dict[str, MatrixCost] = {}
+    own = _expert_cost(timer, _own_block, wide, narrow, tiny, dtype)
+    found = {cost_key(OWN_BLOCK, weights.up.packing): own}
     for option, why in options(wide).items():
         if timer.agreed(why):
             continue
         with mx.stream(option.stream or mx.default_device()):
-            cost = _expert_cost(timer, option, wide, narrow, tiny, dtype)
+            cost = _expert_cost(
+                timer, partial(_runner, option.runner), wide, narrow, tiny, dtype
+            )
         key = cost_key(option.runner, weights.up.packing)
         # A runner that has two backends is the faster of the two.
         if key not in found or cost.seconds[0] < found[key].seconds[0]:
@@ -64,9 +69,26 @@ def expert_costs(
     return found
 
 
+# What experts compute for rows, made of their switch.
+_Compute = Callable[[Rows], mx.array]
+
+
+def _runner(name: str, switch: nn.Module) -> _Compute:
+    """A runner of this package."""
+    runner = RUNNERS[name](switch)
+    return lambda visits: runner.partial_sum(visits, Counters())
+
+
+def _own_block(switch: nn.Module) -> _Compute:
+    """What a block of mlx-lm does with its switch."""
+    return lambda visits: (
+        switch(visits.x, visits.slot_ids) * visits.gates[..., None]
+    ).sum(axis=-2)
+
+
 def _expert_cost(
     timer: Timer,
-    option: Option,
+    made: Callable[[nn.Module], _Compute],
     wide: nn.Module,
     narrow: nn.Module,
     tiny: nn.Module,
@@ -84,12 +106,12 @@ def _expert_cost(
     parts = expert_weights(wide)
     assert parts is not None
     width, weights, slots = parts.up.columns, parts.weights_per_slot, parts.num_slots
-    call = timer.median(_experts_call(option, tiny, 1, 1, dtype))
-    calls = [(float(r), _experts_call(option, wide, r, slots, dtype)) for r in ROWS]
+    call = timer.typical(_experts_call(made, tiny, 1, 1, dtype))
+    calls = [(float(r), _experts_call(made, wide, r, slots, dtype)) for r in ROWS]
     times = dict(timer.series(calls))
     many = max(r for r in times if r <= MANY_ROWS)
     less = {
-        r: timer.median(_experts_call(option, narrow, int(r), slots, dtype))
+        r: timer.typical(_experts_call(made, narrow, int(r), slots, dtype))
         for r in (1.0, many)
     }
     # What a call takes however narrow its experts are, without the call itself.
@@ -113,7 +135,11 @@ def _expert_cost(
 
 
 def _experts_call(
-    option: Option, switch: nn.Module, rows: int, slots: int, dtype: mx.Dtype
+    made: Callable[[nn.Module], _Compute],
+    switch: nn.Module,
+    rows: int,
+    slots: int,
+    dtype: mx.Dtype,
 ) -> Timed:
     """A call in which each of so many rows visits each of the first slots."""
     parts = expert_weights(switch)
@@ -125,10 +151,10 @@ def _experts_call(
     visits = Rows(x, ids, mx.full(shape, 1 / slots))
     # sync: what is timed must not include making its arguments.
     mx.eval(visits)
-    runner = RUNNERS[option.runner](switch)
+    compute = made(switch)
 
     def run() -> None:
         # sync: this is what is timed.
-        mx.eval(runner.partial_sum(visits, Counters()))
+        mx.eval(compute(visits))
 
     return run

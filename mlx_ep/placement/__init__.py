@@ -18,6 +18,7 @@ from mlx_ep.placement.replicas import (
     balance,
     balance_while_it_pays,
 )
+from mlx_ep.placement.served import served_counts
 from mlx_ep.placement.shares import ExpertSizes, apportion, place
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "read_record",
     "rebalance_experts",
     "runs",
+    "served_counts",
     "with_replicas",
     "write_placement",
     "write_record",

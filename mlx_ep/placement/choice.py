@@ -122,7 +122,7 @@ class ReplicaChoice:
         """
         flat = expert_ids.reshape(-1)
         counts = np.bincount(flat[flat >= 0], minlength=len(self.holders))
-        quotas = self._row_quotas(counts)
+        quotas = self.row_quotas(counts)
         # Pairs sorted by expert; the first quota of an expert's rows goes to its first
         # holder, the next to its second, and so on.
         order = np.argsort(flat, kind="stable")[int((flat < 0).sum()) :]
@@ -133,9 +133,9 @@ class ReplicaChoice:
 
     def row_loads(self, counts: Int[np.ndarray, " E"]) -> Int[np.ndarray, " P"]:
         """Rows of each rank, where `rows` divides so many rows of each expert."""
-        return self._row_quotas(counts).sum(axis=0)
+        return self.row_quotas(counts).sum(axis=0)
 
-    def _row_quotas(self, counts: np.ndarray) -> np.ndarray:
+    def row_quotas(self, counts: np.ndarray) -> np.ndarray:
         """``[E, P]``: rows of each expert on each rank."""
         num_ranks = self.num_ranks
         quotas = np.zeros((len(self.holders), num_ranks), np.int64)

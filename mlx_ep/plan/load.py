@@ -15,7 +15,7 @@ from mlx_ep.loading import find_model, model_shape
 from mlx_ep.loading.estimate import ModelOutline
 from mlx_ep.metrics import aligned
 from mlx_ep.models.tensor_parallel import plan_split
-from mlx_ep.placement import Placement
+from mlx_ep.placement import Placement, is_record
 from mlx_ep.simulate.candidates import (
     Candidate,
     as_json,
@@ -53,6 +53,13 @@ def check_load_flags(args: argparse.Namespace) -> None:
             "--memory and --write-placement do not go with --simulate: a profile says "
             "what a Mac may hold, and experts are spread evenly."
         )
+    elif args.ep_size is not None:
+        raise ValueError("--ep does not go with --simulate, which has whole experts.")
+    elif args.placement_file is not None and not is_record(args.placement_file):
+        raise ValueError(
+            "--placement with --simulate must be a record of routing (.npz), as a "
+            f"placement is for one number of ranks; got {args.placement_file}."
+        )
 
 
 def make_load(args: argparse.Namespace) -> Load:
@@ -87,7 +94,10 @@ def make_load(args: argparse.Namespace) -> Load:
             model_shape(outline.config, name=args.model),
             profiles,
             args.ranks,
-            settings=EngineSettings(),
+            settings=EngineSettings(
+                placement_file=args.placement_file or "",
+                replica_memory=args.replica_memory,
+            ),
             prices=prices,
             split_problem=split_problem,
             link=args.link,

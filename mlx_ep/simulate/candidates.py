@@ -14,6 +14,7 @@ from mlx_ep.simulate.cluster import Cluster, Instance, LinkLevel
 from mlx_ep.simulate.engine import Engine
 from mlx_ep.simulate.memory import GIB, KvPool, kv_blocks
 from mlx_ep.simulate.model import ModelSizes
+from mlx_ep.simulate.placed import most_slots, placement_of
 from mlx_ep.simulate.settings import EngineSettings
 from mlx_ep.simulate.times.profile_times import ProfileTimes
 from mlx_ep.simulate.traces import Trace
@@ -172,8 +173,12 @@ def _group(
     ValueError: it does not fit.
     """
     split, members = way.split or devices, way.members or devices
+    placement = None
+    if devices > 1 and way.ep == 0:
+        placement = placement_of(sizes, settings, devices)
     # Tensor parallelism splits every expert, which takes as much as whole ones do.
-    weights = sizes.weight_bytes(split, devices, 1, settings.itemsize)
+    slots = most_slots(placement)
+    weights = sizes.weight_bytes(split, devices, 1, settings.itemsize, slots)
     limit = profile.memory_bytes
     if weights >= limit:
         raise ValueError(
@@ -196,6 +201,7 @@ def _group(
             dp_group="A" if members > 1 else None,
             settings=settings,
             pool=pool,
+            placement=placement,
         )
         for index in range(members)
     )

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mlx_ep.placement import Placement
 from mlx_ep.simulate.fields import Fields, is_number, read_json
 from mlx_ep.simulate.memory import KvPool, kv_pool
 from mlx_ep.simulate.model import ModelSizes
+from mlx_ep.simulate.placed import most_slots, placement_of
 from mlx_ep.simulate.settings import EngineSettings, overridden
 
 PdType = Literal["prefill", "decode"]
@@ -50,6 +52,7 @@ class Instance:
         node: the index of its node.
         tp, pp, ep: sizes of its parallel groups; `ep` may reach over its `dp_group`.
         memory: GiB of a device.
+        placement: of the experts on the `ep` ranks; None: contiguous.
     """
 
     where: str
@@ -65,6 +68,7 @@ class Instance:
     dp_group: str | None
     settings: EngineSettings
     pool: KvPool
+    placement: Placement | None = None
 
     @property
     def num_devices(self) -> int:
@@ -204,6 +208,10 @@ def _instance(
         )
     hardware = fields.text("hardware")
     fields.close(NOT_SIMULATED)
+    try:
+        placement = placement_of(model, own, ep)
+    except ValueError as error:
+        raise fields.fail("expert_placement", str(error)) from error
     return Instance(
         where=fields.path,
         index=index,
@@ -217,7 +225,8 @@ def _instance(
         ep=ep,
         dp_group=group,
         settings=own,
-        pool=kv_pool(fields, model, own, size, tp, pp, ep),
+        placement=placement,
+        pool=kv_pool(fields, model, own, size, tp, pp, ep, most_slots(placement)),
     )
 
 
@@ -255,10 +264,12 @@ def _groups(top: Fields, instances: Sequence[Instance]) -> list[tuple[Instance, 
     for group in groups:
         first = group[0]
         for other in group[1:]:
-            for key in ("tp", "pp", "ep", "pd_type", "hardware"):
+            for key in ("tp", "pp", "ep", "pd_type", "hardware", "placement"):
                 ours, theirs = getattr(first, key), getattr(other, key)
                 if ours != theirs:
                     name = f"{key}_size" if len(key) == 2 else key
+                    if key == "placement":
+                        name, ours, theirs = "expert_placement", "another", "one"
                     raise top.fail(
                         f"{other.where}.{name}",
                         f"instances of dp_group {other.dp_group!r} must have the same "

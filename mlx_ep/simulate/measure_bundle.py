@@ -94,7 +94,7 @@ class _Kernels:
     def __init__(self, timer: Timer, model: ModelSizes, dtype: mx.Dtype) -> None:
         self._timer, self._model, self._dtype = timer, model, dtype
         self._packing: dict[str, Any] = dict(model.config.get("quantization", {}))
-        self._wait = timer.median(_wait)
+        self._wait = timer.typical(_wait)
 
     def dense(self, tokens: Sequence[int]) -> CsvRows:
         model, scale = self._model, mx.ones((self._model.width,), self._dtype)
@@ -229,7 +229,7 @@ class _Kernels:
         return [(int(n), self._above(s)) for n, s in self._timer.series(calls)]
 
     def _seconds(self, layer: TimedLayer, x: mx.array) -> float:
-        return self._above(self._timer.median(_evaluated(layer, x)))
+        return self._above(self._timer.typical(_evaluated(layer, x)))
 
     def _above(self, seconds: float) -> float:
         """Without what any evaluation takes; noise must not leave nothing."""

@@ -52,13 +52,17 @@ def kv_pool(
     tp: int,
     pp: int,
     ep: int,
+    slots: int | None = None,
 ) -> KvPool:
     """The pool of an instance whose devices have `memory` GiB.
+
+    Args:
+        slots: experts of a layer on the fullest device; None: E / ep.
 
     Raises:
         ValueError: the weights do not fit, or no block does.
     """
-    weights = model.weight_bytes(tp, ep, pp, settings.itemsize)
+    weights = model.weight_bytes(tp, ep, pp, settings.itemsize, slots)
     limit = memory * GIB * settings.memory_utilization
     if weights >= limit:
         raise fields.fail(

@@ -83,16 +83,22 @@ class ModelSizes:
         """Numbers that are never packed."""
         return self.num_layers * 2 * (self.width + self.head_dim) + self.width
 
-    def weight_bytes(self, tp: int, ep: int, pp: int, itemsize: int) -> int:
+    def weight_bytes(
+        self, tp: int, ep: int, pp: int, itemsize: int, slots: int | None = None
+    ) -> int:
         """Bytes of weights on one device: dense / tp + experts / ep, routers whole.
 
         With pipeline stages a device holds its layers' part of each.
+
+        Args:
+            slots: experts of a layer that the fullest device has; None: E / ep.
         """
         packed: float = self.packed_bytes or itemsize
         router: float = _PACKED_ROUTER if self.packed_bytes else itemsize
         dense = self.dense_weights * packed + self.norm_weights * itemsize
         experts, gates = self.expert_weights * packed, self.gate_weights * router
-        return round((dense / tp + experts / ep + gates) / pp)
+        held = experts / ep if slots is None else experts * slots / self.num_experts
+        return round((dense / tp + held + gates) / pp)
 
     def kv_token_bytes(self, itemsize: int) -> int:
         """Of keys and values of one token, of all layers."""

@@ -9,25 +9,15 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from mlx_ep.placement import LayerLoad, Placement
 from mlx_ep.simulate.fields import Fields, is_number, read_json
+from mlx_ep.simulate.placed import DrawnRouting, Loads, PlacedRouting
 
 EXPERT_POLICIES = ("COPY", "BALANCED", "RR", "RAND", "CUSTOM", "TRACE")
 RECORDING_FORMAT, RECORDING_VERSION = "mlx_ep.routing", 1
 # RAND: so many draws of a layer for each number of tokens; up to so many tokens they
 # are drawn token by token, beyond as normal numbers of the same mean and spread.
 DRAWS, DRAWN_TOKENS = 16, 64
-
-
-class Loads(NamedTuple):
-    """What each rank gets, in some layers or draws.
-
-    Attributes:
-        pairs: ``[X, P]`` (token, expert) pairs.
-        distinct: ``[X, P]`` experts with at least one token.
-    """
-
-    pairs: np.ndarray
-    distinct: np.ndarray
 
 
 @runtime_checkable
@@ -223,24 +213,44 @@ def make_routing(
     *,
     file: Path | None = None,
     seed: int = 0,
+    placement: Placement | None = None,
 ) -> ExpertRouting:
     """The routing of a policy.
 
     Args:
         file: CUSTOM: JSON, a weight for each expert, or a list of such lists, one per
             layer. TRACE: a recording, see `read_recording`.
+        placement: of the experts on the ranks, maybe with copies; None: contiguous.
 
     Raises:
         ValueError: there is no such policy, or what is wrong with the file.
     """
     sizes = (num_experts, top_k, num_ranks)
+    where = placement or Placement.contiguous(num_experts, num_ranks)
     if policy in ("CUSTOM", "TRACE"):
         if file is None:
             raise ValueError(
                 f"--expert-routing-policy {policy} needs --expert-routing-file."
             )
-        read = read_recording if policy == "TRACE" else read_weights
-        return Weighted(read(file, num_experts, top_k), num_ranks)
+        if policy == "TRACE":
+            recorded = read_recording(file, num_experts, top_k)
+            chances, together = recorded.chances, recorded.together
+        else:
+            chances, together = read_weights(file, num_experts, top_k), None
+        if placement is None and together is None:
+            return Weighted(chances, num_ranks)
+        if together is None:
+            layers = [LayerLoad(of_layer, None, top_k) for of_layer in chances]
+        else:
+            layers = [LayerLoad(np.diagonal(b), b, top_k) for b in together]
+        return DrawnRouting(layers, where)
+    if placement is not None:
+        if policy not in ("COPY", "RAND"):
+            raise ValueError(
+                f"--expert-routing-policy {policy} has no say where experts are; with "
+                "a placement or copies it must be COPY, RAND, CUSTOM or TRACE."
+            )
+        return PlacedRouting(placement, top_k, policy == "RAND", seed)
     if policy == "COPY":
         return Busiest(*sizes)
     if policy == "BALANCED":
@@ -273,8 +283,21 @@ def read_weights(file: Path, num_experts: int, top_k: int) -> np.ndarray:
     return chances_of(np.array(rows, np.float64), top_k, str(file))  # on host
 
 
-def read_recording(file: Path, num_experts: int, top_k: int) -> np.ndarray:
-    """``[layers, E]`` chances from recorded routing.
+class Recorded(NamedTuple):
+    """What a recording says.
+
+    Attributes:
+        chances: ``[layers, E]``.
+        together: ``[layers, E, E]`` tokens that took both of two experts; None: that
+            was not recorded.
+    """
+
+    chances: np.ndarray
+    together: np.ndarray | None
+
+
+def read_recording(file: Path, num_experts: int, top_k: int) -> Recorded:
+    """Recorded routing.
 
     A recording is an ``.npz`` with ``counts [layers, E]``, how many tokens took each
     expert, and beside it a ``.json`` of the same name: ``format`` "mlx_ep.routing",
@@ -316,7 +339,11 @@ def read_recording(file: Path, num_experts: int, top_k: int) -> np.ndarray:
             f"{file}: coactivations must be [layers, {num_experts}, {num_experts}] "
             "with counts on the diagonal."
         )
-    return chances_of(counts.astype(np.float64), top_k, str(file))
+    chances = chances_of(counts.astype(np.float64), top_k, str(file))
+    # With one expert per token, or a diagonal alone, nothing says what goes together.
+    if pairs is None or pairs.sum() == counts.sum():
+        return Recorded(chances, None)
+    return Recorded(chances, pairs.astype(np.float64))
 
 
 def chances_of(weights: np.ndarray, top_k: int, where: str) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from mlx_ep.simulate.flags import settings_of
 from mlx_ep.simulate.group import StepTimes
 from mlx_ep.simulate.memory import kv_blocks
 from mlx_ep.simulate.model import find_model
+from mlx_ep.simulate.placed import most_slots
 from mlx_ep.simulate.routing import ExpertRouting, make_routing
 from mlx_ep.simulate.times.bundle import find_bundle, read_bundle
 from mlx_ep.simulate.times.bundle_times import BundleTimes
@@ -27,6 +29,8 @@ from mlx_ep.simulate.times.linear_times import (
 from mlx_ep.simulate.times.profile_times import ProfileTimes
 from mlx_ep.simulate.traces import Trace
 
+_log = logging.getLogger("mlx_ep.simulate")
+
 
 def open_cluster(args: argparse.Namespace) -> Cluster:
     """The cluster of ``--cluster-config``.
@@ -37,7 +41,11 @@ def open_cluster(args: argparse.Namespace) -> Cluster:
     folders = search_folders(args.model_dir, "models", args.cluster_config)
     return read_cluster(
         args.cluster_config,
-        settings_of(args),
+        replace(
+            settings_of(args),
+            placement_file=args.placement_file or "",
+            replica_memory=args.replica_memory,
+        ),
         lambda name: find_model(name, folders),
     )
 
@@ -98,7 +106,8 @@ def _with_whole_attention(cluster: Cluster, times: Sequence[StepTimes]) -> Clust
             continue
         for instance in group:
             model, settings, pool = instance.model, instance.settings, instance.pool
-            weights = model.weight_bytes(1, instance.ep, 1, settings.itemsize)
+            slots = most_slots(instance.placement)
+            weights = model.weight_bytes(1, instance.ep, 1, settings.itemsize, slots)
             limit = pool.pool_bytes + pool.weight_bytes
             token_bytes = model.kv_token_bytes(settings.kv_itemsize)
             try:
@@ -177,9 +186,16 @@ def _profile_times(
 
     dtype = first.settings.dtype if first.settings.dtype in _FLOATS else "bfloat16"
     note(f"{first.where}: times from the profile {name}")
+    profile = find_profile(name)
+    if "loop_seconds" not in profile.sources:
+        _log.info(
+            "the profile %s has no loop_seconds and sequence_seconds (what a loop over "
+            "batches adds to a step): 0 is assumed",
+            name,
+        )
     return ProfileTimes(
         group,
-        find_profile(name),
+        profile,
         model_shape(first.model.config, dtype=dtype, name=first.model.name),
         args.expert_exchange,
         args.link,
@@ -199,6 +215,7 @@ def _routing(args: argparse.Namespace, first: Instance) -> ExpertRouting | None:
         first.ep,
         file=args.expert_routing_file,
         seed=args.seed,
+        placement=first.placement,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from mlx_ep.simulate.fields import Fields
 from mlx_ep.simulate.model import ITEMSIZES
@@ -33,6 +34,9 @@ class EngineSettings:
             default since 0.14.
         graphs: decode steps run as graphs captured for some batch sizes, padded to
             them, as vLLM does by default.
+        placement_file: which rank has which experts: a file of `mlx_ep.placement`; "":
+            contiguous.
+        replica_memory: of each rank for copies of experts, such as "24GB"; "0": none.
     """
 
     max_num_seqs: int = 128
@@ -48,6 +52,8 @@ class EngineSettings:
     skip_prefill: bool = False
     async_scheduling: bool = True
     graphs: bool = True
+    placement_file: str = ""
+    replica_memory: str = "0"
 
     @property
     def itemsize(self) -> int:
@@ -104,4 +110,15 @@ def overridden(
         memory_utilization=util,
         skip_prefill=fields.flag("skip_prefill", settings.skip_prefill),
         async_scheduling=fields.flag("async_scheduling", settings.async_scheduling),
+        placement_file=_beside(fields, "expert_placement") or settings.placement_file,
+        replica_memory=fields.text("replica_memory", settings.replica_memory),
     )
+
+
+def _beside(fields: Fields, key: str) -> str:
+    """The file that a field names, beside the cluster file or else from here; or ""."""
+    if fields.value(key, None) is None:
+        return ""
+    name = fields.text(key)
+    beside = Path(fields.file).parent / name
+    return str(beside) if beside.is_file() else name

@@ -60,11 +60,15 @@ def _check(profile: Profile) -> None:
             continue
         number = getattr(profile, item.name)
         # What is left of a difference may be nothing.
-        is_difference = item.name in ("block_seconds", "step_seconds", "layer_seconds")
+        is_difference = item.name in (
+            "block_seconds", "step_seconds", "layer_seconds", "loop_seconds",
+            "sequence_seconds",
+        )  # fmt: skip
         assert math.isfinite(number), item.name
         assert number > 0 or (is_difference and number == 0), item.name
         assert profile.source(item.name) == "measured by mlx_ep.calibrate"
-    assert {key.partition("|")[0] for key in profile.experts} == {"gather", "blas"}
+    runners = {key.partition("|")[0] for key in profile.experts}
+    assert runners == {"mlx-lm", "gather", "blas"}
     for cost in [*profile.experts.values(), *profile.dense.values()]:
         assert len(cost.rows) >= 2
         assert all(0 <= s < math.inf for s in cost.seconds)

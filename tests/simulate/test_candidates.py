@@ -70,6 +70,8 @@ def test_table_and_pick(
         (["--chip", "m4-max", "--price", "m3-ultra=1"], "--price must name chips of"),
         (["--chip", "m4-max", "--price", "m4-max"], "--price must be CHIP=NUMBER"),
         (["--chip", "m4-max", "--memory", "8,8"], "do not go with --simulate"),
+        (["--chip", "m4-max", "--ep", "1"], "--ep does not go with --simulate"),
+        (["--chip", "m4-max", "--placement", "p.json"], "must be a record of routing"),
     ],
 )
 def test_wrong_flags(

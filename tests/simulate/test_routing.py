@@ -116,7 +116,7 @@ def _recording(folder: Path, counts: np.ndarray, **changes: object) -> Path:
 def test_recording(tmp_path: Path) -> None:
     counts = np.array([[10, 10, 10, 10], [20, 10, 10, 0]])
     file = _recording(tmp_path, counts)
-    assert read_recording(file, 4, 2).tolist() == [[0.5] * 4, [1, 0.5, 0.5, 0]]
+    assert read_recording(file, 4, 2).chances.tolist() == [[0.5] * 4, [1, 0.5, 0.5, 0]]
     loads = make_routing("TRACE", 4, 2, 2, file=file).loads(1)
     assert loads.pairs.tolist() == [[1, 1], [1.5, 0.5]]
 

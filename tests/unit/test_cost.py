@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from math import comb
 
@@ -16,10 +17,11 @@ from mlx_ep.cost.expected import (
     sampled_counts,
 )
 from mlx_ep.cost.layer import SORTED_ROWS, TILE_ROWS, dense_seconds
-from mlx_ep.cost.profile import cost_key, overridden
+from mlx_ep.cost.profile import OWN_BLOCK, cost_key, overridden
 from mlx_ep.cost.records import CollectiveTable, MatrixCost
 from mlx_ep.cost.shape import MatrixTotal
 from mlx_ep.cost.step import ARMS, layer_cost, step_cost
+from mlx_ep.placement import Placement
 from mlx_ep.types import Packing
 from tests.support.round_numbers import JACCL, LAYER, MODEL, PROFILE, RING
 
@@ -202,6 +204,52 @@ def test_measured_runners_are_taken_and_the_fastest_by_itself() -> None:
     assert layer_cost(profile, float32, "single", tokens=1).runner == "blas"
     eight = replace(LAYER, packing=Packing.affine(8))
     assert layer_cost(profile, eight, "single", tokens=1).runner == "limits"
+
+
+def test_a_single_machine_runs_the_block_of_mlx_lm_where_that_was_measured() -> None:
+    slow = MatrixCost(rows=(1.0, 2.0), seconds=(5e-9, 6e-9))
+    fast = MatrixCost(rows=(1.0, 2.0), seconds=(1e-9, 2e-9))
+    costs = {
+        cost_key(OWN_BLOCK, LAYER.packing): slow,
+        cost_key("blas", LAYER.packing): fast,
+    }
+    profile = replace(PROFILE, experts=costs)
+    for arm in ("single", "tp"):
+        assert layer_cost(profile, LAYER, arm, tokens=1, num_ranks=2).runner == "mlx-lm"
+    for arm in ("ep-replicated", "ep-gathered"):
+        found = layer_cost(profile, LAYER, arm, tokens=2, num_ranks=2)
+        assert found.runner == "blas"
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 80])
+def test_copies_of_experts_make_the_busiest_rank_less_busy(tokens: int) -> None:
+    """Rows and experts are those that the package serves with the same placement."""
+    layer = replace(LAYER, num_experts=8, top_k=2)
+    placement = Placement(((0, 1, 2, 3, 4, 5), (4, 5, 6, 7, 0)))
+    cost = partial(
+        layer_cost, PROFILE, layer, "ep-replicated", tokens=tokens, num_ranks=2
+    )
+    plain, placed = cost(), cost(placement=placement)
+    random, busiest = np.random.default_rng(3), []
+    owners = np.repeat([0, 1], [6, 5])
+    for _ in range(1500 if tokens < 10 else 300):
+        ids = np.argsort(random.random((tokens, 8)), axis=1)[:, :2].astype(np.int32)
+        slots = placement.serve(ids)
+        ranks = owners[slots]
+        busiest.append(
+            [
+                max(len(set(slots[ranks == rank])) for rank in (0, 1)),
+                max((ranks == rank).sum() for rank in (0, 1)),
+            ]
+        )
+    distinct, pairs = np.mean(busiest, axis=0)
+    assert placed.distinct_experts == pytest.approx(distinct, rel=0.03)
+    assert placed.pairs == pytest.approx(pairs, rel=0.03)
+    if tokens < 10:
+        assert placed.distinct_experts < plain.distinct_experts
+        assert placed.experts < plain.experts
+    else:
+        assert placed.pairs < plain.pairs
 
 
 def test_waiting_for_the_device_is_counted_once() -> None:

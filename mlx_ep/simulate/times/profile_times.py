@@ -24,12 +24,18 @@ _SHARDED = {"gathered": "ep-gathered", "all_to_all": "ep-all-to-all"}
 class ProfileTimes:
     """Steps of a group of instances on the hardware of a profile.
 
+    mlx-lm's batches, and so this package's, run prompts and single tokens one after
+    another: a step is one forward of its single tokens, one that fills the caches of
+    its prompts (and leaves out what lies behind the last of them), and one for the
+    last token of the prompts that end. Around it is the loop over batches.
+
     Args:
         group: instances that step together.
         profile: of the slowest device.
         shape: of the model.
-        exchange: ``replicated``: attention is whole on every device; ``all_to_all``
-            and ``gathered`` go with a dp_group. Else attention is split.
+        exchange: ``replicated``: attention is whole on every device, also on one, which
+            then runs this package's experts and not mlx-lm's own block;
+            ``all_to_all`` and ``gathered`` go with a dp_group. Else attention is split.
         link: of the profile; None: its first.
     """
 
@@ -59,7 +65,7 @@ class ProfileTimes:
             self._spread = self._ranks = len(group)
             self.arm = _SHARDED.get(exchange, "ep-gathered")
         elif first.tp == 1:
-            self.arm = "single"
+            self.arm = "ep-replicated" if exchange == "replicated" else "single"
         elif first.ep == 1:
             self.arm = "tp"
         elif first.ep == first.tp:
@@ -69,53 +75,53 @@ class ProfileTimes:
                 f"{first.where}.ep_size: with a profile, must be 1 or tp_size "
                 f"({first.tp}); got {first.ep}."
             )
+        self._placement = first.placement
         self._heads_over = self._ranks if self.arm in ("tp", "ep-tensor") else 1
-        self._seconds: dict[tuple[int, int], float] = {}
+        self._seconds: dict[tuple[int, bool], float] = {}
 
     def stage_ns(
         self, batches: Sequence[StepBatch], steps: int, first_step: int
     ) -> np.ndarray:
         """See `mlx_ep.simulate.group.StepTimes`; one stage."""
         filled = [batch for batch in batches if batch.num_tokens]
-        scores = np.max([self._scores(batch, steps) for batch in filled], axis=0)
-        tokens = max(batch.num_tokens for batch in filled)
-        logits = max(len(b.prefills) + len(b.decodes) for b in filled)
-        total = self._body(tokens, logits) + scores
+        profile = self._profile
+        ended = [_ended(batch) for batch in filled]
+        single = max(len(batch.decodes) for batch in filled)
+        last = max(ended)
+        filling = max(b.prefill_tokens - e for b, e in zip(filled, ended))
+        making = max(len(b.decodes) + e for b, e in zip(filled, ended))
+        total = np.max([self._scores(batch, steps) for batch in filled], axis=0)
+        total = total + profile.loop_seconds + making * profile.sequence_seconds
+        for tokens, logits in ((single, single), (last, last), (filling, 0)):
+            if tokens:
+                total = total + self._body(tokens, logits)
         return np.rint(total * 1e9).astype(np.int64)[None]
 
     def _body(self, tokens: int, logits: int) -> float:
-        """Seconds of everything but scores and values."""
+        """Seconds of everything but scores and values of a forward; with no logits,
+        of one that only fills caches.
+        """
         low, weight = bracket_one(_GRID, tokens)
-        below = self._at(_GRID[low])
-        if weight:
-            below = below * (1 - weight) + self._at(_GRID[low + 1]) * weight
-        low, weight = bracket_one(_GRID, logits)
-        head = self._head(_GRID[low])
-        if weight:
-            head = head * (1 - weight) + self._head(_GRID[low + 1]) * weight
-        return below + head
+        places = [(low, 1 - weight), (low + 1, weight)] if weight else [(low, 1.0)]
+        return sum(
+            share * self._at(_GRID[place], bool(logits)) for place, share in places
+        )
 
-    def _at(self, tokens: int) -> float:
-        return self._cached(tokens, 0)
-
-    def _head(self, logits: int) -> float:
-        return self._cached(1, logits)
-
-    def _cached(self, tokens: int, logits: int) -> float:
-        """A step of so many single tokens without context; with logits, only these."""
-        key = (tokens, logits)
+    def _at(self, tokens: int, has_logits: bool) -> float:
+        """A step of so many single tokens without context."""
+        key = (tokens, has_logits)
         if key not in self._seconds:
-            cost = step_cost(
+            self._seconds[key] = step_cost(
                 self._profile,
                 self._shape,
                 self.arm,
                 tokens=tokens * self._spread,
                 phase="decode",
                 num_ranks=self._ranks,
-                logits=logits or 1,
+                logits=None if has_logits else 0,
                 link=self._link,
-            )
-            self._seconds[key] = cost.head if logits else cost.seconds - cost.head
+                placement=self._placement,
+            ).seconds
         return self._seconds[key]
 
     def _scores(self, batch: StepBatch, steps: int) -> np.ndarray:
@@ -149,3 +155,8 @@ class ProfileTimes:
         computing = 2 * queries * macs / self._heads_over / profile.attention_rate
         reading = caches * num_bytes / profile.memory_bandwidth
         return np.asarray(np.maximum(computing, reading))  # on host
+
+
+def _ended(batch: StepBatch) -> int:
+    """Prompts that end in this step: what makes a token and is no single one."""
+    return min(max(len(batch.making) - len(batch.decodes), 0), len(batch.prefills))
