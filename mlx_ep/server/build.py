@@ -15,12 +15,7 @@ from mlx_ep.data_parallel import can_batch
 from mlx_ep.server.engine import ServingEngine
 from mlx_ep.server.grammar import Grammars
 from mlx_ep.server.kv import kv_sizes, why_not_shared
-from mlx_ep.server.pools import (
-    EngineOptions,
-    looks_ahead,
-    options_facts,
-    share_memory,
-)
+from mlx_ep.server.pools import EngineOptions, options_facts, share_memory
 from mlx_ep.server.prefix_cache import PrefixCache
 from mlx_ep.server.requests import Request
 from mlx_ep.server.sampling import SequenceSampler
@@ -79,11 +74,7 @@ def build_engine(
         find=lambda owner, tokens: prefixes[owner].find(tokens),
     )
     assert len(prefixes) == owners
-    ahead = looks_ahead(options, comm)
-    notes = [
-        f"attention: {attention}",
-        f"passes look ahead: {'yes' if ahead else 'no'}",
-    ]
+    notes = [f"attention: {attention}"]
     if reason:
         notes.append(f"no prefix cache: {reason}")
     return ServingEngine(
@@ -93,7 +84,7 @@ def build_engine(
             comm,
             sizes,
             own_attention,
-            ahead,
+            options.look_ahead,
             options.max_num_seqs,
             prefixes,
             ends,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -34,9 +33,8 @@ class EngineOptions:
             none. None: a quarter of `kv_fraction`.
         context: most tokens of a prompt and its answer; None: the model's.
         seed: of what requests without one draw; None: a random one.
-        look_ahead: whether a pass begins before the tokens that it takes are read.
-            None: where that pays, on a GPU, or where every rank has two cores: one
-            builds the graph while the other computes, or waits in a collective.
+        look_ahead: whether a pass begins before the tokens that it takes are read, so
+            that the host's work is done meanwhile.
 
     Raises:
         ValueError: a number is not possible.
@@ -50,7 +48,7 @@ class EngineOptions:
     prefix_cache_memory: int | None = None
     context: int | None = None
     seed: int | None = None
-    look_ahead: bool | None = None
+    look_ahead: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -120,16 +118,6 @@ def share_memory(options: EngineOptions, comm: Comm, can_keep: bool) -> Pools:
     return Pools(running, kept)
 
 
-def looks_ahead(options: EngineOptions, comm: Comm) -> bool:
-    """What `EngineOptions.look_ahead` comes to; every rank must call it."""
-    if options.look_ahead is not None:
-        return options.look_ahead
-    has_gpu = mx.default_device().type == mx.gpu
-    hosts = gather_objects(comm, (host_id(), _num_cores(), has_gpu))
-    names = [name for name, _, _ in hosts]
-    return all(gpu or cores >= 2 * names.count(name) for name, cores, gpu in hosts)
-
-
 def options_facts(options: EngineOptions) -> dict[str, Any]:
     """What must be alike on all ranks."""
     return {name: str(value) for name, value in asdict(options).items()}
@@ -143,12 +131,6 @@ def resident_bytes() -> int:
 @cache
 def _this_process() -> psutil.Process:
     return psutil.Process()
-
-
-def _num_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _free_bytes() -> int:

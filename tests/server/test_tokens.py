@@ -47,7 +47,7 @@ def _play(
     config: dict[str, Any],
     kept: int,
     transport: str = "ring",
-    look_ahead: bool | None = None,
+    look_ahead: bool = True,
 ) -> None:
     folder = str(find_model("jargon-moe"))
     expected = alone(folder, requests)
