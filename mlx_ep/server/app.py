@@ -105,7 +105,11 @@ def make_app(make_service: Callable[[], Service], access: Access) -> Starlette:
         routes=routes,
         middleware=middleware,
         lifespan=lifespan,
-        exception_handlers={ApiError: _api_error, HTTPException: _http_error},
+        exception_handlers={
+            ApiError: _api_error,
+            HTTPException: _http_error,
+            Exception: _our_error,  # Starlette raises it again: it is logged
+        },
     )
 
 
@@ -272,6 +276,12 @@ async def _http_error(request: HttpRequest, error: Exception) -> Response:
     what = f"{request.method} {request.url.path}"
     said = ApiError(error.status_code, f"{error.detail}: {what}")
     return JSONResponse(said.openai, error.status_code, error.headers)
+
+
+async def _our_error(request: HttpRequest, error: Exception) -> Response:
+    """A defect of this server: the client is told no more than that."""
+    said = ApiError(500, "the server could not handle the request; its log says why")
+    return JSONResponse(said.openai, 500)
 
 
 class _Guard:

@@ -90,7 +90,11 @@ class Body:
         return found
 
     def number(
-        self, name: str, default: float, least: float, most: float = float("inf")
+        self,
+        name: str,
+        default: float,
+        least: int | float,
+        most: int | float = float("inf"),
     ) -> float:
         found = self.value(name)
         if found is None:

@@ -46,7 +46,7 @@ def test_keys() -> None:
     with serving(access=access) as server:
         client = server.client
         assert client.post(CHAT, json=HI).status_code == 401
-        for wrong in ("", "x", KEY + "x", KEY[:-1]):
+        for wrong in ("x", KEY + "x", KEY[:-1]):
             headers = {"authorization": f"Bearer {wrong}"}
             found = client.post(CHAT, json=HI, headers=headers)
             assert found.status_code == 401

@@ -161,7 +161,7 @@ def test_many_clients_of_all_kinds(count: int) -> None:
 
 @pytest.mark.slow
 def test_a_thousand_idle_connections() -> None:
-    limits = PortLimits(connections=1024, header_seconds=60)
+    limits = PortLimits(connections=1024, header_seconds=60.0)
     with serving("Hello there.", limits=limits) as server:
         parts = urlsplit(server.address)
         address = (parts.hostname or "", parts.port or 0)
