@@ -195,8 +195,9 @@ class ServingEngine:
                 self._fail(f"rank 0 failed: {type(error).__name__}: {error}")
             raise
         finally:
-            on_end(None)
             self._bell.close()
+        # Not where it raised: a peer may be gone, and the watch will say why.
+        on_end(None)
         if self._comm.rank == 0:
             self._end_all(self._stop_reason or "the server is ending")
 
