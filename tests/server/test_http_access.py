@@ -188,14 +188,17 @@ def test_idle_connections_make_room() -> None:
 
 
 def _long_answer() -> Callable[[object], list[int]]:
-    said = [*ids("word " * 20_000), end_token()]
+    said = [*ids("word " * 1500), end_token()]
     return lambda request: said
 
 
 def test_a_client_that_does_not_read_is_dropped() -> None:
     access = Access(send_seconds=0.3, keep_alive_seconds=0.1)
-    with serving(_long_answer(), access=access, context=10**6) as server:
-        body = json.dumps({**HI, "stream": True, "max_tokens": 10**5}).encode()
+    # Every part of the stream repeats the name: more than the sockets' buffers hold.
+    name = "m" * 4000
+    with serving(_long_answer(), access=access, context=10**6, names=(name,)) as server:
+        fields = {"stream": True, "max_tokens": 10**5, "model": name}
+        body = json.dumps({**HI, **fields}).encode()
         with _connect(server) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.sendall(_raw(body, f"content-length: {len(body)}"))
