@@ -193,10 +193,10 @@ class ServingEngine:
         except BaseException as error:
             if self._comm.size == 1:
                 self._fail(f"rank 0 failed: {type(error).__name__}: {error}")
-            raise
+            raise  # among ranks `_fail` is still to be called, with the first reason
         finally:
-            on_end(None)
             self._bell.close()
+        on_end(None)
         if self._comm.rank == 0:
             self._end_all(self._stop_reason or "the server is ending")
 
