@@ -139,8 +139,9 @@ class Body:
                 raise ApiError(400, f"{path} {message}", path, "unsupported_parameter")
 
     def close(self) -> None:
-        for name in self.content:
-            if name not in self._known:
+        """Refuse what nobody asked for; null asks for nothing."""
+        for name, value in self.content.items():
+            if name not in self._known and value is not None:
                 path = self.path(name)
                 message = (
                     f"{path} is no field of this request; known are "

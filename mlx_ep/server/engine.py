@@ -193,7 +193,7 @@ class ServingEngine:
         except BaseException as error:
             if self._comm.size == 1:
                 self._fail(f"rank 0 failed: {type(error).__name__}: {error}")
-            raise
+            raise  # among ranks `_fail` is still to be called, with the first reason
         finally:
             self._bell.close()
         # Not where it raised: a peer may be gone, and the watch will say why.

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from mlx_ep.server.listener import PortLimits, open_port
+from mlx_ep.server.replies import ABORT, EventStream, GoneError
 from mlx_ep.server.service import Access
-from tests.support.http_serving import Serving, end_token, ids, serving
+from tests.support.http_serving import Serving, serving
 
 CHAT = "/v1/chat/completions"
 HI = {"messages": [{"role": "user", "content": "hi"}]}
@@ -187,26 +189,34 @@ def test_idle_connections_make_room() -> None:
         assert closed >= 7
 
 
-def _long_answer() -> Callable[[object], list[int]]:
-    said = [*ids("word " * 20_000), end_token()]
-    return lambda request: said
-
-
 def test_a_client_that_does_not_read_is_dropped() -> None:
-    access = Access(send_seconds=0.3, keep_alive_seconds=0.1)
-    with serving(_long_answer(), access=access, context=10**6) as server:
-        body = json.dumps({**HI, "stream": True, "max_tokens": 10**5}).encode()
-        with _connect(server) as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.sendall(_raw(body, f"content-length: {len(body)}"))
-            server.engine.wait_until_idle(10)
-            time.sleep(0.6)
-            found = b""
-            with suppress(ConnectionResetError):
-                while part := connection.recv(65536):
-                    found += part
-            assert found.startswith(b"HTTP/1.1 200") and b"[DONE]" not in found
-        assert server.post(CHAT, **HI, max_tokens=3).status_code == 200
+    dropped = []
+
+    async def play() -> None:
+        gone = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()  # the buffers are full
+
+        async def events() -> AsyncIterator[bytes]:
+            yield b"data: x\n\n"
+
+        def abort() -> None:
+            dropped.append(True)
+            gone.set()
+
+        scope = {"type": "http", "extensions": {ABORT: abort}}
+        access = Access(send_seconds=0.2, keep_alive_seconds=0.05)
+        with pytest.raises(GoneError):
+            await EventStream(scope, receive, send, access).run(events())
+
+    asyncio.run(asyncio.wait_for(play(), 5))
+    assert dropped == [True]
 
 
 def test_signs_of_life_while_nothing_comes() -> None:

@@ -39,8 +39,8 @@ def _answer(request: Request) -> Sequence[int]:
     """What the prompt asks for: its last line behind a colon."""
     prompt = tokenizer().decode(list(request.tokens))
     texts = {
-        "say call": f"Let me see.<tool_call>{CALL}</tool_call>",
         "say calls": f"<tool_call>{CALL}</tool_call><tool_call>{CALL}</tool_call>",
+        "say call": f"Let me see.<tool_call>{CALL}</tool_call>",
         "say broken": "<tool_call>{nonsense</tool_call>",
         "say thought": "<think>hm</think>Four.",
     }
@@ -317,7 +317,7 @@ def test_every_field_of_mlx_lm_server_is_known(server: Serving) -> None:
     fields = set(re.findall(r'body\.get\(\s*"(\w+)"', source))
     assert len(fields) > 25
     for field in sorted(fields):
-        found = server.post(CHAT, **{"messages": HI, field: None})
+        found = server.post(CHAT, **{"messages": HI, field: {}})
         assert found.status_code in (200, 400), field
         assert "is no field" not in found.text
 

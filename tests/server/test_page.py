@@ -24,12 +24,12 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         tab.call("Page.navigate", url=server.address)
         # Without the key the page shows nothing, and asks for it.
         tab.wait_for("document.querySelector('#access:not([hidden])')?.id")
-        tab.run("key.value = 'k'; access.requestSubmit()")
-        tab.wait_for("health.textContent == 'serving'")
-        tab.run("text.value = 'What is a daemon?'; ask.requestSubmit()")
+        tab.run("$('key').value = 'k'; $('access').requestSubmit()")
+        tab.wait_for("$('health').textContent == 'serving'")
+        tab.run("$('text').value = 'What is a daemon?'; $('ask').requestSubmit()")
         tab.wait_for("document.querySelector('.assistant')?.textContent")
-        tab.wait_for("numbers.textContent.includes('running1')")
-        tab.wait_for("speed.textContent.includes('tokens/s')")
+        tab.wait_for("$('numbers').textContent.includes('running1')")
+        tab.wait_for("$('speed').textContent.includes('tokens/s')")
         texts = tab.run(
             "[...document.querySelectorAll('li')].map((i) => i.textContent)"
         )
@@ -38,13 +38,14 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
             "hm",
             "A daemon runs in the background.",
         ]
-        assert "rank 1: 1.3 GB" in tab.run("memory.textContent")
+        assert "rank 1: 1.3 GB" in tab.run("$('memory').textContent")
         text = tab.run("document.getElementById('load-text').textContent")
         assert text == "3 layers, 2 ranks; the busiest has 1.50 x the mean"
-        tab.run("record.click()")
-        tab.wait_for("record.textContent == 'Stop'")
-        tab.run("text.value = 'And a worm?'; ask.requestSubmit(); stop.click()")
-        tab.wait_for("!send.disabled")
+        tab.run("$('record').click()")
+        tab.wait_for("$('record').textContent == 'Stop'")
+        tab.run("$('text').value = 'And a worm?'; $('ask').requestSubmit()")
+        tab.run("$('stop').click()")
+        tab.wait_for("!$('send').disabled")
         server.engine.wait_until_idle()
         for name, width in (("wide", 1280), ("narrow", 480)):
             picture = pictures / f"page-{name}.png"

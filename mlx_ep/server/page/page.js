@@ -175,7 +175,7 @@ function draw(layers) {
 async function poll() {
   try {
     const response = await fetch("/v1/state", { headers: headers() });
-    $("access").hidden = response.status !== 401 && !key;
+    $("access").hidden = response.status !== 401;
     if (response.ok) show(await response.json());
     else {
       $("health").textContent = response.status === 401 ? "needs an API key" : `error ${response.status}`;
