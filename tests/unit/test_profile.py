@@ -246,9 +246,9 @@ def test_shipped_profiles_say_where_each_number_is_from(name) -> None:
     assert "published figures" in profile.note
     numbers = [f.name for f in fields(Profile) if "unit" in f.metadata]
     # Nobody published what a loop over batches adds: not there, and said so.
-    for name in ("loop_seconds", "sequence_seconds"):
-        numbers.remove(name)
-        assert name not in profile.sources and getattr(profile, name) == 0.0
+    for number in ("loop_seconds", "sequence_seconds"):
+        numbers.remove(number)
+        assert number not in profile.sources and getattr(profile, number) == 0.0
     for link, content in profile.links.items():
         assert content.transport == link
         numbers += [
