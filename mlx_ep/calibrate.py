@@ -47,6 +47,7 @@ from mlx_ep.simulate.measure_bundle import write_bundle
 from mlx_ep.simulate.model import ModelSizes, read_model
 from mlx_ep.tune import share_cores
 from mlx_ep.tune.cache import cache_folder
+from mlx_ep.tune.timing import Clock
 
 SIZES = (256, 4096, 65536, 1 << 20, 1 << 23)
 QUICK_SIZES = (256, 65536)
@@ -157,7 +158,11 @@ def chosen_widths(
 
 
 def calibrate(
-    comm: Comm, packings: Sequence[str], widths: tuple[int, int], quick: bool = False
+    comm: Comm,
+    packings: Sequence[str],
+    widths: tuple[int, int],
+    quick: bool = False,
+    clock: Clock = time.perf_counter,
 ) -> Profile:
     """The profile of this cluster, the same on every rank. Every rank must call it.
 
@@ -165,12 +170,13 @@ def calibrate(
         packings: names in `PACKINGS`.
         widths: D and F of the measured experts, see `chosen_widths`.
         quick: few and short samples.
+        clock: of the samples, see `Timer`.
     """
     started = time.perf_counter()
     sharing = share_cores(comm)
-    timer = Timer(comm)
+    timer = Timer(comm, clock=clock)
     if quick:
-        timer = Timer(comm, seconds=0.01, longest=0.02, most=5)
+        timer = Timer(comm, seconds=0.01, longest=0.02, most=5, clock=clock)
     between = timer  # collectives vary by themselves: their medians count
     timer = replace(timer, quantile=FAST)
     dtype = mx.bfloat16 if uses_metal() else mx.float32

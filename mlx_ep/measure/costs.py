@@ -7,7 +7,8 @@ are its own times.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from mlx_ep.comm import Comm, broadcast_object
 from mlx_ep.cost.records import CollectiveTable, MatrixCost
 from mlx_ep.rows import uses_metal
-from mlx_ep.tune.timing import Timed, in_turn
+from mlx_ep.tune.timing import Clock, Name, Timed, in_turn
 from mlx_ep.types import MXFP4, Packing
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -74,15 +75,29 @@ class Timer:
     longest: float = 0.4
     most: int = 25
     quantile: float = 0.5
+    clock: Clock = time.perf_counter
 
     def typical(self, call: Timed) -> float:
         """Seconds of a call that returns when its work is done."""
-        call()
-        (first,) = in_turn({"": call}, before=self.comm.barrier)[""]
-        wanted = int(self.seconds / max(first, 1e-6))
+        return self.together({"": call})[""]
+
+    def together(self, calls: Mapping[Name, Timed]) -> dict[Name, float]:
+        """Seconds of calls whose differences matter: samples of them in turn, equally
+        many, so that a change of the machine's speed falls on all of them.
+        """
+        for call in calls.values():
+            call()
+        first = in_turn(calls, before=self.comm.barrier, clock=self.clock)
+        longest = max(seconds for (seconds,) in first.values())
+        wanted = int(self.seconds / max(longest, 1e-6))
         count = self.agreed(min(self.most, max(3, wanted)))
-        samples = in_turn({"": call}, rounds=count, before=self.comm.barrier)
-        return float(np.quantile(samples[""], self.quantile))
+        samples = in_turn(
+            calls, rounds=count, before=self.comm.barrier, clock=self.clock
+        )
+        return {
+            name: float(np.quantile(found, self.quantile))
+            for name, found in samples.items()
+        }
 
     def series(self, calls: Sequence[tuple[float, Timed]]) -> list[tuple[float, float]]:
         """Amounts with their seconds, as long as the next one is not too long."""

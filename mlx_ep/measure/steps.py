@@ -6,6 +6,7 @@ As in `mlx_ep.measure.costs`, every function must be called on every rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from mlx_ep.measure.costs import TINY, Timer
 
 FEW_LAYERS, MANY_LAYERS = 2, 10
 SEQUENCES = 16  # the second batch, which tells apart what grows with sequences
+LONGER = 4  # times the samples of other calls
 _ENOUGH = 1 << 20  # tokens of a sequence: it does not end while it is timed
 
 
@@ -33,20 +35,24 @@ def fixed_times(
         weight_seconds: of a weight of the tiny model's matrices, for one row.
         call_seconds: of its experts, which the routed block calls.
     """
-    times = {}
-    for kind in ("dense", "moe"):
-        few, many = (
-            timer.typical(_decode_step(tiny_model(kind, layers, dtype)))
+    steps = _longer(timer).together(
+        {
+            (kind, layers): _decode_step(tiny_model(kind, layers, dtype))
+            for kind in ("dense", "moe")
             for layers in (FEW_LAYERS, MANY_LAYERS)
-        )
-        layer = max(0.0, (many - few) / (MANY_LAYERS - FEW_LAYERS))
-        times[kind] = layer, max(0.0, few - FEW_LAYERS * layer)
-    layer, step = times["dense"]
+        }
+    )
+    layer, routed = (
+        max(0.0, steps[kind, MANY_LAYERS] - steps[kind, FEW_LAYERS])
+        / (MANY_LAYERS - FEW_LAYERS)
+        for kind in ("dense", "moe")
+    )
+    step = max(0.0, steps["dense", FEW_LAYERS] - FEW_LAYERS * layer)
     matrices = (4 + 3) * TINY**2  # of the attention and the feed-forward part
     return {
         "layer_seconds": max(0.0, layer - matrices * weight_seconds),
         "step_seconds": step,
-        "block_seconds": max(0.0, times["moe"][0] - layer - call_seconds),
+        "block_seconds": max(0.0, routed - layer - call_seconds),
     }
 
 
@@ -58,13 +64,24 @@ def loop_times(timer: Timer, dtype: mx.Dtype) -> dict[str, float]:
     ``mlx_ep.generate --prompts-file`` runs.
     """
     model = tiny_model("dense", FEW_LAYERS, dtype)
+    steps = _longer(timer).together(
+        {
+            (make, count): make(model, count)
+            for make in (_batch_step, _decode_step)
+            for count in (1, SEQUENCES)
+        }
+    )
     one, many = (
-        timer.typical(_batch_step(model, count))
-        - timer.typical(_decode_step(model, count))
+        steps[_batch_step, count] - steps[_decode_step, count]
         for count in (1, SEQUENCES)
     )
     each = max(0.0, (many - one) / (SEQUENCES - 1))
     return {"loop_seconds": max(0.0, one - each), "sequence_seconds": each}
+
+
+def _longer(timer: Timer) -> Timer:
+    """More samples: what is left of these differences counts once for every layer."""
+    return replace(timer, seconds=LONGER * timer.seconds, most=LONGER * timer.most)
 
 
 def _decode_step(model: nn.Module, sequences: int = 1) -> Callable[[], None]:

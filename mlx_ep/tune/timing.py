@@ -7,14 +7,15 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import TypeVar
 
 Timed = Callable[[], object]
+Clock = Callable[[], float]  # seconds
 Name = TypeVar("Name", bound=Hashable)
 
 
-def seconds_of(call: Timed) -> float:
+def seconds_of(call: Timed, clock: Clock = time.perf_counter) -> float:
     """Seconds of one call, which returns when its work is done."""
-    start = time.perf_counter()
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def in_turn(
@@ -23,6 +24,7 @@ def in_turn(
     rounds: int = 1,
     seconds: float = 0.0,
     before: Callable[[], object] | None = None,
+    clock: Clock = time.perf_counter,
 ) -> dict[Name, list[float]]:
     """Samples of several calls, taken in turn: what else the machine does hits all.
 
@@ -31,6 +33,7 @@ def in_turn(
         rounds: the fewest samples of each call.
         seconds: a call is repeated until its samples are so long together.
         before: called before each sample, such as a barrier; not timed.
+        clock: that samples are read from.
     """
     found: dict[Name, list[float]] = {name: [] for name in calls}
     while waiting := [
@@ -41,5 +44,5 @@ def in_turn(
         for name in waiting:
             if before is not None:
                 before()
-            found[name].append(seconds_of(calls[name]))
+            found[name].append(seconds_of(calls[name], clock))
     return found
