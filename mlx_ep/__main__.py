@@ -8,7 +8,7 @@ import sys
 COMMANDS = {
     "generate": "one prompt, streamed; or many from a file",
     "chat": "several turns, in a terminal",
-    "server": "an OpenAI- and Anthropic-compatible endpoint over all ranks",
+    "server": "an OpenAI- and Anthropic-compatible endpoint",
     "plan": "what every Mac would hold, if it fits, how fast it is",
     "launch": "start a command on every rank",
     "doctor": "check this cluster: kernels, links, tokens; answers",

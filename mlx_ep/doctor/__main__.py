@@ -65,10 +65,12 @@ def examine(args: argparse.Namespace, comm: GroupComm) -> bool:
 
     facts = gather_objects(comm, machine(comm))
     table = unlike(facts)
-    say(*(line for rank in facts for line in machine_lines(rank)))
+    hosts = [rank["host_id"] for rank in facts]
+    for rank in facts:
+        say(*machine_lines(rank, sharing=hosts.count(rank["host_id"])))
     if lines := environment_lines(facts, table):
         say(*lines)
-    links = measure_links(comm, [rank["host_id"] for rank in facts])
+    links = measure_links(comm, hosts)
     if links:
         say("", link_table(links))
     problem = model_problem(args.model, comm)

@@ -106,7 +106,11 @@ def _balance(
             f"and {min(times) * 1e3:.2f} ms on rank {fast}, {ratio:.2f} times as long."
         )
         if ratio > UNEQUAL:
-            text += " Give the slower less: --memory, or --placement with a file."
+            text += (
+                " They share a host: what else runs there, not its speed."
+                if facts[slow]["host_id"] == facts[fast]["host_id"]
+                else " Give the slower less: --memory, or --placement with a file."
+            )
         found.append(text)
     limits = [rank["limit_bytes"] for rank in facts]
     if max(limits) > UNEQUAL * min(limits):
@@ -146,9 +150,10 @@ def _throughput(
     for link in slow:
         ends = " and ".join(map(str, link.ranks))
         late, wide = link.expected_latency or 0.0, link.expected_bandwidth or 0.0
+        given = "-" if link.bandwidth is None else f"{link.bandwidth / 1e9:.2f}"
         found.append(
             f"The link of ranks {ends} is slow: {link.latency * 1e6:.0f} us and "
-            f"{link.bandwidth / 1e9:.2f} GB/s, expected {late * 1e6:.0f} us and "
+            f"{given} GB/s, expected {late * 1e6:.0f} us and "
             f"{wide / 1e9:.1f} GB/s ({link.source}). Look at the cable, the port, and "
             "which address the hostfile names."
         )

@@ -22,13 +22,19 @@ def wrapped(text: str, indent: str = "") -> str:
     )  # fmt: skip
 
 
-def machine_lines(rank: MachineFacts) -> list[str]:
-    """One rank: where it is, its memory, its versions."""
+def machine_lines(rank: MachineFacts, sharing: int = 1) -> list[str]:
+    """One rank: where it is, its memory, its versions.
+
+    Args:
+        sharing: ranks on its host, which have its memory together.
+    """
     gpu = (
         "computes on the GPU through Metal" if rank["metal"] else "computes on the CPU"
     )
     wired = rank["wired_limit_mb"]
     limit = f"{format_bytes(rank['limit_bytes'])} for weights"
+    if sharing > 1:
+        limit += f" of the {sharing} ranks here"
     if wired is not None:
         limit += f" (iogpu.wired_limit_mb {wired or '0, the default'})"
     versions = ", ".join(f"{name} {v}" for name, v in rank["versions"].items())
@@ -79,7 +85,7 @@ def report_table(checks: Sequence[Check]) -> str:
                 f"{check.error:.0e}" if check.error else "0",
                 _milliseconds(check.seconds) if check.seconds else "-",
                 "-" if plain is None else _milliseconds(plain),
-                f"{rate:.2f}" if check.num_bytes else "-",
+                _rate(rate) if check.num_bytes else "-",
                 _word(check),
             )
         )
@@ -95,6 +101,11 @@ def _milliseconds(seconds: float) -> str:
     """Three digits, in at most six columns."""
     number = seconds * 1e3
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _rate(rate: float) -> str:
+    """Two digits of GB/s, which a small message needs as much as a large one."""
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def _word(check: Check) -> str:
@@ -113,7 +124,7 @@ def link_table(links: Sequence[LinkTime]) -> str:
                 "-".join(map(str, link.ranks)),
                 f"{link.latency * 1e6:.0f}",
                 "-" if late is None else f"{late * 1e6:.0f}",
-                f"{link.bandwidth / 1e9:.2f}",
+                "-" if link.bandwidth is None else f"{link.bandwidth / 1e9:.2f}",
                 "-" if wide is None else f"{wide / 1e9:.1f}",
                 "SLOW" if link.is_slow else "" if late is None else "ok",
             )
@@ -133,6 +144,11 @@ def answer_lines(answers: Mapping[str, Sequence[str]]) -> list[str]:
     return lines
 
 
+def _named(ranks: Sequence[str]) -> str:
+    """rank 0; ranks 0, 1."""
+    return f"rank{'s' if ranks[1:] else ''} {', '.join(ranks)}"
+
+
 def verdict(
     facts: Sequence[MachineFacts], checks: Sequence[Sequence[Check]], model_problem: str
 ) -> str:
@@ -141,7 +157,7 @@ def verdict(
     without = [str(rank["rank"]) for rank in facts if not rank["metal"]]
     if without:
         lines.append(
-            f"Not checked: the Metal kernels on rank {', '.join(without)}, where MLX "
+            f"Not checked: the Metal kernels on {_named(without)}, where MLX "
             "does not compute on a GPU through Metal. They are not used there either."
         )
     if len(facts) == 1:

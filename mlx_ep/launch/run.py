@@ -70,7 +70,14 @@ class StartedRanks:
         Raises:
             ValueError: there is no such command here; no rank is left running.
         """
+        # Before the first rank: a launcher that ends without them would leave them.
+        # Rank 0 here gets Ctrl-C from the terminal itself, and may stay.
+        before = {signal.SIGINT: signal.signal(signal.SIGINT, self._interrupt)}
+        for wanted in (signal.SIGTERM, signal.SIGHUP):
+            before[wanted] = signal.signal(wanted, self._end)
         for number, host in enumerate(self._args.hosts.ranks):
+            if self._told_to_end:
+                break
             try:
                 self._ranks.append(self._start(number, host))
             except OSError as error:
@@ -78,17 +85,17 @@ class StartedRanks:
                 for rank in self._ranks:
                     rank.process.wait()
                 self._folder.cleanup()
+                for wanted, handler in before.items():
+                    signal.signal(wanted, handler)
                 raise ValueError(
                     f"The command must be a program here; {self._args.command[0]} "
                     f"cannot be started: {error}."
                 ) from None
+        if self._told_to_end:  # the rank that was just being started, too
+            self._signal(signal.SIGTERM)
 
     def wait(self) -> int:
         """Until every rank has ended; 0, or the code of the first that failed."""
-        # Rank 0 here gets Ctrl-C from the terminal itself, and may stay.
-        signal.signal(signal.SIGINT, self._interrupt)
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._end)
         code = 0
         deadline, is_last = float("inf"), False
         while any(rank.code is None for rank in self._ranks):
@@ -217,6 +224,9 @@ class StartedRanks:
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         """Ctrl-C: rank 0 decides; where it has no terminal it is told."""
+        if len(self._ranks) < len(self._args.hosts.ranks):  # not all have started
+            self._end(number, frame)
+            return
         first = self._ranks[0]
         if not self._args.hosts.ranks[0].is_here or not sys.stdin.isatty():
             first.process.send_signal(signal.SIGINT)

@@ -179,7 +179,7 @@ REFUSALS = (
     (["layer", *TINY, "--runner", "fast"], "--runner is of auto, gather"),
     (["layer", *TINY, "--bits", "7"], "got 7 and 32"),
     (["layer", *TINY, "--memory-limit-gb", "1e-6"], "do not fit together (rank 0: it"),
-    (["layer", "--shape", "4096,65536,65536,8", "--tokens", "1"], "the ranks of"),
+    (["layer", "--shape", "4096,65536,65536,8", "--tokens", "1"], "this host need"),
     (["layer", *TINY, "--ranks", "3"], "got 3"),
     (["e2e", "--batch", "1,a"], "--batch must be whole numbers"),
     (["e2e", "--max-tokens", "1"], "--max-tokens must be 2 or more"),

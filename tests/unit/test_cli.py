@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PARSERS = {
     "generate": "mlx_ep.generate.flags",
     "chat": "mlx_ep.chat",
+    "server": "mlx_ep.server.flags",
     "perplexity": "mlx_ep.perplexity",
     "plan": "mlx_ep.plan.flags",
     "overlay": "mlx_ep.overlay.make",
@@ -53,6 +54,9 @@ VALUES = {
     "attention": ("auto", "auto"),
     "memory": ("5,6.5", (5.0, 6.5)),
     "warmup": (None, False),
+    "eval_layers": ("4", 4),
+    "check_nan": (None, True),
+    "rebalance_below": ("0.5", 0.5),
     "placement_file": ("FILE", "FILE"),
     "memory_limit_gb": ("2.5", 2.5),
     "capacity": ("3", 3),

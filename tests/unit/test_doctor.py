@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -14,13 +15,15 @@ import pytest
 
 from mlx_ep.comm import Comm, GroupComm
 from mlx_ep.doctor import __main__ as doctor
+from mlx_ep.doctor import facts
 from mlx_ep.doctor.answers import answers
 from mlx_ep.doctor.facts import machine, unlike
 from mlx_ep.doctor.report import link_table, machine_lines, report_table
 from mlx_ep.kernels import ops
 from mlx_ep.loading import find_model
 from mlx_ep.measure import Check, CheckedLayer, check_experts, check_kernels, checks
-from mlx_ep.measure.links import LinkTime, with_expectation
+from mlx_ep.measure.links import LARGE, LinkTime, _link, with_expectation
+from mlx_ep.measure.links import SMALL as SMALL_BYTES
 from tests.support.host_kernels import installed
 from tests.support.ranks import run_commands
 
@@ -96,7 +99,8 @@ def test_the_exit_code_and_the_report_of_a_wrong_kernel(
     comm: Comm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(checks, "metal", _kernels(expert_glu=_raise))
-    monkeypatch.setattr(doctor, "uses_metal", lambda: True)
+    for module in (doctor, facts):
+        monkeypatch.setattr(module, "uses_metal", lambda: True)
     monkeypatch.setattr(doctor.cli, "run", lambda _, body: body(NO_FLAGS, comm))
     with pytest.raises(SystemExit) as ended:
         doctor.main()
@@ -152,6 +156,12 @@ def rank_checks(experts: float, reduce: float) -> list[Check]:
     ]
 
 
+def test_a_link_whose_large_message_is_no_slower_has_no_rate() -> None:
+    assert _link((0, 1), [3e-4, 2e-4], steps=2.0, volume=2.0).bandwidth is None
+    rated = _link((0, 1), [0.5, 1.5], steps=2.0, volume=2.0)
+    assert (rated.latency, rated.bandwidth) == (0.25, 2.0 * (LARGE - SMALL_BYTES))
+
+
 LINK = LinkTime(ranks=(0, 1), latency=3e-3, bandwidth=1e8)
 
 
@@ -187,6 +197,12 @@ def test_answers_are_of_what_was_measured() -> None:
     assert "had a load of 90.0 on 32 cores" in slow
     assert "20.00 GB of 512.00 GB memory are free" in slow
     assert "iogpu.wired_limit_mb is 500000, above 0.85" in slow
+    # Of one host neither rank is slower, and both have its memory together.
+    shared = [rank_facts(rank, host_id="mac") for rank in range(2)]
+    balance = " ".join(answers(shared, checks, links, "")["poor load balance"])
+    assert "They share a host" in balance and "--placement with" not in balance
+    (_, memory, _) = machine_lines(shared[0], sharing=2)
+    assert "384.00 GB for weights of the 2 ranks here" in " ".join(memory.split())
     # Where all is well none of that is said.
     alike = [rank_facts(0), rank_facts(1)]
     fast = [with_expectation(LinkTime(ranks=(0, 1), latency=3e-5, bandwidth=6e9),
@@ -206,6 +222,11 @@ def test_what_a_link_should_give() -> None:
     text = link_table([jaccl])
     row = text.splitlines()[2].split()
     assert row == ["0-1", "3000", "29", "0.10", "6.3", "SLOW"]
+    # A rate that cannot be told is neither a number nor slow.
+    untold = replace(jaccl, latency=2.9e-5, bandwidth=None)
+    assert not untold.is_slow
+    row = link_table([untold]).splitlines()[2].split()
+    assert row == ["0-1", "29", "29", "-", "6.3", "ok"]
     same_host = LinkTime(ranks=(1, 2), latency=1.0, bandwidth=1.0)
     for link, transport in ((LINK, "mpi"), (same_host, "ring")):
         found = with_expectation(link, transport, hosts)
@@ -240,8 +261,8 @@ def test_a_secret_is_not_shown(comm: Comm, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_everything_fits_80_columns() -> None:
-    facts = rank_facts(0, host="a-mac-with-a-long-name.in.a.long.domain.example.org")
-    lines = [line for text in machine_lines(facts) for line in text.splitlines()]
+    rank = rank_facts(0, host="a-mac-with-a-long-name.in.a.long.domain.example.org")
+    lines = [line for text in machine_lines(rank) for line in text.splitlines()]
     what = "unpack_sum (8, 2048) bfloat16+float32 x8"
     check = Check(
         what=what,
