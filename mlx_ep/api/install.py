@@ -183,9 +183,11 @@ def install_experts(
     group = ExpertGroup.from_config(
         comm, placement, config, shares_routing, policy.mover
     )
+    has_metal = any(machine["backend"] == "metal" for machine in machines)
+    # The kernel of the choice levels no rows, and all ranks have to choose alike.
+    group = replace(group, levels_rows=not has_metal)
     connect(model, group.counted)
     blocks = install(forms, group, config.reduction)
-    has_metal = any(machine["backend"] == "metal" for machine in machines)
     if comm.size > 1 and has_metal and splitter.choice.attention == "replicated":
         build_kernels(model, blocks)
     comm.barrier()  # nobody's first step waits for another's warm-up

@@ -93,6 +93,7 @@ class ExchangeRequest(NamedTuple):
         comm: the ranks.
         sum_dtype: what sums travel back in, where a strategy adds them at home.
         tokens: T of every rank, where the ranks have agreed on it.
+        levels_rows: see `serving_slots`.
     """
 
     routing: Routing
@@ -100,6 +101,7 @@ class ExchangeRequest(NamedTuple):
     comm: Comm
     sum_dtype: mx.Dtype
     tokens: TokenCounts | None = None
+    levels_rows: bool = False
 
     @property
     def num_tokens(self) -> int:

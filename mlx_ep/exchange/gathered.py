@@ -54,8 +54,9 @@ def gather_rows(
         # Collectives run in the order of the graph: this one has to come second.
         everyone = comm.all_gather(mx.depends(x, words))
         routing = routing_from_words(words)
-    served = serving_slots(routing.expert_ids, request.placement)
-    slot_ids = request.placement.slots.local_slots(served, comm.rank)
+    placement, levels = request.placement, request.levels_rows
+    served = serving_slots(routing.expert_ids, placement, levels)
+    slot_ids = placement.slots.local_slots(served, comm.rank)
     return depends_on(Rows(everyone, slot_ids, routing.gates), everyone)
 
 

@@ -123,7 +123,8 @@ class Normal:
         with comm.beside():
             words = routing_words(pad_routing(routing, tokens.largest))
             everyone = routing_from_words(comm.all_gather(words))  # [P*C K]
-            served = serving_slots(everyone.expert_ids, placement)
+            levels = request.levels_rows
+            served = serving_slots(everyone.expert_ids, placement, levels)
             rows = movement.plan_rows(served, placement.slots, comm.rank, tokens)
             lines, first = rows.arriving, comm.rank * tokens.largest
             own = served[first : first + request.num_tokens]

@@ -56,7 +56,8 @@ class Replicated:
         """See `Strategy.exchange`."""
         placement, comm, routing = request.placement, request.comm, request.routing
         is_complete = isinstance(routing, CompleteRouting)
-        slots, served = placement.slots, serving_slots(routing.expert_ids, placement)
+        slots, levels = placement.slots, request.levels_rows
+        served = serving_slots(routing.expert_ids, placement, levels)
         return ReplicatedExchange(
             slots.local_slots(served, comm.rank),
             routing.gates,

@@ -76,6 +76,7 @@ class ExpertGroup:
         eval_layers: evaluate prompts after every so many layers; 0: never.
         check_nan: look for NaN in what comes and goes.
         observe: is given the routed ids of each call; see `RoutingRecorder.observer`.
+        levels_rows: among copies of experts, see `serving_slots`; alike on all ranks.
     """
 
     comm: Comm
@@ -91,6 +92,7 @@ class ExpertGroup:
     eval_layers: int = 0
     check_nan: bool = False
     observe: Callable[[mx.array], None] | None = None
+    levels_rows: bool = False
 
     @classmethod
     def from_config(
@@ -261,7 +263,12 @@ class ExpertGroup:
         """The tokens of each round, and what its exchange is asked for."""
         tokens, limit = self._token_counts(x.shape[0], strategy), strategy.round_tokens
         whole = ExchangeRequest(
-            routing, self.placement, self.counted, self.sum_dtype or x.dtype, tokens
+            routing,
+            self.placement,
+            self.counted,
+            self.sum_dtype or x.dtype,
+            tokens,
+            self.levels_rows,
         )
         if tokens is None or limit is None or tokens.num_rounds(limit) == 1:
             return [(x, whole)]
@@ -294,7 +301,7 @@ class ExpertGroup:
         return outputs
 
     def _own_slots(self, expert_ids: mx.array) -> mx.array:
-        served = serving_slots(expert_ids, self.placement)
+        served = serving_slots(expert_ids, self.placement, self.levels_rows)
         return self.placement.slots.local_slots(served, self.comm.rank)
 
     def sum_parts(self, part: Shaped[mx.array, ...]) -> Shaped[mx.array, ...]:

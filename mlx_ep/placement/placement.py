@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int32, Integer
 
 from mlx_ep.placement.choice import DECODE_TOKENS, ReplicaChoice
+from mlx_ep.placement.level import level_rows
 
 
 class Part(NamedTuple):
@@ -215,7 +216,9 @@ class Placement:
                 holders[expert].append(rank)
         return ReplicaChoice(holders, self.num_ranks)
 
-    def serve(self, expert_ids: Int32[np.ndarray, "T K"]) -> Int32[np.ndarray, "T K"]:
+    def serve(
+        self, expert_ids: Int32[np.ndarray, "T K"], levels_rows: bool = False
+    ) -> Int32[np.ndarray, "T K"]:
         """The slot that serves each routed expert, as `slots` counts them; -1 for -1.
 
         A function of the ids alone: ranks that know the same ids decide alike. Up to
@@ -224,15 +227,22 @@ class Placement:
 
         Args:
             expert_ids: of all tokens that are computed together.
+            levels_rows: up to `DECODE_TOKENS` tokens, of the choices with as many
+                experts on each rank take one with few rows on the busiest.
         """
         if not self.has_replicas:
             return expert_ids
         if len(expert_ids) <= DECODE_TOKENS:
-            flat = expert_ids.reshape(-1).tolist()  # on host
-            chosen, table = self.choice.experts(flat), self._slot_numbers
+            flat, table = expert_ids.reshape(-1).tolist(), self._slot_numbers  # on host
+            if levels_rows and len(expert_ids) > 1:
+                held = expert_ids[expert_ids >= 0]
+                counts = np.bincount(held, minlength=self.num_experts)
+                chosen = level_rows(self.choice, counts)
+            else:
+                chosen = self.choice.experts(flat)
             of_expert = {e: table[rank][e] for e, rank in chosen.items()}
             of_expert[-1] = -1
-            slots = np.array([of_expert[e] for e in flat], np.int32)
+            slots = np.array([of_expert[e] for e in flat], np.int32)  # on host
             return slots.reshape(expert_ids.shape)
         ranks = self.choice.rows(expert_ids)
         return np.where(ranks < 0, -1, self.slot_table[ranks, expert_ids])

@@ -18,7 +18,9 @@ CHECKED_STEPS = 8  # steps with which the kernel is compared before it is used
 
 
 def serving_slots(
-    expert_ids: Integer[mx.array, "T K"], placement: Placement
+    expert_ids: Integer[mx.array, "T K"],
+    placement: Placement,
+    levels_rows: bool = False,
 ) -> Integer[mx.array, "T K"]:
     """The slots that serve routed experts: ids for ``placement.slots``.
 
@@ -29,15 +31,19 @@ def serving_slots(
     Args:
         expert_ids: of all tokens that are computed together, the same on every rank
             that asks.
+        levels_rows: the host chooses, as `Placement.serve` with it does, the same on
+            every rank that asks: for groups without Metal, whose kernel does not.
     """
     if not placement.has_replicas:
         return expert_ids
-    if expert_ids.shape[0] <= DECODE_TOKENS and uses_metal():
+    in_decode = expert_ids.shape[0] <= DECODE_TOKENS
+    if in_decode and not levels_rows and uses_metal():
         tables = _checked_tables(placement, expert_ids.shape[1])
         if tables is not None:
             return metal.choose_replicas(expert_ids.astype(mx.int32), tables)
     # sync: which copy serves an expert depends on all the ids of the step.
-    return mx.array(placement.serve(to_host(expert_ids.astype(mx.int32))))
+    ids = to_host(expert_ids.astype(mx.int32))
+    return mx.array(placement.serve(ids, levels_rows))
 
 
 def replica_tables(placement: Placement) -> ReplicaTables:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from benchmarks import eplb
 from mlx_ep.placement import (
     LayerLoad,
+    Placement,
     RankRoom,
     ReplicaChoice,
     balance,
@@ -18,6 +20,8 @@ from mlx_ep.placement import (
     expected_busiest,
     rebalance_experts,
 )
+from mlx_ep.placement.level import level_rows
+from mlx_ep.rows import serving_slots
 
 # The example in EPLB's documentation, with what it prints.
 WEIGHT = np.array(
@@ -189,6 +193,46 @@ def test_never_worse_than_one_copy_each() -> None:
         ids = np.concatenate([random.permutation(128)[:8] for _ in range(8)]).tolist()
         with_replicas = busiest(list(choice.experts(ids).values()), [1.0] * 4)
         assert with_replicas <= busiest(list(plain.experts(ids).values()), [1.0] * 4)
+
+
+def test_levelled_reads_as_few_experts_and_never_more_rows() -> None:
+    """Rows of the busiest rank: below those of `experts` by 1% and more on average."""
+    random = np.random.default_rng(12)
+    levelled_rows, plain_rows = [], []
+    for case in range(200):
+        ranks, experts = int(random.integers(2, 5)), int(random.integers(8, 40))
+        holders = random_holders(random, experts, ranks)
+        speeds = [float(s) for s in random.integers(1, 3, ranks)] if case % 2 else None
+        choice = ReplicaChoice(holders, ranks, speeds)
+        counts = random.integers(0, 9, experts)
+        used = np.flatnonzero(counts).tolist()
+        plain, levelled = choice.experts(used), level_rows(choice, counts)
+        assert sorted(levelled) == used
+        assert all(rank in holders[e] for e, rank in levelled.items())
+        assert sorted(plain.values()) == sorted(levelled.values())
+        of = speeds or [1.0] * ranks
+        busiest_rows = [
+            max(sum(counts[e] for e in c if c[e] == r) / of[r] for r in range(ranks))
+            for c in (plain, levelled)
+        ]
+        assert busiest_rows[1] <= busiest_rows[0]
+        plain_rows.append(busiest_rows[0])
+        levelled_rows.append(busiest_rows[1])
+    assert np.mean(levelled_rows) < 0.99 * np.mean(plain_rows)
+    assert level_rows(choice, np.minimum(counts, 1)) == choice.experts(used)
+
+
+def test_rows_are_levelled_where_asked() -> None:
+    """All on both ranks, rows 4 3 1 1: the two heaviest go to different ranks."""
+    placement = Placement(((0, 1, 2, 3), (0, 1, 2, 3)))
+    ids = np.array([[0, 1], [0, 1], [0, 1], [0, 2], [3, -1]], np.int32)
+    plain = [[0, 1], [0, 1], [0, 1], [0, 6], [7, -1]]
+    assert placement.serve(ids).tolist() == plain
+    levelled = placement.serve(ids, levels_rows=True)
+    assert levelled.tolist() == [[0, 5], [0, 5], [0, 5], [0, 6], [3, -1]]
+    assert serving_slots(mx.array(ids), placement, True).tolist() == levelled.tolist()
+    one = np.array([[3, 0]], np.int32)
+    assert (placement.serve(one, True) == placement.serve(one)).all()
 
 
 def test_rows_are_levelled() -> None:
