@@ -293,6 +293,8 @@ class EPConfig:
         limit = self.memory_limit_gb
         if limit is not None and not 0 < limit < inf:
             raise ValueError(f"memory_limit_gb must be above 0 or None, not {limit}.")
+        if not 0 <= (below := self.rebalance_below) <= 1:
+            raise ValueError(f"rebalance_below must be 0 to 1, not {below}.")
         self._check_placement()
 
     def _check_placement(self) -> None:
