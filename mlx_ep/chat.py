@@ -28,8 +28,8 @@ from mlx_ep.comm import Comm, broadcast_object, note_decode, note_prefill, note_
 from mlx_ep.tune.cache import cache_folder
 
 _HELP = (
-    "Commands: /reset forgets the conversation, /help, /quit (or end of input). Ctrl-C "
-    "stops an answer."
+    "Commands: /reset forgets the conversation, /help, /quit (or end of input).\n"
+    "Ctrl-C stops an answer."
 )
 _HISTORY_LINES = 1000
 
@@ -169,9 +169,10 @@ class _Lines:
             print(f"(what you type must be UTF-8: {error})")
             return ""
         except KeyboardInterrupt:
-            print("\n(once more, or /quit, to leave)")
+            print()
             if self._was_interrupted:
                 return None
+            print("(once more, or /quit, to leave)")
             self._was_interrupted = True
             return ""
         self._was_interrupted = False

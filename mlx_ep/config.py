@@ -290,9 +290,10 @@ class EPConfig:
                 "it belongs to all_to_all.",
                 stacklevel=3,
             )
-        limit = self.memory_limit_gb
-        if limit is not None and not 0 < limit < inf:
+        if (limit := self.memory_limit_gb) is not None and not 0 < limit < inf:
             raise ValueError(f"memory_limit_gb must be above 0 or None, not {limit}.")
+        if not 0 <= (below := self.rebalance_below) <= 1:
+            raise ValueError(f"rebalance_below must be 0 to 1, not {below}.")
         self._check_placement()
 
     def _check_placement(self) -> None:
@@ -320,8 +321,7 @@ class EPConfig:
         """Of `replica_memory`, on each rank; None: "auto"."""
         if self.replica_memory == "auto":
             return None
-        number = self.replica_memory.upper().removesuffix("GB").strip()
-        return int(float(number) * 1e9)
+        return int(float(self.replica_memory.upper().removesuffix("GB")) * 1e9)
 
     def _check_replicas(self) -> None:
         try:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NoReturn, TextIO
 
 import mlx.nn as nn
@@ -143,10 +144,10 @@ def prepare_model(
 def print_reports(
     model: nn.Module, comm: Comm, config: EPConfig, file: TextIO = sys.stdout
 ) -> None:
-    """One line per rank, by rank 0, in rank order, and two for the strategy."""
+    """Of every rank what it holds, by rank 0, and two lines for the strategy."""
     if comm.rank == 0:
         for report in model.expert_parallel.reports:
-            print(report, file=file)
+            print(fill(str(report), 79, subsequent_indent="  "), file=file)
         mode = f" ({config.mode})" if config.strategy == "all_to_all" else ""
         if config.attention != "replicated":
             print(model.expert_parallel.attention, file=file)

@@ -145,7 +145,7 @@ def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--use-default-chat-template",
         action="store_true",
-        help="No effect: tokenizers have no default template any more.",
+        help="No effect: tokenizers bring their templates themselves.",
     )
     group.add_argument(
         "--chat-template-args",

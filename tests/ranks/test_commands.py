@@ -81,11 +81,14 @@ def test_launch_forms(form: list[str], expected: str) -> None:
     done = _launch(*port, *form, *ASK, "2")
     lines = done.stdout.splitlines()
     assert lines[0].startswith("rank 0: experts 0..7 (8 of 16 per layer), "), done
-    assert lines[1].startswith("rank 1: experts 8..15 (8 of 16 per layer), ")
-    assert lines[2] == "strategy: replicated"
-    assert lines[3] == "MoE EP backend: local_allreduce  TP=2  DP=1  EP=2"
-    assert lines[4] == "=" * 10
-    assert "\n".join(lines[5:]).startswith(expected)
+    assert lines[2].startswith("rank 1: experts 8..15 (8 of 16 per layer), ")
+    # In 80 columns: what follows of a rank is in a line of its own.
+    assert all(line.startswith("  ") for line in (lines[1], lines[3]))
+    assert max(map(len, lines[:4])) <= 80
+    assert lines[4] == "strategy: replicated"
+    assert lines[5] == "MoE EP backend: local_allreduce  TP=2  DP=1  EP=2"
+    assert lines[6] == "=" * 10
+    assert "\n".join(lines[7:]).startswith(expected)
     assert [line.split(":")[0] for line in lines[-3:]] == [
         "Prompt", "Generation", "Peak memory",
     ]  # fmt: skip

@@ -268,6 +268,13 @@ BAD_CONFIGURATIONS = {
     "memory=[64, -1]": "memory must be numbers above 0; got (64, -1)",
     "replica_memory=24": "replica_memory must be a text; got 24",
     "placement_file=3": "placement_file must be a text or None; got 3",
+    "overlap='x'": "overlap must be one of none, single; got 'x'",
+    "eval_layers=-1": "eval_layers must be 0 or more; got -1",
+    "check_nan=1": "check_nan must be True or False; got 1",
+    "rebalance_every=-1": "rebalance_every must be 0 or more; got -1",
+    "rebalance_below='x'": "rebalance_below must be a number; got 'x'",
+    "rebalance_below=1.5": "rebalance_below must be 0 to 1, not 1.5",
+    "rebalance_below=float('nan')": "rebalance_below must be 0 to 1, not nan",
     "ep_size=0": "ep_size must be 1 or more; got 0",
     "context=-1": "context must be 0 or more; got -1",
 }
