@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.support.forked import can_fork
+from tests.support.forked import can_fork, other_variables
 from tests.support.launchers import rank_environment
 from tests.support.ranks import RanksError, run_commands, run_ranks, start_commands
 
@@ -147,6 +147,7 @@ sys.exit(3)
 )
 def test_a_forked_command_is_like_one_that_was_started(argv: list[str]) -> None:
     command = [sys.executable, *argv]
+    assert not other_variables(rank_environment(None)), "a test has left them"
     assert can_fork(command, rank_environment(None))
     found, expected = (
         run_commands(1, command, stdin="text", forks=forks)[0]

@@ -124,13 +124,18 @@ def can_fork(argv: Sequence[str], environment: Mapping[str, str]) -> bool:
 
     Only in a test: what is timed elsewhere is a process of its own.
     """
-    names = (environment.keys() | _VARIABLES.keys()) - _READ_LATER
     return (
         "PYTEST_CURRENT_TEST" in os.environ
         and argv[0] == sys.executable
         and (argv[1] in ("-m", "-c") or argv[1].endswith(".py"))
-        and all(environment.get(name) == _VARIABLES.get(name) for name in names)
+        and not other_variables(environment)
     )
+
+
+def other_variables(environment: Mapping[str, str]) -> set[str]:
+    """Those that are not as they were when everything was imported."""
+    names = (environment.keys() | _VARIABLES.keys()) - _READ_LATER
+    return {name for name in names if environment.get(name) != _VARIABLES.get(name)}
 
 
 @cache
