@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import IO
 
@@ -32,7 +33,10 @@ _READ_LATER = {
     "PYTEST_CURRENT_TEST",
     "XDG_CACHE_HOME",
 }
-_VARIABLES = rank_environment(None)  # with which everything is imported
+# With which everything is imported. mlx-lm sets one when it is imported, before this
+# module or after it.
+import_module("mlx_lm")
+_VARIABLES = rank_environment(None)
 
 
 class ForkedProcess:
