@@ -148,5 +148,8 @@ def test_anthropic(claude: anthropic.Anthropic) -> None:
     assert claude.messages.count_tokens(model="gpt-4o", messages=messages).input_tokens
     with pytest.raises(anthropic.BadRequestError, match="temperature must be"):
         claude.messages.create(
-            model="gpt-4o", max_tokens=9, messages=messages, temperature=-1
+            model="gpt-4o",
+            max_tokens=9,
+            messages=messages,
+            extra_body={"temperature": -1},
         )

@@ -138,7 +138,10 @@ class Hub:
         if kind == "beat":
             self._places[rank] = message
             if rank in self._asked and rank not in self._stacks:
-                self._last_places[rank] = message  # its answer to that, too
+                # Its answer to that, too; the signal may have ended a silence.
+                silent = self._last_places.get(rank, message)["interpreter"]
+                longest = max(silent, message["interpreter"])
+                self._last_places[rank] = message | {"interpreter": longest}
             self._compare(rank, message.get("marks", []))
         elif kind == "failed":
             self.fail(rank, message["text"], message["code"], message["asks"])
