@@ -47,7 +47,7 @@ from benchmarks.harness import (
     interleaved,
     ratio,
 )
-from mlx_ep.config import EPConfig
+from mlx_ep.config import EPConfig, RunnerName
 from mlx_ep.experts import metal as metal_runner
 from mlx_ep.experts import switch_runner
 from mlx_ep.kernels import ops
@@ -96,8 +96,8 @@ def make_model(family: str, width: int, expert_width: int) -> nn.Module:
     return model
 
 
-def ours(family: str, widths: tuple[int, int], runner: str) -> BlockState:
-    config = EPConfig(runner=runner)  # type: ignore[arg-type]
+def ours(family: str, widths: tuple[int, int], runner: RunnerName) -> BlockState:
+    config = EPConfig(runner=runner)
     model = mlx_ep.parallelize(make_model(family, *widths), config=config)
     state: BlockState = model.expert_parallel.blocks[-1]
     return state
@@ -280,8 +280,9 @@ def measure_step(samples: int) -> dict[str, Any]:
     """The embedded model's decode step beside mlx-lm's."""
     folder = str(find_model(EMBEDDED_MODEL))
     models = {"mlx-lm": mlx_lm.load(folder)[0]}
-    for runner in ("gather", "auto"):
-        config = EPConfig(runner=runner)  # type: ignore[arg-type]
+    runners: tuple[RunnerName, ...] = ("gather", "auto")
+    for runner in runners:
+        config = EPConfig(runner=runner)
         models[runner] = mlx_ep.load(folder, config=config)[0]
     arms = {name: decode_steps(model) for name, model in models.items()}
     times = in_both_orders(arms, samples, 2)

@@ -247,12 +247,16 @@ async def measure(args: argparse.Namespace) -> list[tuple[int | None, list[Reply
         await run_load(target, warm, None, seed=-1)
         for number, concurrency in enumerate(args.concurrency):
             with tqdm(total=len(args.asked), unit="req", leave=False) as bar:
+
+                def count(_: Reply, bar: Any = bar) -> None:
+                    bar.update()
+
                 replies = await run_load(
                     target,
                     args.asked,
                     concurrency,
                     args.seed + number,  # a prompt that is known would cost nothing
-                    lambda reply, bar=bar: bar.update(),  # type: ignore[misc]
+                    count,
                 )
             found.append((concurrency, replies))
     return found

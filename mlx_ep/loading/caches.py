@@ -9,7 +9,7 @@ caches that are allocated in blocks are all counted as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -79,12 +79,12 @@ def cache_bytes(
         return _by_running(model, num_tokens, quantization, step)
     caches = make_caches(model)
     for count in _steps(num_tokens, step):
-        for leaf, (_, calls) in zip(_leaves(caches), probes[0] or (), strict=True):
+        for leaf, (_, calls) in zip(leaf_caches(caches), probes[0] or (), strict=True):
             for call in calls:
                 call.repeat(leaf, count)
             _forget_numbers(leaf)
         quantization.apply(caches)
-    held = zip(_leaves(caches), probes[0] or (), strict=True)
+    held = zip(leaf_caches(caches), probes[0] or (), strict=True)
     return sum(leaf.nbytes if calls else fixed for leaf, (fixed, calls) in held)
 
 
@@ -134,7 +134,7 @@ _Habit = tuple[int, tuple[_Update, ...]]
 def _probe(model: nn.Module, num_tokens: int) -> list[_Habit] | None:
     """What each cache gets in a forward pass; None where that is not all it does."""
     caches = make_caches(model)
-    leaves = list(_leaves(caches))
+    leaves = list(leaf_caches(caches))
     seen: list[list[tuple[mx.array, mx.array]]] = [[] for _ in leaves]
     for leaf, arrays in zip(leaves, seen, strict=True):
         if hasattr(leaf, "update_and_fetch"):
@@ -230,17 +230,17 @@ def _by_running(
         quantization.apply(caches)
         for cache in caches:
             _forget_numbers(cache)
-    return sum(leaf.nbytes for leaf in _leaves(caches))
+    return sum(leaf.nbytes for leaf in leaf_caches(caches))
 
 
-def _leaves(caches: Sequence[Any]) -> Iterator[Any]:
+def leaf_caches(caches: Iterable[Any]) -> Iterator[Any]:
     """The caches inside lists of caches."""
     for cache in caches:
         inner = getattr(cache, "caches", None)
         if inner is None:
             yield cache
         else:
-            yield from _leaves(inner)
+            yield from leaf_caches(inner)
 
 
 def _forget_numbers(value: Any) -> Any:

@@ -104,7 +104,8 @@ def bit_sum(array: mx.array) -> int:
     words = flat.view(mx.uint32 if array.nbytes % 4 == 0 else mx.uint8)
     if mx.metal.is_available():
         # sync: once, when it has been read.
-        return int(words.astype(mx.uint32).sum().item())  # type: ignore[arg-type]
+        total: Any = words.astype(mx.uint32).sum().item()
+        return int(total)
     # sync: once, when it has been read.
     return int(view_on_host(words).sum(dtype=np.uint32))
 

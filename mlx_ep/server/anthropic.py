@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from mlx_ep.server.answers import Answers, AnswerSoFar, Call
@@ -152,7 +152,7 @@ class MessagesDialect(Dialect):
             "output_tokens": answers.generated,
         }
 
-    async def events(self, answers: Answers) -> AsyncIterator[bytes]:
+    async def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
         yield _event("message_start", message=self._head(answers))
         blocks = _Blocks()
         async for deltas in answers.deltas():

@@ -162,7 +162,7 @@ class Generation:
 
         async def events() -> AsyncIterator[bytes]:
             try:
-                async with aclosing(dialect.events(answers)) as parts:  # type: ignore[type-var]
+                async with aclosing(dialect.events(answers)) as parts:
                     async for part in parts:
                         yield part
             except ApiError as error:  # the status has been sent

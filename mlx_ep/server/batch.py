@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float, Int32
 
-from mlx_ep.server.kv import leaf_caches
+from mlx_ep.loading.caches import leaf_caches
 
 
 class DecodeBatch:

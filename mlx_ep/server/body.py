@@ -46,8 +46,9 @@ class Body:
     def has(self, name: str) -> bool:
         return self.content.get(name) is not None
 
-    def string(self, name: str, default: T = "") -> str | T:  # type: ignore[assignment]
-        return self._typed(name, str, "a string", default)
+    def string(self, name: str, default: str = "") -> str:
+        found: str = self._typed(name, str, "a string", default)
+        return found
 
     def boolean(self, name: str, default: bool = False) -> bool:
         return self._typed(name, bool, "true or false", default)

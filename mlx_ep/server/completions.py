@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from mlx_ep.server.answers import Answers
@@ -167,7 +167,7 @@ class CompletionDialect(Dialect):
             "text_offset": offsets,
         }
 
-    async def events(self, answers: Answers) -> AsyncIterator[bytes]:
+    async def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
         head = self._head(answers)
         usual = {"usage": None} if answers.asked.include_usage else {}
         are_wanted = answers.asked.sampling.logprobs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, ClassVar
 
 from mlx_ep.server.answers import Answers
@@ -40,7 +40,7 @@ class Dialect(ABC):
         """The answer to a request without ``stream``, when all is there."""
 
     @abstractmethod
-    def events(self, answers: Answers) -> AsyncIterator[bytes]:
+    def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
         """The answer to a request with ``stream``, as server-sent events.
 
         Raises:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
+from mlx_ep.loading.caches import leaf_caches
 from mlx_ep.server.sizes import KvSizes
 
 
@@ -38,16 +39,6 @@ def kv_sizes(caches: Sequence[Any]) -> KvSizes:
                 "it grows is not known. Use mlx_ep.generate with this model."
             )
     return KvSizes(per_token, tuple(sorted(windows.items())), fixed)
-
-
-def leaf_caches(caches: Iterable[Any]) -> Iterator[Any]:
-    """The caches inside lists of caches."""
-    for cache in caches:
-        inner = getattr(cache, "caches", None)
-        if inner is None:
-            yield cache
-        else:
-            yield from leaf_caches(inner)
 
 
 def why_not_shared(caches: Sequence[Any]) -> str:

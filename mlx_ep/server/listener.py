@@ -128,7 +128,10 @@ class _Protocol(HttpToolsProtocol):
     _deadline: asyncio.TimerHandle | None = None
     _header_bytes = 0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(
+        self,
+        transport: asyncio.Transport,  # type: ignore[override]  # as in uvicorn
+    ) -> None:
         super().connection_made(transport)
         self._expect_headers()
         if len(self.connections) > self.limits.connections:

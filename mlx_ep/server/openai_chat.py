@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from mlx_ep.server.answer_text import Piece
@@ -136,7 +136,7 @@ class ChatDialect(Dialect):
             "system_fingerprint": self.service.fingerprint,
         }
 
-    async def events(self, answers: Answers) -> AsyncIterator[bytes]:
+    async def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
         head = self._head(answers, "chat.completion.chunk")
         usual = {"usage": None} if answers.asked.include_usage else {}
         begun: set[int] = set()

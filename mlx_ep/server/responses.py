@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from mlx_ep.server.answers import Answers, AnswerSoFar
@@ -197,7 +197,7 @@ class ResponsesDialect(Dialect):
             },
         }
 
-    async def events(self, answers: Answers) -> AsyncIterator[bytes]:
+    async def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
         output: list[dict[str, Any]] = []
         items = Items(output)
         number = 0

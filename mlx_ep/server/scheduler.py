@@ -236,12 +236,13 @@ class RequestScheduler:
         if not free:
             return None
         length, prompt = _length(request), request.tokens
-        loads, hits = {}, {}
+        loads: dict[int, RankLoad] = {}
+        hits: dict[int, PrefixHit | None] = {}
         for owner in range(len(self._owners)):
             if not self._fits(owner, length):
                 continue
-            hits[owner] = self._find(owner, prompt[:-1])
-            cached = hits[owner].num_tokens if hits[owner] else 0  # type: ignore[union-attr]
+            hits[owner] = hit = self._find(owner, prompt[:-1])
+            cached = hit.num_tokens if hit else 0
             mine = [a for a in self.places.values() if a.owner == owner]
             left = sum(active.left for active in mine)
             loads[owner] = RankLoad(len(mine), left, len(prompt) - 1 - cached)

@@ -24,8 +24,9 @@ from mlx_lm.generate import StopSequences
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ep.comm import Comm, note_step
+from mlx_ep.loading.caches import leaf_caches
 from mlx_ep.server.batch import DecodeBatch, merge, prefill
-from mlx_ep.server.kv import begin_with, kept_prefix, leaf_caches
+from mlx_ep.server.kv import begin_with, kept_prefix
 from mlx_ep.server.messages import Details, Heard
 from mlx_ep.server.prefix_cache import PrefixCache
 from mlx_ep.server.requests import FinishReason, Request
