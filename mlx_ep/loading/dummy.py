@@ -31,6 +31,7 @@ def build_dummy(config: dict[str, Any], placement: Placement, rank: int) -> nn.M
     It is quantized as config.json's `quantization` says. `fill_dummy` gives it numbers.
     """
     model = build_model(config)
+    model.set_dtype(_dtype())  # sizes decide where experts go, before there are numbers
     shrink_switches(model, placement, rank)
     config = config | stack_quantization(type(model), config)
     if (quantization := config.get("quantization")) is not None:
@@ -38,6 +39,11 @@ def build_dummy(config: dict[str, Any], placement: Placement, rank: int) -> nn.M
     drop_placeholder(model, placement, rank)
     model.eval()
     return model
+
+
+def _dtype() -> mx.Dtype:
+    """MLX's CPU backend multiplies gathered matrices in float32 only."""
+    return mx.bfloat16 if mx.metal.is_available() else mx.float32
 
 
 def _quantize(model: nn.Module, quantization: dict[str, Any]) -> None:
@@ -76,8 +82,7 @@ def fill_dummy(
         change: what is done to the model before its dense part is evaluated.
         advance: is told of bytes as they are made.
     """
-    # MLX's CPU backend multiplies gathered matrices in float32 only.
-    dtype = mx.bfloat16 if mx.metal.is_available() else mx.float32
+    dtype = _dtype()
     experts = placement.rank_experts[rank]
     stacked = {
         id(projection): _Stack(name, experts, placement.part(rank))

@@ -1,6 +1,7 @@
 """From the hub into a model folder with holes, in one process, for one rank at a time.
 
-The real ranks are in tests/ranks/test_hub.py.
+The real ranks are in tests/ranks/test_hub.py. A little over 400 lines, because all
+tests share the hub and the layouts that it serves.
 """
 
 from __future__ import annotations

@@ -91,6 +91,7 @@ def test_the_context_it_offers_fits_and_the_next_step_does_not(
 )
 def test_the_launch_line_runs(more: list[str], tmp_path: Path) -> None:
     config = {**tiny.QWEN3_MOE, "head_dim": 32, "moe_intermediate_size": 64}
+    config["torch_dtype"] = "float32"  # as dummy weights are without Metal
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = plan("--model", str(tmp_path / "config.json"), *more)
     assert found.launch[:4] == ["mlx_ep.launch", "-n", "2", "--"]
