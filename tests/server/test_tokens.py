@@ -91,8 +91,8 @@ def test_tokens_are_those_of_mlx_lm_alone(
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("num_ranks", "config"),
-    # 3 ranks do not divide the heads of the embedded model.
-    [(n, c) for n in (1, 2, 3, 4) for c in ({}, TENSOR, DATA) if (n, c) != (3, TENSOR)],
+    # The embedded model has 2 KV heads, which more ranks do not divide.
+    [(n, c) for n in (1, 2, 3, 4) for c in ({}, TENSOR, DATA) if c != TENSOR or n < 3],
 )
 @pytest.mark.parametrize(("kept", "look_ahead"), [(0, False), (10**7, True)])
 def test_64_requests_at_16(
