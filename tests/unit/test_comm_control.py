@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -11,11 +12,12 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from mlx_ep.comm import host, host_id
 from mlx_ep.comm.control.frames import MOST_HELLO, RefusedError, Session
-from mlx_ep.comm.control.hub import Hub
+from mlx_ep.comm.control.hub import LATECOMERS, Hub
 from mlx_ep.comm.control.limits import Limits
 from mlx_ep.comm.control.meeting import (
     find_meeting,
@@ -292,6 +294,32 @@ def test_a_watch_needs_no_mlx():
     command = [sys.executable, "-c", code]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert json.loads(output) == []
+
+
+RANK_0 = """
+import os
+from mlx_ep.comm.channel import Liveness
+from mlx_ep.comm.control.limits import Limits
+from mlx_ep.comm.control.meeting import Meeting
+Liveness(0, 2, Meeting("late", "", ("127.0.0.1",)), Limits())
+os._exit(3)
+"""
+
+
+def test_a_watch_ends_with_mpirun_also_if_a_rank_never_came(tmp_path):
+    def watches():
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("MLX_EP_TEST") == str(tmp_path):
+                    yield process
+
+    mpirun = f"import subprocess as s, sys; s.run([sys.executable, '-c', {RANK_0!r}])"
+    own = {"OMPI_COMM_WORLD_SIZE": "2", "MLX_EP_TEST": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", mpirun], env=os.environ | own, check=True)
+    limit = time.monotonic() + LATECOMERS / 2
+    while (found := list(watches())) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not found
 
 
 def test_hosts_of_one_name_are_told_apart(monkeypatch):

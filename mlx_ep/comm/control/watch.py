@@ -25,6 +25,7 @@ from contextlib import suppress
 
 from mlx_ep.comm.control.frames import RefusedError
 from mlx_ep.comm.control.hub import (
+    FAREWELL,
     LATECOMERS,
     ControlMessage,
     Hub,
@@ -80,6 +81,7 @@ class Watch:
         self._inbox: deque[ControlMessage] = deque()
         self._code: int | None = None  # of the end
         self._kill_at = self._quit_at = self._usage_until = math.inf
+        self._over_at = math.inf  # when it may end with mpirun
         self._starting_for = 0.0
         self._hub_wire: Wire | None = None
         self._hub: Hub | None = None
@@ -177,6 +179,7 @@ class Watch:
             text = ended_without_a_word(self._rank)
             self._beat()  # the page says where it was
             self._tell_hub({"kind": "failed", "text": text, "code": 1, "asks": True})
+        self._over_at = time.monotonic() + FAREWELL
         self._quit_at = time.monotonic() + LATECOMERS
         if self._hub is not None or (not self._is_guarded and self._is_joined):
             self._quit_at = math.inf  # until the others leave
@@ -384,6 +387,9 @@ class Watch:
     def _is_done(self) -> bool:
         if self._code and not self._is_rank_gone:
             return False  # it is killed in a moment
+        # Nobody is late any more: no rank lives on that could still come.
+        if time.monotonic() > self._over_at and self._process.has_outlived_mpirun:
+            return True
         if self._hub is not None:
             return self._hub.is_done
         is_told = self._seeker is None and self._is_rank_gone and self._code is not None
