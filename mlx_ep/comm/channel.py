@@ -95,7 +95,7 @@ class Liveness:
             size=size,
             pid=os.getpid(),
             launcher=_launcher_pid(),
-            mpirun=os.getppid() if "OMPI_COMM_WORLD_SIZE" in os.environ else None,
+            mpirun="OMPI_COMM_WORLD_SIZE" in os.environ,
             dump_signal=int(DUMP_SIGNAL) if has_dump else 0,
             limits=asdict(limits),
             meeting=meeting.to_json(),

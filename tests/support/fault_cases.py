@@ -92,7 +92,7 @@ def table(outcomes: list[Outcome]) -> str:
         f"{len(outcomes)} combinations, {good} as promised: the slowest ended "
         f"everywhere {max(seconds):.1f} s after the fault (a deadline: after it "
         f"passed), {sum(all(o.codes) for o in outcomes)} with non-zero exit codes on "
-        f"every rank, {sum(o.has_report for o in outcomes)} with a report by rank 0, "
+        f"every rank, {sum(o.has_report for o in outcomes)} with a report, "
         f"{orphans} with a process left, {ports} with a port left.",
         "",
         "| group | fault | before the group | loading | warm-up | prefill | decode |",

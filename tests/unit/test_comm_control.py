@@ -296,7 +296,7 @@ def test_a_watch_needs_no_mlx():
     assert json.loads(output) == []
 
 
-RANK_0 = """
+FAILING = """
 import os
 from mlx_ep.comm.channel import Liveness
 from mlx_ep.comm.control.limits import Limits
@@ -306,16 +306,17 @@ os._exit(3)
 """
 
 
-def test_a_watch_ends_with_mpirun_also_if_a_rank_never_came(tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_mpirun_does_not_wait_for_a_watch_whose_peer_never_came(rank, tmp_path):
     def watches():
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("MLX_EP_TEST") == str(tmp_path):
                     yield process
 
-    mpirun = f"import subprocess as s, sys; s.run([sys.executable, '-c', {RANK_0!r}])"
     own = {"OMPI_COMM_WORLD_SIZE": "2", "MLX_EP_TEST": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", mpirun], env=os.environ | own, check=True)
+    command = [sys.executable, "-c", FAILING.replace("(0,", f"({rank},")]
+    assert subprocess.run(command, env=os.environ | own).returncode == 3
     limit = time.monotonic() + LATECOMERS / 2
     while (found := list(watches())) and time.monotonic() < limit:
         time.sleep(0.1)

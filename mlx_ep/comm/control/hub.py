@@ -51,6 +51,7 @@ class Hub:
     Args:
         tell_own: hands a message to the watch that this hub is part of.
         say: prints on rank 0.
+        patience: seconds for which ranks that have not come may still hear of an end.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class Hub:
         selector: selectors.BaseSelector,
         tell_own: Callable[[ControlMessage], None],
         say: Callable[[str], None],
+        patience: float = LATECOMERS,
     ) -> None:
         self._size, self._limits, self._selector = size, limits, selector
+        self._patience = patience
         self._tell_own, self._say = tell_own, say
         self._wires: dict[int, Wire] = {}
         self._instances: dict[int, str] = {}
@@ -99,7 +102,7 @@ class Hub:
         is_heard = all(wire.is_gone for wire in self._wires.values())
         # Ranks that did not come within `starting` are not waited for again.
         is_overdue = self._waiting > self._limits.starting and since > FAREWELL
-        if is_overdue or since > LATECOMERS or (self._ending is None and is_heard):
+        if is_overdue or since > self._patience or (self._ending is None and is_heard):
             return True
         return not self.missing and (is_heard or since > FAREWELL)
 

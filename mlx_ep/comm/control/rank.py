@@ -38,7 +38,6 @@ class RankProcess:
     ) -> None:
         self._rank, self._pid = config["rank"], config["pid"]
         self._launcher, self._dump_signal = config["launcher"], config["dump_signal"]
-        self._mpirun = config["mpirun"]
         self._limits, self._page, self._stacks = limits, page, stacks
         self._process: psutil.Process | None = None
         with suppress(psutil.NoSuchProcess):  # it can have died before this line
@@ -52,15 +51,6 @@ class RankProcess:
     def is_gone(self) -> bool:
         """Whether it is no more; its end of the link may live on in a child of it."""
         return self._process is None or os.getppid() != self._pid
-
-    @property
-    def has_outlived_mpirun(self) -> bool:
-        """Whether mpirun, which ends all ranks with itself, is no more."""
-        if self._mpirun is None:
-            return False
-        with suppress(psutil.NoSuchProcess):
-            return bool(psutil.Process(self._mpirun).status() == psutil.STATUS_ZOMBIE)
-        return True
 
     def look(self, seconds: float) -> str:
         """What is wrong with it; "" is nothing.

@@ -65,6 +65,9 @@ class Watch:
         link.setblocking(False)
         wake.setblocking(False)
         self._rank, self._size = config["rank"], config["size"]
+        # mpirun ends all ranks with the first that goes, those that are still starting
+        # too, and waits itself for this process.
+        self._patience = FAREWELL if config["mpirun"] else LATECOMERS
         self._limits = Limits(**config["limits"])
         self._process = RankProcess(config, self._limits, self._page, stacks)
         self._instance = f"process {config['pid']} on {socket.gethostname()}"
@@ -81,7 +84,6 @@ class Watch:
         self._inbox: deque[ControlMessage] = deque()
         self._code: int | None = None  # of the end
         self._kill_at = self._quit_at = self._usage_until = math.inf
-        self._over_at = math.inf  # when it may end with mpirun
         self._starting_for = 0.0
         self._hub_wire: Wire | None = None
         self._hub: Hub | None = None
@@ -93,8 +95,9 @@ class Watch:
         self._selector.register(wake, selectors.EVENT_READ, self._on_wake)
         if self._rank == 0:
             self._hub = Hub(
-                self._size, self._limits, self._selector, self._inbox.append, self._say
-            )
+                self._size, self._limits, self._selector, self._inbox.append, self._say,
+                self._patience,
+            )  # fmt: skip
         self._meet(Meeting.from_json(config["meeting"]))
         self._hear_lines()  # what came with the configuration
 
@@ -179,8 +182,7 @@ class Watch:
             text = ended_without_a_word(self._rank)
             self._beat()  # the page says where it was
             self._tell_hub({"kind": "failed", "text": text, "code": 1, "asks": True})
-        self._over_at = time.monotonic() + FAREWELL
-        self._quit_at = time.monotonic() + LATECOMERS
+        self._quit_at = time.monotonic() + self._patience
         if self._hub is not None or (not self._is_guarded and self._is_joined):
             self._quit_at = math.inf  # until the others leave
 
@@ -321,7 +323,7 @@ class Watch:
             message, self._grace = self._grace[0], None
             self._tell_hub(message)
         if self._alone is not None and now >= self._alone[1]:
-            # The others hear of it within LATECOMERS, or never.
+            # Those that still start hear of it, or never.
             message, self._alone = self._alone[0], None
             self._end(message["text"], message["code"])
         if now >= self._usage_until and self._hub_wire is None and self._code is None:
@@ -382,14 +384,11 @@ class Watch:
         if self._seeker is None:
             self._quit_at = self._kill_at + KILL_AFTER
         else:
-            self._quit_at = time.monotonic() + LATECOMERS
+            self._quit_at = time.monotonic() + self._patience
 
     def _is_done(self) -> bool:
         if self._code and not self._is_rank_gone:
             return False  # it is killed in a moment
-        # Nobody is late any more: no rank lives on that could still come.
-        if time.monotonic() > self._over_at and self._process.has_outlived_mpirun:
-            return True
         if self._hub is not None:
             return self._hub.is_done
         is_told = self._seeker is None and self._is_rank_gone and self._code is not None
