@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_ep import config as config_module
 from mlx_ep.comm import GroupComm
 from mlx_ep.config import ALIASES, EPConfig, StrategyName
+from mlx_ep.config import strategies as config_module
 from mlx_ep.exchange import (
     STRATEGIES,
     AllToAll,

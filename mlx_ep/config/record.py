@@ -10,13 +10,12 @@ from dataclasses import dataclass, fields
 from functools import cache
 from math import inf
 from os import PathLike, fspath
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, get_args
 
+from mlx_ep.config.flag import Flag, Setting
+from mlx_ep.config.strategies import AllToAllMode, canonical, check_strategy
 from mlx_ep.types import check_value
 
-# The strategies of this package; `STRATEGIES.register` adds others.
-StrategyName = Literal["replicated", "gathered", "all_to_all", "auto"]
-AllToAllMode = Literal["auto", "low_latency", "normal"]
 Sums = Literal["model", "float32"]
 Reduction = Literal["partial_sum", "per_slot"]
 Overlap = Literal["none", "single"]
@@ -25,46 +24,6 @@ Attention = Literal["replicated", "tensor", "auto"]
 RunnerName = Literal["auto", "gather", "blas", "metal"]
 BackendName = Literal["auto", "cpu", "metal"]
 Download = Literal["ranges", "full"]
-
-_strategies = list(get_args(StrategyName))
-
-
-def allow_strategy(name: str) -> None:
-    """`EPConfig` takes a strategy of this name; `STRATEGIES.register` calls it."""
-    if name not in _strategies:
-        _strategies.append(name)
-
-
-_REPLICATED = ["disabled", "none", "off", "standard", "0", "tp_ep", "vllm_tp", "dp1"]
-_REPLICATED += ["local_allreduce", "local_all_reduce"]
-_GATHERED = ["allgather_reducescatter", "all_gather_reduce_scatter", "naive", "ag_rs"]
-# What SGLang, DeepEP, vLLM and InfiniLM call them -> (strategy, mode).
-ALIASES: dict[str, tuple[str, AllToAllMode | None]] = {
-    **dict.fromkeys(_REPLICATED, ("replicated", None)),
-    **dict.fromkeys(_GATHERED, ("gathered", None)),
-    **dict.fromkeys(["deepep", "deep_ep"], ("all_to_all", None)),
-    "low_latency": ("all_to_all", "low_latency"),
-    "normal": ("all_to_all", "normal"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flag:
-    """What the flag of an EPConfig field says.
-
-    Attributes:
-        help: without the default.
-        name: of the flag, if it is not the field's.
-        metavar: of its value, in the help.
-        least: the smallest number that the field takes.
-        otherwise: what the default means; None: the default itself.
-    """
-
-    help: str
-    name: str | None = None
-    metavar: str | None = None
-    least: int | None = None
-    otherwise: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,12 +231,12 @@ class EPConfig:
             object.__setattr__(self, "memory", tuple(self.memory))
         if isinstance(self.placement_file, PathLike):
             object.__setattr__(self, "placement_file", fspath(self.placement_file))
-        self._resolve_alias()
+        strategy, mode = canonical(self.strategy, self.mode)
+        object.__setattr__(self, "strategy", strategy)
+        object.__setattr__(self, "mode", mode)
         for name, kind, _, flag in settings():
             check_value(name, kind, getattr(self, name), flag.least)
-        if self.strategy not in _strategies:
-            known = f"{', '.join(_strategies)}, or an alias ({', '.join(ALIASES)})"
-            raise ValueError(f"strategy must be one of {known}; got {self.strategy!r}.")
+        check_strategy(self.strategy)
         if self.attention == "tensor" and self.strategy != "replicated":
             raise ValueError(
                 "attention='tensor' needs the same tokens on all ranks, which is "
@@ -343,19 +302,6 @@ class EPConfig:
                 "which says itself where copies are. Give one of them."
             )
 
-    def _resolve_alias(self) -> None:
-        if not isinstance(self.strategy, str) or self.strategy not in ALIASES:
-            return
-        strategy, mode = ALIASES[self.strategy]
-        if mode is not None and self.mode not in ("auto", mode):
-            raise ValueError(
-                f"strategy={self.strategy!r} is all_to_all with mode={mode!r}; got "
-                f"mode={self.mode!r}. Give one of the two."
-            )
-        object.__setattr__(self, "strategy", strategy)
-        if mode is not None:
-            object.__setattr__(self, "mode", mode)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EPConfig:
         """An EPConfig of the given fields.
@@ -370,23 +316,6 @@ class EPConfig:
                 f"Known are: {', '.join(known)}."
             )
         return cls(**values)
-
-
-class Setting(NamedTuple):
-    """A field of EPConfig.
-
-    Attributes:
-        kind: its type.
-    """
-
-    name: str
-    kind: Any
-    default: Any
-    flag: Flag
-
-    @property
-    def flag_name(self) -> str:
-        return self.flag.name or "--" + self.name.replace("_", "-")
 
 
 @cache
