@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from mlx_ep.config.flag import Flag, Setting
 from mlx_ep.config.strategies import AllToAllMode, canonical, check_strategy
-from mlx_ep.types import check_value
+from mlx_ep.types import DispatchDtype, check_value
 
 Sums = Literal["model", "float32"]
 Reduction = Literal["partial_sum", "per_slot"]
@@ -43,6 +43,10 @@ class EPConfig:
             sharded strategies; longer prompts go in rounds.
         sums: what the sums of ``all_to_all`` travel back in. ``model``: the dtype of
             the tokens, rounded once. ``float32``: not rounded.
+        dispatch_dtype: what rows travel to the experts in, and are computed from, in
+            the sharded strategies. ``model``: the dtype of the tokens, as they are.
+            ``bf16``: bfloat16. ``int8``, ``mxfp8``: 8 bits a value, with a float32
+            scale for 128 values or, e4m3, a power of two for 32 (docs/layouts.md).
         capacity: C keeps, of the pairs of one rank's tokens and one expert, the first
             C (first choices before second ones); the others contribute 0, are counted
             and warned of. None: nothing is dropped.
@@ -107,6 +111,13 @@ class EPConfig:
     ] = 4096
     sums: Annotated[
         Sums, Flag(help="The dtype in which all_to_all sends sums back")
+    ] = "model"
+    dispatch_dtype: Annotated[
+        DispatchDtype,
+        Flag(
+            help="What rows travel to the experts of other ranks in; model: as they "
+            "are. int8 and mxfp8 are about half the bytes of 16 bits"
+        ),
     ] = "model"
     capacity: Annotated[
         int | None,
@@ -249,11 +260,27 @@ class EPConfig:
                 "it belongs to all_to_all.",
                 stacklevel=3,
             )
+        if self.dispatch_dtype != "model":
+            self._check_dispatch()
         if (limit := self.memory_limit_gb) is not None and not 0 < limit < inf:
             raise ValueError(f"memory_limit_gb must be above 0 or None, not {limit}.")
         if not 0 <= (below := self.rebalance_below) <= 1:
             raise ValueError(f"rebalance_below must be 0 to 1, not {below}.")
         self._check_placement()
+
+    def _check_dispatch(self) -> None:
+        if self.strategy == "replicated":
+            raise ValueError(
+                f"dispatch_dtype={self.dispatch_dtype!r} needs rows that travel to the "
+                "experts, which there are with strategy='gathered', 'all_to_all' and "
+                "'auto'; got strategy='replicated'. Leave dispatch_dtype out with it."
+            )
+        if self.reduction == "per_slot":
+            raise ValueError(
+                "reduction='per_slot' must be bit-identical to one process, which rows "
+                f"in another dtype are not; got dispatch_dtype={self.dispatch_dtype!r}."
+                " Give one of the two."
+            )
 
     def _check_placement(self) -> None:
         if self.memory is not None and not all(0 < m < inf for m in self.memory):
