@@ -166,6 +166,27 @@ def check_bytes(comm, placement, case, dtype, form):
         assert recording.calls == expected, f"{name}, {case.name}, {dtype}, {form}"
 
 
+def check_model(group):
+    """A model says the same with every strategy, and nearly what it said before."""
+    import mlx_ep
+    from mlx_ep import EPConfig
+    from tests.support import tiny
+
+    tokens = mx.array([[5, 9, 200, 31, 7]])
+
+    def logits(strategy, form):
+        config = EPConfig(strategy=strategy, dispatch_dtype=form, warmup=False)
+        model = tiny.make_model(tiny.QWEN3_MOE)
+        return mlx_ep.parallelize(model, group, config)(tokens)
+
+    exact = logits("normal", "model")
+    for form in ("int8", "mxfp8"):
+        by_strategy = [logits(s, form) for s in ("gathered", "normal", "auto")]
+        for found in by_strategy:
+            assert mx.allclose(found, by_strategy[0], rtol=0, atol=1e-5)
+        assert 1e-8 < calc_diff(by_strategy[0], exact) < 5e-3
+
+
 def check_all(group, small):
     from mlx_ep import Placement
     from mlx_ep.comm import GroupComm
@@ -181,6 +202,8 @@ def check_all(group, small):
             for form in ("bf16", "int8", "mxfp8"):
                 check_sums(comm, placement, case, dtype, form)
                 check_bytes(comm, placement, case, dtype, form)
+    if comm.size == 2:
+        check_model(group)
     comm.barrier()
 
 
