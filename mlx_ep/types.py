@@ -29,6 +29,9 @@ from jaxtyping import Float, Float32, Int32, Shaped
 # Logits' logarithms of probabilities in, a token out.
 Sampler = Callable[[mx.array], mx.array]
 
+# What rows travel to the experts of other ranks in; model: in their own dtype.
+DispatchDtype = Literal["model", "bf16", "int8", "mxfp8"]
+
 
 class Routing(NamedTuple):
     """What a router decided for T tokens.

@@ -169,6 +169,7 @@ def install_experts(
         comm,
         Wish(config.runner, config.backend, config.warmup),
         moves_rows=isinstance(plain, MovesRows),
+        dispatch_dtype=config.dispatch_dtype,
         placement=placement.slots,
         watch=lambda total: watch_phase("warm-up", total, comm.rank, "shapes"),
     )

@@ -349,6 +349,7 @@ def _exchange(
         itemsize=layer.itemsize,
         sum_itemsize=4 if settings.sums == "float32" else None,
         transport=profile.link(link).transport,
+        dispatch_dtype=settings.dispatch_dtype if is_sharded else "model",
     )
     traffic = layer_traffic(strategy, shape)
     return _Moved(traffic.collectives, traffic.host_syncs)
@@ -361,6 +362,7 @@ def _with_strategy(config: EPConfig, strategy: str) -> EPConfig:
         low_latency_tokens=config.low_latency_tokens,
         round_tokens=config.round_tokens,
         sums=config.sums,
+        dispatch_dtype="model" if strategy == "replicated" else config.dispatch_dtype,
     )
 
 

@@ -30,7 +30,9 @@ from mlx_ep.exchange.table import StrategyTable
 
 STRATEGIES = StrategyTable()
 STRATEGIES.register("replicated", lambda config, mover: Replicated())
-STRATEGIES.register("gathered", lambda config, mover: Gathered(config.round_tokens))
+STRATEGIES.register(
+    "gathered", lambda config, mover: Gathered(config.round_tokens, mover)
+)
 STRATEGIES.register("all_to_all", AllToAll)
 STRATEGIES.register("auto", Auto)
 

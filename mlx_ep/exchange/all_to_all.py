@@ -24,6 +24,7 @@ class AllToAll:
     """
 
     is_sharded = True
+    honours_dispatch_dtype = True
 
     def __init__(
         self, config: EPConfig | None = None, mover: Mover | None = None

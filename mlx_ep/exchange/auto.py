@@ -53,6 +53,7 @@ class Auto:
 
     is_sharded = True
     needs_tokens = True
+    honours_dispatch_dtype = True
 
     def __init__(
         self, config: EPConfig | None = None, mover: Mover | None = None
@@ -60,7 +61,7 @@ class Auto:
         config, mover = config or EPConfig(), mover or Mover()
         self.round_tokens: int | None = config.round_tokens
         self.mover = mover
-        self.gathered = Gathered(config.round_tokens)
+        self.gathered = Gathered(config.round_tokens, mover)
         self.low_latency = LowLatency(config.low_latency_tokens, mover)
         # Agreed counts fix its shapes, and rounds bound them: no capacity is needed.
         self.dense = LowLatency(sys.maxsize, mover)

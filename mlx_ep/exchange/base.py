@@ -8,12 +8,12 @@ from functools import wraps
 from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import mlx.core as mx
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from mlx_ep.comm import Comm
 from mlx_ep.placement import Placement
-from mlx_ep.rows import with_zeros
-from mlx_ep.types import Routing, Rows, TokenCounts, to_host
+from mlx_ep.rows import row_bytes, with_zeros
+from mlx_ep.types import DispatchDtype, Routing, Rows, TokenCounts, to_host
 
 Stage = TypeVar("Stage", bound=Callable[..., Any])
 
@@ -33,6 +33,7 @@ class ExchangeShape:
             uniform routing, `expected_rows`.
         rows_from: rows that each rank has for it; None likewise.
         transport: what carries the data.
+        dispatch_dtype: what rows travel in.
     """
 
     tokens: TokenCounts
@@ -44,6 +45,7 @@ class ExchangeShape:
     rows_to: tuple[int, ...] | None = None
     rows_from: tuple[int, ...] | None = None
     transport: str = "none"
+    dispatch_dtype: DispatchDtype = "model"
 
     @property
     def num_ranks(self) -> int:
@@ -51,7 +53,7 @@ class ExchangeShape:
 
     @property
     def row_bytes(self) -> int:
-        return self.width * self.itemsize
+        return row_bytes(self.dispatch_dtype, self.width, self.itemsize)
 
     @property
     def sum_bytes(self) -> int:
@@ -94,6 +96,8 @@ class ExchangeRequest(NamedTuple):
         sum_dtype: what sums travel back in, where a strategy adds them at home.
         tokens: T of every rank, where the ranks have agreed on it.
         levels_rows: see `serving_slots`.
+        dispatch_dtype: what rows travel in, see `RowForm`; a strategy that reads it
+            says so by an attribute ``honours_dispatch_dtype = True``.
     """
 
     routing: Routing
@@ -102,6 +106,7 @@ class ExchangeRequest(NamedTuple):
     sum_dtype: mx.Dtype
     tokens: TokenCounts | None = None
     levels_rows: bool = False
+    dispatch_dtype: DispatchDtype = "model"
 
     @property
     def num_tokens(self) -> int:
@@ -227,7 +232,7 @@ def expected_rows(num_tokens: int, top_k: int, num_ranks: int) -> int:
     return round(num_tokens * expected_share(top_k, num_ranks))
 
 
-def padded(x: Float[mx.array, "T D"], num_tokens: int) -> Float[mx.array, "C D"]:
+def padded(x: Shaped[mx.array, "T D"], num_tokens: int) -> Shaped[mx.array, "C D"]:
     """The tokens with zeros behind them, `num_tokens` in all."""
     return with_zeros(x, num_tokens - x.shape[0])
 
@@ -243,7 +248,7 @@ def beside_collectives(stage: Stage) -> Stage:
     return cast(Stage, run)
 
 
-def swap_with_peer(x: Float[mx.array, "C D"], comm: Comm) -> Float[mx.array, "C D"]:
+def swap_with_peer(x: Shaped[mx.array, "C D"], comm: Comm) -> Shaped[mx.array, "C D"]:
     """On 2 ranks: send x to the other one and get its x, of the same shape.
 
     One all_gather, of which this rank keeps the other's part without copying it: an

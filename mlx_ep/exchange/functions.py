@@ -8,7 +8,7 @@ from jaxtyping import Float, Float32
 from mlx_ep.comm import Comm
 from mlx_ep.exchange.base import Exchange, ExchangeRequest, Strategy, agree_tokens
 from mlx_ep.placement import Placement
-from mlx_ep.types import Routing, Rows, TokenCounts
+from mlx_ep.types import DispatchDtype, Routing, Rows, TokenCounts
 
 
 def moe_dispatch_exchange(
@@ -20,6 +20,7 @@ def moe_dispatch_exchange(
     *,
     tokens: TokenCounts | None = None,
     sum_dtype: mx.Dtype | None = None,
+    dispatch_dtype: DispatchDtype = "model",
     handle: Exchange | None = None,
 ) -> tuple[Rows, Exchange]:
     """Send every token to the ranks that hold its experts.
@@ -40,7 +41,8 @@ def moe_dispatch_exchange(
             else strategies that need it agree here, one more collective.
         sum_dtype: what sums travel back in, where the strategy adds them at home;
             default: the dtype of x.
-        handle: of an earlier dispatch with the same routing.
+        dispatch_dtype: what rows travel in, see `EPConfig`.
+        handle: of an earlier dispatch with the same routing, which keeps its dtypes.
 
     Returns:
         The rows of this rank, and the handle that `moe_combine_exchange` takes: the
@@ -53,7 +55,12 @@ def moe_dispatch_exchange(
         if tokens is None and strategy.needs_tokens:
             tokens = agree_tokens(x.shape[0], comm)
         request = ExchangeRequest(
-            routing, placement, comm, sum_dtype or x.dtype, tokens
+            routing,
+            placement,
+            comm,
+            sum_dtype or x.dtype,
+            tokens,
+            dispatch_dtype=dispatch_dtype,
         )
         handle = strategy.exchange(request)
     return handle.dispatch(x), handle

@@ -17,6 +17,8 @@ from mlx_ep.exchange.base import (
     padded,
 )
 from mlx_ep.rows import (
+    Mover,
+    RowForm,
     join_rows,
     pad_routing,
     routing_from_words,
@@ -32,7 +34,10 @@ JOIN_BYTES = 1 << 18
 
 
 def gather_rows(
-    x: Float[mx.array, "T D"], request: ExchangeRequest, padded_tokens: int
+    x: Float[mx.array, "T D"],
+    request: ExchangeRequest,
+    padded_tokens: int,
+    form: RowForm,
 ) -> Rows:
     """All tokens of all ranks as rows (M = P*C), padding included.
 
@@ -42,18 +47,20 @@ def gather_rows(
 
     Args:
         padded_tokens: C, to which every rank pads its tokens.
+        form: in which the tokens travel; this rank's own take it too.
     """
     comm = request.comm
-    x = padded(x, padded_tokens)
+    sent = padded(form.leave(x), padded_tokens)
     routing = pad_routing(request.routing, padded_tokens)
-    if x.nbytes <= JOIN_BYTES:
-        rows = comm.all_gather(join_rows(x, routing))
-        everyone, routing = split_rows(rows, x.shape[1], x.dtype)
+    if sent.nbytes <= JOIN_BYTES:
+        rows = comm.all_gather(join_rows(sent, routing))
+        everyone, routing = split_rows(rows, sent.shape[1], sent.dtype)
     else:
         words = comm.all_gather(routing_words(routing))
         # Collectives run in the order of the graph: this one has to come second.
-        everyone = comm.all_gather(mx.depends(x, words))
+        everyone = comm.all_gather(mx.depends(sent, words))
         routing = routing_from_words(words)
+    everyone = form.arrive(everyone, x.shape[1], x.dtype)
     placement, levels = request.placement, request.levels_rows
     served = serving_slots(routing.expert_ids, placement, levels)
     slot_ids = placement.slots.local_slots(served, comm.rank)
@@ -62,7 +69,7 @@ def gather_rows(
 
 def gather_traffic(shape: ExchangeShape, padded_tokens: int) -> list[Collective]:
     """The collectives of `gather_rows`."""
-    x = padded_tokens * shape.width * shape.itemsize
+    x = padded_tokens * shape.row_bytes
     words = padded_tokens * shape.top_k * 8  # an int32 id and a float32 gate
     sizes = [x + words] if x <= JOIN_BYTES else [words, x]
     return [Collective("all_gather", size) for size in sizes]
@@ -75,15 +82,17 @@ class GatheredExchange:
     Attributes:
         request: what was asked for.
         padded_tokens: C, to which every rank pads its tokens.
+        form: in which tokens travel.
     """
 
     request: ExchangeRequest
     padded_tokens: int
+    form: RowForm
 
     @beside_collectives
     def dispatch(self, x: Float[mx.array, "T D"]) -> Rows:
         """See `gather_rows`."""
-        return gather_rows(x, self.request, self.padded_tokens)
+        return gather_rows(x, self.request, self.padded_tokens, self.form)
 
     @beside_collectives
     def combine(self, partial: Float[mx.array, "M D"]) -> Float[mx.array, "T D"]:
@@ -101,17 +110,26 @@ class Gathered:
 
     Args:
         round_tokens: see `Strategy`.
+        mover: makes tokens ready where they travel in 8 bits a value. Nothing else is
+            moved here: the transport adds.
     """
 
     is_sharded = True
     needs_tokens = True
+    honours_dispatch_dtype = True
 
-    def __init__(self, round_tokens: int | None = None) -> None:
+    def __init__(
+        self, round_tokens: int | None = None, mover: Mover | None = None
+    ) -> None:
         self.round_tokens = round_tokens
+        # Not `mover`, by which strategies are known that pack and add rows.
+        self.format_mover = mover or Mover()
 
     def exchange(self, request: ExchangeRequest) -> GatheredExchange:
         """See `Strategy.exchange`."""
-        return GatheredExchange(request, request.agreed_tokens.largest)
+        largest = request.agreed_tokens.largest
+        form = RowForm.of(request.dispatch_dtype, self.format_mover, largest)
+        return GatheredExchange(request, largest, form)
 
     def traffic(self, shape: ExchangeShape) -> ExchangeTraffic:
         """See `Strategy.traffic`."""

@@ -16,7 +16,7 @@ from mlx_ep.exchange.base import (
     swap_with_peer,
 )
 from mlx_ep.exchange.gathered import gather_rows, gather_traffic
-from mlx_ep.rows import Movement, Mover
+from mlx_ep.rows import Movement, Mover, RowForm
 from mlx_ep.types import Rows
 
 
@@ -28,16 +28,18 @@ class LowLatencyExchange:
         request: what was asked for.
         padded_tokens: C, to which every rank pads its tokens.
         movement: what adds up sums at home.
+        form: in which tokens travel.
     """
 
     request: ExchangeRequest
     padded_tokens: int
     movement: Movement
+    form: RowForm
 
     @beside_collectives
     def dispatch(self, x: Float[mx.array, "T D"]) -> Rows:
         """See `gather_rows`."""
-        return gather_rows(x, self.request, self.padded_tokens)
+        return gather_rows(x, self.request, self.padded_tokens, self.form)
 
     @beside_collectives
     def combine(self, partial: Float32[mx.array, "M D"]) -> Float32[mx.array, "T D"]:
@@ -78,6 +80,7 @@ class LowLatency:
 
     is_sharded = True
     needs_tokens = False
+    honours_dispatch_dtype = True
     round_tokens: int | None = None
 
     def __init__(self, capacity: int, mover: Mover) -> None:
@@ -103,7 +106,8 @@ class LowLatency:
             )
         # The tokens that the mover is asked with are those that all ranks know.
         movement = self.mover("ranks", padded_tokens)
-        return LowLatencyExchange(request, padded_tokens, movement)
+        form = RowForm.of(request.dispatch_dtype, self.mover, padded_tokens)
+        return LowLatencyExchange(request, padded_tokens, movement, form)
 
     def traffic(self, shape: ExchangeShape) -> ExchangeTraffic:
         """See `Strategy.traffic`; for ranks that agreed on T."""

@@ -20,6 +20,7 @@ from mlx_ep.exchange.base import (
 from mlx_ep.rows import (
     Movement,
     Mover,
+    RowForm,
     RowRoutes,
     join,
     pad_routing,
@@ -38,6 +39,7 @@ class NormalExchange:
         request: what was asked for.
         rows: those that leave and those that arrive.
         movement: what made `rows`, packs them and sums them.
+        form: in which rows travel.
         slot_ids: of the rows of this rank: its own T tokens, then the rows that
             arrive, rank 0's first.
         gates: likewise.
@@ -46,6 +48,7 @@ class NormalExchange:
     request: ExchangeRequest
     rows: RowRoutes
     movement: Movement
+    form: RowForm
     slot_ids: Int32[mx.array, "M K"]
     gates: Float32[mx.array, "M K"]
 
@@ -54,18 +57,23 @@ class NormalExchange:
         """This rank's tokens, then the rows that arrive.
 
         (t0) (t1) (t2)  ->  (t0) (t1) (t2) (r1,t0) (r1,t3) (r2,t1)   on rank 0
+
+        Rows that stay take the form in which others travel, too: what a token's sum
+        is does not depend on where its experts are.
         """
         comm, counts = self.request.comm, self.rows.send_counts
+        ready = self.form.leave(x)
         if comm.size == 2:
             # What both send is padded to the longer of the two.
-            arrived = self.movement.pack(x, self.rows, self.rows.widest)
+            arrived = self.movement.pack(ready, self.rows, self.rows.widest)
             if self.rows.widest:
                 received = self.rows.recv_counts[1 - comm.rank]
                 arrived = swap_with_peer(arrived, comm)[:received]
         else:
-            sent = self.movement.pack(x, self.rows, sum(counts))
+            sent = self.movement.pack(ready, self.rows, sum(counts))
             arrived = comm.all_to_all_v(sent, counts, self.rows.recv_counts)
-        rows = Rows(join([x, arrived]), self.slot_ids, self.gates)
+        everyone = self.form.arrive(join([ready, arrived]), x.shape[1], x.dtype)
+        rows = Rows(everyone, self.slot_ids, self.gates)
         return depends_on(rows, arrived)
 
     @beside_collectives
@@ -110,6 +118,7 @@ class Normal:
 
     is_sharded = True
     needs_tokens = True
+    honours_dispatch_dtype = True
 
     def __init__(self, round_tokens: int | None, mover: Mover) -> None:
         self.round_tokens = round_tokens
@@ -120,6 +129,7 @@ class Normal:
         tokens, routing = request.agreed_tokens, request.routing
         comm, placement = request.comm, request.placement
         movement = self.mover("rows", tokens.largest)
+        form = RowForm.of(request.dispatch_dtype, self.mover, tokens.largest)
         with comm.beside():
             words = routing_words(pad_routing(routing, tokens.largest))
             everyone = routing_from_words(comm.all_gather(words))  # [P*C K]
@@ -133,6 +143,7 @@ class Normal:
                 request=request,
                 rows=rows,
                 movement=movement,
+                form=form,
                 slot_ids=placement.slots.local_slots(slots, comm.rank),
                 gates=mx.concatenate([routing.gates, everyone.gates[lines]]),
             )

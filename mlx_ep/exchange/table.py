@@ -39,14 +39,23 @@ class StrategyTable(Mapping[str, Factory]):
             mover: chooses what packs and sums rows; default: MLX's ops, always.
 
         Raises:
-            ValueError: there is no such strategy.
+            ValueError: there is no such strategy, or it does not honour
+                `EPConfig.dispatch_dtype`.
         """
         if config.strategy not in self._factories:
             raise ValueError(
                 f"strategy must be one of {', '.join(self._factories)}, or an alias ("
                 f"{', '.join(ALIASES)}); got {config.strategy!r}."
             )
-        return self._factories[config.strategy](config, mover or Mover())
+        strategy = self._factories[config.strategy](config, mover or Mover())
+        asked = config.dispatch_dtype
+        if asked != "model" and not getattr(strategy, "honours_dispatch_dtype", False):
+            raise ValueError(
+                f"dispatch_dtype={asked!r} must be honoured by the strategy, which "
+                f"{config.strategy!r} does not say that it does. Use dispatch_dtype="
+                "'model' with it."
+            )
+        return strategy
 
     def __getitem__(self, name: str) -> Factory:
         return self._factories[name]

@@ -4,6 +4,20 @@
 and says what a kernel computes; `metal` needs Metal.
 """
 
-from mlx_ep.kernels.records import Activation, Projection, ReplicaTables, RouteTables
+from mlx_ep.kernels.records import (
+    Activation,
+    Projection,
+    ReplicaTables,
+    RouteTables,
+    RowFormat,
+    format_words,
+)
 
-__all__ = ["Activation", "Projection", "ReplicaTables", "RouteTables"]
+__all__ = [
+    "Activation",
+    "Projection",
+    "ReplicaTables",
+    "RouteTables",
+    "RowFormat",
+    "format_words",
+]

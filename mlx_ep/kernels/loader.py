@@ -51,9 +51,11 @@ def header(name: str) -> str:
 
 KERNELS = (
     "choose_replicas",
+    "dequantize_rows",
     "expert_down",
     "expert_glu",
     "pack_rows",
+    "quantize_rows",
     "route_plan",
     "unpack_sum",
 )

@@ -5,32 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32, Int32, UInt32
 
+from mlx_ep.kernels.launch import LANE, POSITION, checked_width
+from mlx_ep.kernels.launch import MIN_WIDTH as MIN_WIDTH
 from mlx_ep.kernels.loader import kernel
-from mlx_ep.kernels.records import Activation, Projection, ReplicaTables, RouteTables
-
-MAX_RANKS = 32  # the ranks of a token are the bits of a word
-# MLX passes arrays of fewer elements in another address space.
-MIN_WIDTH = 8
-MAX_CHUNK = 8  # tokens that share the reading of a slot's weights
-MAX_CHOICE_RANKS = 8  # a lane has 2^P / 32 sets of ranks
-MAX_CHOICE_EXPERTS = 1024  # their slots are in threadgroup memory
-MAX_SIMDS = 8  # SIMD groups of a threadgroup of the expert kernels
-DOWN_ROWS = 4
-SEGMENT_BYTES = 4 * 32 * 16  # of a row, that one SIMD group copies or sums
-MODES = {"dense": 0, "affine": 1, "mxfp4": 2}
-ACTIVATIONS = {"swiglu": 0, "clamped_swiglu": 1}
-
-LANE = "thread_index_in_simdgroup"
-POSITION = "thread_position_in_grid"
-THREADS = (
-    f"{LANE}, simdgroup_index_in_threadgroup, simdgroups_per_threadgroup, "
-    "threadgroup_position_in_grid"
+from mlx_ep.kernels.metal_experts import expert_down as expert_down
+from mlx_ep.kernels.metal_experts import expert_glu as expert_glu
+from mlx_ep.kernels.records import (
+    FORMAT_VALUES,
+    ReplicaTables,
+    RouteTables,
+    RowFormat,
+    format_words,
 )
 
-
-# ---------------------------------------------------------------- routing and movement
+MAX_RANKS = 32  # the ranks of a token are the bits of a word
+MAX_CHOICE_RANKS = 8  # a lane has 2^P / 32 sets of ranks
+MAX_CHOICE_EXPERTS = 1024  # their slots are in threadgroup memory
+SEGMENT_BYTES = 4 * 32 * 16  # of a row, that one SIMD group copies or sums
 
 
 def choose_replicas(
@@ -137,7 +130,7 @@ def pack_rows(
     Raises:
         ValueError: D is below 8.
     """
-    shape = (row_tokens.shape[0], _checked_width(x.shape[1]))
+    shape = (row_tokens.shape[0], checked_width(x.shape[1]))
     if not x.size or not row_tokens.size:
         return mx.zeros(shape, x.dtype)
     body = f"pack_rows(x, row_tokens, count, packed, x_shape[1], {LANE}, {POSITION});"
@@ -174,7 +167,7 @@ def unpack_sum(
     Raises:
         ValueError: D is below 8.
     """
-    shape = (row_ids.shape[0], _checked_width(rows.shape[1]))
+    shape = (row_ids.shape[0], checked_width(rows.shape[1]))
     dtype = dtype or rows.dtype
     if not rows.shape[0] and local is not None:  # then the ids are those of `local`
         rows, local = local, None
@@ -204,179 +197,72 @@ def _rows_of_segments(num_rows: int, width: int, dtype: mx.Dtype) -> dict[str, A
     return {"grid": (32 * segments, num_rows, 1), "threadgroup": (32, 4, 1)}
 
 
-# ---------------------------------------------------------------- decode experts
-
-
-def expert_glu(
-    x: Float[mx.array, "T D"],
-    slot_ids: Int32[mx.array, "T K"],
-    gate: Projection,
-    up: Projection,
-    activation: Activation = "swiglu",
-) -> Float32[mx.array, "T K F"]:
-    """Gate and up projection and SwiGLU of each token's slots on this rank.
-
-    Entries whose slot id is -1 hold anything. All arithmetic is float32.
+def quantize_rows(
+    x: Float[mx.array, "M D"], form: RowFormat
+) -> UInt32[mx.array, "M W"]:
+    """Rows in 8 bits a value, with their scales; see `format_words` for the layout.
 
     Args:
-        x: the tokens.
-        slot_ids: the slots of this rank that each token visits; -1 elsewhere.
-        gate, up: ``[L, F, D]``, packed alike.
-        activation: ``"swiglu"``, or ``"clamped_swiglu"`` as in gpt-oss.
+        x: rows in float32, float16 or bfloat16.
+        form: in which they travel.
 
     Raises:
-        ValueError: D or F is below 8, gate and up are not packed alike, or they take
-            vectors of another width.
+        ValueError: D is below 8.
     """
-    if _packing(gate) != _packing(up):
+    num_rows, width = x.shape
+    shape = (num_rows, format_words(checked_width(width)))
+    if not num_rows:
+        return mx.zeros(shape, mx.uint32)
+    body = f"quantize_rows<FORM>(x, words, x_shape[1], {LANE}, {POSITION});"
+    (words,) = kernel("quantize_rows", "", ("x",), ("words",), body)(
+        inputs=[x],
+        output_shapes=[shape],
+        output_dtypes=[mx.uint32],
+        template=[("FORM", _FORMS[form])],
+        **_rows_of_groups(num_rows, width),
+    )
+    return words
+
+
+def dequantize_rows(
+    words: UInt32[mx.array, "M W"], form: RowFormat, width: int, dtype: mx.Dtype
+) -> Float[mx.array, "M D"]:
+    """The rows that `quantize_rows` made its argument of, rounded once to `dtype`.
+
+    float16 takes its largest number, 65504, where a code was rounded up from it.
+
+    Args:
+        words: rows in the form.
+        form: that `quantize_rows` was given.
+        width: D.
+        dtype: of the result.
+
+    Raises:
+        ValueError: D is below 8, or is not that of rows of so many words.
+    """
+    num_rows, num_words = words.shape
+    if num_words != format_words(checked_width(width)):
         raise ValueError(
-            "gate and up must be packed alike; got "
-            f"{_packing(gate)} and {_packing(up)}."
+            f"Rows of {width} values must have {format_words(width)} words; got "
+            f"{num_words}."
         )
-    _check_columns(gate, _checked_width(x.shape[1]))
-    num_tokens, per_token = slot_ids.shape
-    shape = (num_tokens, per_token, _checked_width(gate.rows))
-    if not slot_ids.size or not gate.num_slots:
-        return mx.zeros(shape, mx.float32)
-    arrays = {"x": x, "slot_ids": slot_ids} | _parts("gate", gate) | _parts("up", up)
-    body = (
-        "threadgroup int memory[2 * TOKENS * K];\n"
-        "expert_glu<MODE, BITS, GROUP, ACTIVATION, TOKENS, K>(x, slot_ids, "
-        f"{_projection('gate', gate)}, {_projection('up', up)}, hidden, memory, "
-        "slot_ids_shape[0] * K, gate_weight_shape[1], x_shape[1], "
-        f"{THREADS});"
-    )
-    chunk = _chunk(num_tokens)
-    (hidden,) = kernel("expert_glu", _variant(gate), tuple(arrays), ("hidden",), body)(
-        inputs=list(arrays.values()),
-        output_shapes=[shape],
-        output_dtypes=[mx.float32],
-        template=[
-            *_format(gate),
-            ("ACTIVATION", ACTIVATIONS[activation]),
-            ("TOKENS", chunk),
-            ("K", per_token),
-        ],
-        **_blocks_and_chunks(gate.rows, 4 if chunk == 1 else 2, chunk, slot_ids),
-    )
-    return hidden
-
-
-def expert_down(
-    hidden: Float32[mx.array, "T K F"],
-    slot_ids: Int32[mx.array, "T K"],
-    gates: Float32[mx.array, "T K"],
-    down: Projection,
-) -> Float32[mx.array, "T D"]:
-    """Down projection and the gate-weighted sum over the slots of this rank.
-
-    The sum is in the order of k; a token without a slot here gives zeros.
-
-    Args:
-        hidden: as `expert_glu` returns it.
-        slot_ids: as in `expert_glu`.
-        gates: the weight of each slot's output.
-        down: ``[L, D, F]``.
-
-    Raises:
-        ValueError: D or F is below 8, or `down` takes vectors of another width.
-    """
-    _check_columns(down, _checked_width(hidden.shape[2]))
-    num_tokens, per_token = slot_ids.shape
-    shape = (num_tokens, _checked_width(down.rows))
-    if not slot_ids.size or not down.num_slots:
-        return mx.zeros(shape, mx.float32)
-    arrays = {"hidden": hidden, "slot_ids": slot_ids, "gates": gates}
-    arrays |= _parts("down", down)
-    body = (
-        "threadgroup int memory[2 * TOKENS * K];\n"
-        f"threadgroup float products[TOKENS * K * {DOWN_ROWS}];\n"
-        "expert_down<MODE, BITS, GROUP, TOKENS, K>(hidden, slot_ids, gates, "
-        f"{_projection('down', down)}, out, memory, products, slot_ids_shape[0] * K, "
-        f"down_weight_shape[1], hidden_shape[2], {THREADS});"
-    )
-    chunk = _chunk(num_tokens)
-    (out,) = kernel("expert_down", _variant(down), tuple(arrays), ("out",), body)(
-        inputs=list(arrays.values()),
-        output_shapes=[shape],
-        output_dtypes=[mx.float32],
-        template=[*_format(down), ("TOKENS", chunk), ("K", per_token)],
-        **_blocks_and_chunks(down.rows, DOWN_ROWS, chunk, slot_ids),
+    if not num_rows:
+        return mx.zeros((0, width), dtype)
+    body = f"dequantize_rows<FORM>(words, out, width[0], {LANE}, {POSITION});"
+    (out,) = kernel("dequantize_rows", "", ("words", "width"), ("out",), body)(
+        inputs=[words, mx.array([width], mx.int32)],
+        output_shapes=[(num_rows, width)],
+        output_dtypes=[dtype],
+        template=[("FORM", _FORMS[form])],
+        **_rows_of_groups(num_rows, width),
     )
     return out
 
 
-def _chunk(num_tokens: int) -> int:
-    """Tokens that one threadgroup serves: the next power of two, at most 8."""
-    return min(MAX_CHUNK, 1 << (num_tokens - 1).bit_length())
+_FORMS: dict[RowFormat, int] = {"int8": 0, "mxfp8": 1}
 
 
-def _blocks_and_chunks(
-    rows: int, block: int, chunk: int, slot_ids: mx.array
-) -> dict[str, Any]:
-    """A threadgroup per block of rows and chunk of tokens, a SIMD group per pair."""
-    num_tokens, per_token = slot_ids.shape
-    simds = min(MAX_SIMDS, chunk * per_token)
-    blocks, chunks = -(-rows // block), -(-num_tokens // chunk)
-    return {"grid": (32 * blocks, simds, chunks), "threadgroup": (32, simds, 1)}
-
-
-def _packing(projection: Projection) -> tuple[object, ...]:
-    parts = (projection.weight, projection.scales, projection.bias)
-    dtypes = tuple(None if part is None else part.dtype for part in parts)
-    if projection.mode == "dense":
-        return (projection.weight.shape, *dtypes)
-    return (projection.weight.shape, *dtypes, projection.bits, projection.group_size)
-
-
-def _format(projection: Projection) -> list[tuple[str, Any]]:
-    """The template arguments that say how the weights are packed."""
-    types = {"W": projection.weight, "S": projection.scales, "B": projection.bias}
-    return [
-        ("MODE", MODES[projection.mode]),
-        ("BITS", projection.bits),
-        ("GROUP", projection.group_size),
-        # Any type will do for a part that is missing.
-        *((k, mx.float32 if v is None else v.dtype) for k, v in types.items()),
-    ]
-
-
-def _variant(projection: Projection) -> str:
-    """Names the set of inputs, which MLX does not make part of a kernel's name."""
-    return f"_{projection.mode}" + ("" if projection.bias is None else "_bias")
-
-
-def _parts(name: str, projection: Projection) -> dict[str, mx.array]:
-    """The arrays that a projection has, by the names the kernel gives them."""
-    parts = {
-        f"{name}_weight": projection.weight,
-        f"{name}_scales": projection.scales,
-        f"{name}_offsets": projection.offsets,
-        f"{name}_bias": projection.bias,
-    }
-    return {key: part for key, part in parts.items() if part is not None}
-
-
-def _projection(name: str, projection: Projection) -> str:
-    """The expression that makes a Projection of weights.h from the parts."""
-    present = _parts(name, projection)
-    fields = [f"{name}_{part}" for part in ("weight", "scales", "offsets", "bias")]
-    values = ", ".join(key if key in present else "nullptr" for key in fields)
-    return f"Projection<W, S, B>{{{values}}}"
-
-
-def _checked_width(width: int) -> int:
-    if width < MIN_WIDTH:
-        raise ValueError(
-            f"The kernels need a model and an expert width of at least {MIN_WIDTH}; "
-            f"got {width}. Use mlx_ep.kernels.ops."
-        )
-    return width
-
-
-def _check_columns(projection: Projection, width: int) -> None:
-    # A kernel that is given the wrong width reads whatever lies behind the weights.
-    if projection.columns != width:
-        raise ValueError(
-            f"The projection takes vectors of {projection.columns}; got {width}."
-        )
+def _rows_of_groups(num_rows: int, width: int) -> dict[str, Any]:
+    """One SIMD group for every 128 values of every row; four of them a threadgroup."""
+    groups = -(-width // FORMAT_VALUES)
+    return {"grid": (32 * groups, num_rows, 1), "threadgroup": (32, 4, 1)}

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import mlx.core as mx
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32, Int32, UInt32
 
-from mlx_ep.kernels.records import Activation, Projection, ReplicaTables, RouteTables
+from mlx_ep.kernels.records import (
+    FORMAT_VALUES,
+    Activation,
+    Projection,
+    ReplicaTables,
+    RouteTables,
+    RowFormat,
+    format_words,
+)
 
+# Bits of float32 magnitudes: 2^-100, below which a group is zero, and infinity.
+SMALLEST, INFINITE = 27 << 23, 255 << 23
 CLAMP_LIMIT = 7.0  # of gpt-oss
 CLAMP_SLOPE = 1.702
 
@@ -169,6 +179,79 @@ def unpack_sum(
         term = gates[:, choice, None] * rows[mx.maximum(ids, 0)].astype(mx.float32)
         out = out + mx.where(ids[:, None] >= 0, term, 0.0)
     return out.astype(dtype)
+
+
+def quantize_rows(
+    x: Float[mx.array, "M D"], form: RowFormat
+) -> UInt32[mx.array, "M W"]:
+    """Rows in 8 bits a value, with their scales; see `format_words` for the layout.
+
+    Args:
+        x: rows in float32, float16 or bfloat16.
+        form: in which they travel.
+    """
+    num_rows, width = x.shape
+    if not num_rows:
+        return mx.zeros((0, format_words(width)), mx.uint32)
+    segments = -(-width // FORMAT_VALUES)
+    padded = mx.pad(x, [(0, 0), (0, segments * FORMAT_VALUES - width)])
+    group = FORMAT_VALUES if form == "int8" else FORMAT_VALUES // 4
+    values = padded.astype(mx.float32).reshape(num_rows, -1, group)
+    # As bits, NaN and infinity are above every number.
+    largest = (values.view(mx.uint32) & 0x7FFFFFFF).max(axis=2, keepdims=True)
+    is_finite = largest < INFINITE
+    has_codes = is_finite & (largest >= SMALLEST)
+    if form == "int8":
+        steps = mx.where(has_codes, largest.view(mx.float32) / 127, 0.0)
+        codes = mx.round(values / mx.where(has_codes, steps, 1.0))
+        codes = mx.where(has_codes, codes, 0.0).astype(mx.int8)
+        scales = mx.where(is_finite, steps, float("nan")).view(mx.uint32)
+    else:
+        # The smallest power of two that leaves nothing above 448, 1.75 * 2^8.
+        exponents = ((largest + 0x1FFFFF) >> 23).astype(mx.int32) - 8
+        exponents = mx.where(has_codes, exponents, mx.where(is_finite, 0, 255))
+        inverse = mx.where(has_codes, (254 - exponents) << 23, 0).view(mx.float32)
+        codes = mx.where(has_codes, mx.to_fp8(values * inverse), 0).astype(mx.uint8)
+        scales = exponents.astype(mx.uint8).reshape(num_rows, -1).view(mx.uint32)
+    words = codes.reshape(num_rows, -1).view(mx.uint32)[:, : -(-width // 4)]
+    return mx.concatenate([words, scales.reshape(num_rows, segments)], axis=1)
+
+
+def dequantize_rows(
+    words: UInt32[mx.array, "M W"], form: RowFormat, width: int, dtype: mx.Dtype
+) -> Float[mx.array, "M D"]:
+    """The rows that `quantize_rows` made its argument of, rounded once to `dtype`.
+
+    float16 takes its largest number, 65504, where a code was rounded up from it.
+
+    Args:
+        words: rows in the form.
+        form: that `quantize_rows` was given.
+        width: D.
+        dtype: of the result.
+    """
+    num_rows, segments = words.shape[0], -(-width // FORMAT_VALUES)
+    if not num_rows:
+        return mx.zeros((0, width), dtype)
+    codes, scale_words = mx.split(words, [-(-width // 4)], axis=1)
+    missing = segments * FORMAT_VALUES // 4 - codes.shape[1]
+    codes = mx.contiguous(mx.pad(codes, [(0, 0), (0, missing)]))
+    scale_words = mx.contiguous(scale_words)
+    if form == "int8":
+        values, scales = (
+            codes.view(mx.int8).astype(mx.float32),
+            scale_words.view(mx.float32),
+        )
+    else:
+        values = mx.from_fp8(codes.view(mx.uint8), mx.float32)
+        exponents = scale_words.view(mx.uint8).astype(mx.int32)
+        scales = (exponents << 23).view(mx.float32)
+        scales = mx.where(exponents == 255, float("nan"), scales)
+    grouped = values.reshape(num_rows, scales.shape[1], -1) * scales[..., None]
+    rows = grouped.reshape(num_rows, -1)[:, :width]
+    if dtype == mx.float16:
+        rows = mx.where(mx.abs(rows) > 65504, mx.sign(rows) * 65504, rows)
+    return rows.astype(dtype)
 
 
 def expert_glu(

@@ -15,6 +15,25 @@ GROUP_SIZES = (32, 64, 128)
 BITS = (4, 8)
 MXFP4_GROUP_SIZE = 32
 
+# A form of 8 bits a value, in which rows travel. int8: a float32 scale for 128 values.
+# mxfp8: e4m3, a power of two for 32 values.
+RowFormat = Literal["int8", "mxfp8"]
+FORMAT_VALUES = 128  # whose scales are one word, in both
+
+
+def format_words(width: int) -> int:
+    """Words (uint32) of a row of D values in a `RowFormat`.
+
+        (4 codes) (4 codes) .. (scales of 128 values) ..
+
+    From the low end of a word on; the last of each kind is filled up with zeros. An
+    int8 scale is the bits of a float32, the 4 bytes of mxfp8 are exponents plus 127.
+
+    >>> format_words(2048) * 4 / 2048
+    1.03125
+    """
+    return -(-width // 4) - (-width // FORMAT_VALUES)
+
 
 class ReplicaTables(NamedTuple):
     """The copies of experts, as `choose_replicas` takes them.

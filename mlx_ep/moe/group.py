@@ -30,7 +30,7 @@ from mlx_ep.experts import Runner, run_experts, run_slots
 from mlx_ep.metrics import Counters, StageTimings
 from mlx_ep.placement import Placement
 from mlx_ep.rows import Mover, limit_to_capacity, serving_slots
-from mlx_ep.types import Routing, Rows, TokenCounts, to_host
+from mlx_ep.types import DispatchDtype, Routing, Rows, TokenCounts, to_host
 
 # A call with more of them is one of a prompt; the default of `low_latency_tokens`.
 MOST_DECODE_TOKENS = 64
@@ -68,6 +68,7 @@ class ExpertGroup:
         capacity: most pairs of one expert and this rank's tokens; None: no limit.
         sum_dtype: what sums travel back in where they are added at home; None: the
             dtype of the tokens.
+        dispatch_dtype: what rows travel in between ranks with tokens of their own.
         overlaps: each layer's last collective is started when the layer is called,
             before what the block computes beside its experts.
         step: what the caller has agreed on for this step.
@@ -86,6 +87,7 @@ class ExpertGroup:
     share_routing: bool = False
     capacity: int | None = None
     sum_dtype: mx.Dtype | None = None
+    dispatch_dtype: DispatchDtype = "model"
     overlaps: bool = False
     step: Step = field(default_factory=Step)
     timings: StageTimings = field(default_factory=StageTimings)
@@ -116,6 +118,7 @@ class ExpertGroup:
             share_routing,
             capacity=config.capacity,
             sum_dtype=mx.float32 if config.sums == "float32" else None,
+            dispatch_dtype=config.dispatch_dtype,
             eval_layers=config.eval_layers or 0,
             check_nan=config.check_nan,
             overlaps=config.overlap == "single",
@@ -269,6 +272,7 @@ class ExpertGroup:
             self.sum_dtype or x.dtype,
             tokens,
             self.levels_rows,
+            self.dispatch_dtype,
         )
         if tokens is None or limit is None or tokens.num_rounds(limit) == 1:
             return [(x, whole)]

@@ -6,6 +6,7 @@ kernels. Which movement runs is decided for each call by `mlx_ep.tune`.
 """
 
 from mlx_ep.rows.device import MetalMovement, has_one_rank_per_expert
+from mlx_ep.rows.form import RowForm, row_bytes, row_format
 from mlx_ep.rows.host import OpsMovement
 from mlx_ep.rows.movement import Job, Movement, RowRoutes
 from mlx_ep.rows.mover import (
@@ -41,6 +42,9 @@ __all__ = [
     "MetalMovement",
     "has_one_rank_per_expert",
     "OpsMovement",
+    "RowForm",
+    "row_bytes",
+    "row_format",
     "MOVEMENTS",
     "OPS",
     "Mover",

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32, Int32, Shaped, UInt32
 
-from mlx_ep.kernels import metal
+from mlx_ep.kernels import RowFormat, metal
 from mlx_ep.placement import Placement
 from mlx_ep.rows.movement import RowRoutes
 from mlx_ep.types import TokenCounts, to_host
@@ -101,8 +101,8 @@ class MetalMovement:
         )
 
     def pack(
-        self, x: Float[mx.array, "T D"], plan: RowRoutes, num_rows: int
-    ) -> Float[mx.array, "M D"]:
+        self, x: Shaped[mx.array, "T D"], plan: RowRoutes, num_rows: int
+    ) -> Shaped[mx.array, "M D"]:
         """See `Movement.pack`."""
         rows: DeviceRows = plan.own
         count = rows.tokens.shape[0]
@@ -147,6 +147,22 @@ class MetalMovement:
     ) -> Float32[mx.array, "M D"]:
         """See `Movement.sum_pairs`."""
         return metal.unpack_sum(outputs, pair_ids, gates, dtype=mx.float32)
+
+    def to_format(
+        self, x: Float[mx.array, "T D"], form: RowFormat
+    ) -> UInt32[mx.array, "T W"]:
+        """See `Movement.to_format`."""
+        return metal.quantize_rows(x, form)
+
+    def from_format(
+        self,
+        words: UInt32[mx.array, "M W"],
+        form: RowFormat,
+        width: int,
+        dtype: mx.Dtype,
+    ) -> Float[mx.array, "M D"]:
+        """See `Movement.from_format`."""
+        return metal.dequantize_rows(words, form, width, dtype)
 
     def _maps_of(self, placement: Placement) -> tuple[mx.array, mx.array]:
         """The rank of each expert for the kernel, and one slot for all.

@@ -6,8 +6,9 @@ from itertools import accumulate
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32, Int32, Shaped, UInt32
 
+from mlx_ep.kernels import RowFormat, ops
 from mlx_ep.placement import Placement
 from mlx_ep.rows.movement import RowRoutes
 from mlx_ep.rows.pack import RowOrder, pack, tokens_in_ranks
@@ -44,8 +45,8 @@ class OpsMovement:
         )
 
     def pack(
-        self, x: Float[mx.array, "T D"], plan: RowRoutes, num_rows: int
-    ) -> Float[mx.array, "M D"]:
+        self, x: Shaped[mx.array, "T D"], plan: RowRoutes, num_rows: int
+    ) -> Shaped[mx.array, "M D"]:
         """See `Movement.pack`."""
         packing: RowOrder = plan.own
         if not num_rows or not len(x):
@@ -100,6 +101,22 @@ class OpsMovement:
     ) -> Float32[mx.array, "M D"]:
         """See `Movement.sum_pairs`."""
         return weighted_sum(outputs, pair_ids, gates)
+
+    def to_format(
+        self, x: Float[mx.array, "T D"], form: RowFormat
+    ) -> UInt32[mx.array, "T W"]:
+        """See `Movement.to_format`."""
+        return ops.quantize_rows(x, form)
+
+    def from_format(
+        self,
+        words: UInt32[mx.array, "M W"],
+        form: RowFormat,
+        width: int,
+        dtype: mx.Dtype,
+    ) -> Float[mx.array, "M D"]:
+        """See `Movement.from_format`."""
+        return ops.dequantize_rows(words, form, width, dtype)
 
 
 def _by_token(

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import mlx.core as mx
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32, Int32, Shaped, UInt32
 
+from mlx_ep.kernels import RowFormat
 from mlx_ep.placement import Placement
 from mlx_ep.types import TokenCounts
 
@@ -15,7 +16,8 @@ from mlx_ep.types import TokenCounts
 #   rows   plan, pack and sum the rows of an all-to-all of exactly what is needed
 #   ranks  sum what every rank computed for every token
 #   pairs  sum the outputs of a rank's (row, slot) pairs
-Job = Literal["rows", "ranks", "pairs"]
+#   format make rows that travel in 8 bits a value ready, and numbers again
+Job = Literal["rows", "ranks", "pairs", "format"]
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class Movement(Protocol):
         ...
 
     def pack(
-        self, x: Float[mx.array, "T D"], plan: RowRoutes, num_rows: int
-    ) -> Float[mx.array, "M D"]:
+        self, x: Shaped[mx.array, "T D"], plan: RowRoutes, num_rows: int
+    ) -> Shaped[mx.array, "M D"]:
         """The rows that leave, rank-major, then anything: `num_rows` in all."""
         ...
 
@@ -113,4 +115,20 @@ class Movement(Protocol):
         Args:
             pair_ids: the pairs of each row; -1 is "none" and must have gate 0.
         """
+        ...
+
+    def to_format(
+        self, x: Float[mx.array, "T D"], form: RowFormat
+    ) -> UInt32[mx.array, "T W"]:
+        """Tokens in 8 bits a value; the layout is that of `format_words`."""
+        ...
+
+    def from_format(
+        self,
+        words: UInt32[mx.array, "M W"],
+        form: RowFormat,
+        width: int,
+        dtype: mx.Dtype,
+    ) -> Float[mx.array, "M D"]:
+        """The rows of D values that `to_format` was given, as near as it keeps them."""
         ...

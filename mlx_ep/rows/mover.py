@@ -97,3 +97,11 @@ class OnDevice:
     def sum_pairs(self, *args: Any) -> mx.array:
         with mx.stream(self.device):
             return self.movement.sum_pairs(*args)
+
+    def to_format(self, *args: Any) -> mx.array:
+        with mx.stream(self.device):
+            return self.movement.to_format(*args)
+
+    def from_format(self, *args: Any) -> mx.array:
+        with mx.stream(self.device):
+            return self.movement.from_format(*args)

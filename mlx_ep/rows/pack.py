@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Bool, Float, Int32, UInt
+from jaxtyping import Bool, Int32, Shaped, UInt
 
 from mlx_ep.placement import Placement
 from mlx_ep.rows.serve import serving_slots
@@ -139,7 +139,7 @@ def routing_from_words(words: Int32[mx.array, "T C"]) -> Routing:
     return Routing(ids, mx.contiguous(gates).view(mx.float32))
 
 
-def join_rows(x: Float[mx.array, "T D"], routing: Routing) -> UInt[mx.array, "T W"]:
+def join_rows(x: Shaped[mx.array, "T D"], routing: Routing) -> UInt[mx.array, "T W"]:
     """Tokens and their routing in one buffer, as bits.
 
         (x[0] .. x[D-1]), ids and gates  ->  (x[0] .. x[D-1] id[0] .. gate[K-1])
@@ -152,7 +152,7 @@ def join_rows(x: Float[mx.array, "T D"], routing: Routing) -> UInt[mx.array, "T 
 
 def split_rows(
     rows: UInt[mx.array, "M W"], width: int, dtype: mx.Dtype
-) -> tuple[Float[mx.array, "M D"], Routing]:
+) -> tuple[Shaped[mx.array, "M D"], Routing]:
     """What `join_rows` joined, `width` (D) values of `dtype` a row."""
     middle = (width + rows.shape[1]) // 2
     ids = mx.contiguous(rows[:, width:middle]).view(mx.int32)

@@ -59,6 +59,7 @@ def explain_exchange(
             top_k=rows.top_k,
             itemsize=rows.dtype.size,
             transport=transport,
+            dispatch_dtype=rows.dispatch_dtype,
         )
         moved = ", ".join(
             f"{name} {format_bytes(layer_traffic(option, shape).num_bytes)}"

@@ -14,11 +14,19 @@ from typing import Any, get_args
 import mlx.core as mx
 import numpy as np
 
+from mlx_ep.kernels import RowFormat, format_words
 from mlx_ep.placement import Placement
-from mlx_ep.rows import MOVEMENTS, Job, Movement, Option, movement_options
+from mlx_ep.rows import (
+    MOVEMENTS,
+    Job,
+    Movement,
+    Option,
+    movement_options,
+    row_format,
+)
 from mlx_ep.tune.choose import default_movement
 from mlx_ep.tune.problem import Solver
-from mlx_ep.types import TokenCounts, dtype_name, to_host
+from mlx_ep.types import DispatchDtype, TokenCounts, dtype_name, to_host
 
 TOKENS = (1, 64, 512)
 MAX_BYTES = 256 << 20  # of the rows of a case: with wide rows there are fewer tokens
@@ -27,6 +35,7 @@ JOB_TITLES: dict[Job, str] = {
     "rows": "an all-to-all's rows: plan, pack, sum",
     "ranks": "sums of all ranks",
     "pairs": "sums of this rank's pairs (runner gather)",
+    "format": "rows in 8 bits a value and back",
 }
 
 Run = Callable[[Movement], list[mx.array]]
@@ -43,7 +52,8 @@ class MovementShape:
         top_k: K.
         placement: of the experts.
         rank: this one.
-        exchanges: whether rows travel between ranks; else only pairs are summed.
+        exchanges: whether rows are packed and added for other ranks.
+        dispatch_dtype: what rows travel in.
     """
 
     width: int
@@ -52,11 +62,26 @@ class MovementShape:
     placement: Placement
     rank: int
     exchanges: bool
+    dispatch_dtype: DispatchDtype = "model"
+
+    @property
+    def format(self) -> RowFormat | None:
+        """That rows are brought into, where they travel in 8 bits a value."""
+        has_others = self.placement.num_ranks > 1
+        return row_format(self.dispatch_dtype) if has_others else None
 
     @property
     def jobs(self) -> tuple[Job, ...]:
         """What a movement can be asked for."""
-        return get_args(Job) if self.exchanges else ("pairs",)
+        needed = {"pairs": True, "rows": self.exchanges, "ranks": self.exchanges}
+        needed["format"] = self.format is not None
+        return tuple(job for job in get_args(Job) if needed[job])
+
+    @property
+    def narrowest(self) -> int:
+        """The fewest numbers in a row of anything that is moved."""
+        words = [format_words(self.width)] * (self.format is not None)
+        return min([self.width, *words])
 
     @property
     def row_bytes(self) -> int:
@@ -104,11 +129,11 @@ class MovementProblem:
             "experts": self.shape.placement.num_experts,
             "placement": self.shape.placement.digest,
             "rank": self.shape.rank,
-        }
+        } | ({"form": self.shape.format} if self.job == "format" else {})
 
     def options(self) -> Mapping[Option, str]:
         """See `Problem`."""
-        return movement_options(self.shape.width, self.shape.placement)
+        return movement_options(self.shape.narrowest, self.shape.placement)
 
     def is_worth_checking(self, possible: Sequence[Option]) -> bool:
         """Not where there is no choice, as without Metal."""
@@ -225,10 +250,53 @@ def _pairs(shape: MovementShape, num_tokens: int) -> tuple[Run, Expected]:
     return run, [sums]
 
 
+def _format(shape: MovementShape, num_tokens: int) -> tuple[Run, Expected]:
+    """Rows in 8 bits a value and back, of numbers that are near one of its own.
+
+    A fifth of the way to the next one at most: a GPU that divides with another last bit
+    comes to the same.
+    """
+    form = shape.format
+    assert form is not None
+    if form == "int8":
+        group, numbers = 128, np.arange(128.0)
+    else:
+        codes = mx.arange(127).astype(mx.uint8)
+        # sync: at warm-up.
+        group, numbers = 32, to_host(mx.from_fp8(codes, mx.float32)).astype(float)
+    random = np.random.default_rng(num_tokens)
+    size = num_tokens, -(-shape.width // group), group
+    chosen = random.integers(len(numbers) - 1, size=size)
+    below = numbers[chosen] - numbers[np.maximum(chosen - 1, 0)]
+    steps = np.where(below > 0, below, numbers[1])
+    near = numbers[chosen] + random.uniform(-0.2, 0.2, size) * steps
+    expected = numbers[chosen]
+    # Each group's largest number gives it the scale that keeps these numbers.
+    expected[..., 0] = near[..., 0] = numbers[-1]
+    scales = (
+        random.choice([-1.0, 1.0], size)
+        * 2.0 ** random.integers(-3, 3, size[:2])[..., None]
+    )
+    rows, values = (
+        (a * scales).reshape(num_tokens, -1)[:, : shape.width].astype(np.float32)
+        for a in (expected, near)
+    )
+    x = mx.array(values).astype(shape.dtype)
+    # sync: what is timed must not include making its arguments.
+    mx.eval(x)
+
+    def run(movement: Movement) -> list[mx.array]:
+        words = movement.to_format(x, form)
+        return [movement.from_format(words, form, shape.width, shape.dtype)]
+
+    return run, [rows]
+
+
 _CASES: dict[Job, Callable[[MovementShape, int], tuple[Run, Expected]]] = {
     "rows": _rows,
     "ranks": _ranks,
     "pairs": _pairs,
+    "format": _format,
 }
 
 

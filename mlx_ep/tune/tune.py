@@ -24,6 +24,7 @@ from mlx_ep.tune.explain import explain, explain_exchange
 from mlx_ep.tune.movement import MovementProblem, MovementShape
 from mlx_ep.tune.problem import Problem
 from mlx_ep.tune.threads import BLAS, BlasThreads, choose_threads, share_cores
+from mlx_ep.types import DispatchDtype
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def tune(
     wish: Wish = Wish(),
     *,
     moves_rows: bool = False,
+    dispatch_dtype: DispatchDtype = "model",
     placement: Placement | None = None,
     watch: TimedLayers = _unwatched,
 ) -> ModelPolicy:
@@ -132,6 +134,7 @@ def tune(
         comm: the ranks.
         wish: what the user asks for.
         moves_rows: whether rows are exchanged, by something that takes a mover.
+        dispatch_dtype: what rows travel in.
         placement: of the experts; default: contiguous.
         watch: shows how many of the shapes are checked and timed.
 
@@ -147,7 +150,20 @@ def tune(
         key: ExpertsProblem(layer, num_experts, comm.size, wish.runner)
         for key, layer in firsts.items()
     }
-    shapes = _movement_shapes(firsts.values(), placement, comm.rank, exchanges)
+    shapes = {
+        key: MovementShape(
+            width=int(layer.shape["width"]),
+            dtype=layer.dtype,
+            top_k=layer.top_k,
+            placement=placement,
+            rank=comm.rank,
+            exchanges=exchanges,
+            dispatch_dtype=dispatch_dtype,
+        )
+        for layer in firsts.values()
+        if (key := layer.moved_as)
+    }
+    has_format = any(shape.format is not None for shape in shapes.values())
     jobs = {(key, job): shapes[key] for key in shapes for job in shapes[key].jobs}
     movement = {(key, job): MovementProblem(s, job) for (key, job), s in jobs.items()}
     problems: list[Problem] = [*experts.values(), *movement.values()]
@@ -182,25 +198,8 @@ def tune(
     return ModelPolicy(
         experts=tuple(by_shape.values()),
         movement=tuple(policies.values()),
-        mover=next(iter(movers.values()), None) if exchanges else None,
+        mover=next(iter(movers.values()), None) if exchanges or has_format else None,
         num_ranks=comm.size,
         transport=comm.transport,
         threads=choose_threads(next(iter(right), None), sharing, wish.warmup),
     )
-
-
-def _movement_shapes(
-    firsts: Iterable[Layer], placement: Placement, rank: int, exchanges: bool
-) -> dict[str, MovementShape]:
-    return {
-        key: MovementShape(
-            width=int(layer.shape["width"]),
-            dtype=layer.dtype,
-            top_k=layer.top_k,
-            placement=placement,
-            rank=rank,
-            exchanges=exchanges,
-        )
-        for layer in firsts
-        if (key := layer.moved_as)
-    }

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_ep.kernels import loader, metal, ops
+from mlx_ep.kernels.records import RowFormat
 from tests.support import host, kernel_reference
 from tests.support.projections import projection
 
 GLU = "expert_glu"
 DOWN = "expert_down"
+QUANTIZE, DEQUANTIZE = "quantize_rows", "dequantize_rows"
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
 MUTATIONS = [
@@ -29,6 +33,16 @@ MUTATIONS = [
     ("route_plan", "route_plan.metal", "pair < num_pairs", "true"),
     ("route_plan", "route_plan.metal", "pair >= num_pairs", "pair > num_pairs"),
     ("route_plan", "route_plan.metal", "int row = next + lane", "int row = next + 32"),
+    (QUANTIZE, "quantize_rows.metal", "largest, ushort(8)", "largest, ushort(1)"),
+    (QUANTIZE, "quantize_rows.metal", "if (start < width) to", "to"),
+    (QUANTIZE, "quantize_rows.metal", "scale, ushort(16)", "scale, ushort(1)"),
+    (QUANTIZE, "quantize_rows.metal", "+ 0x1fffffu", ""),
+    (QUANTIZE, "quantize_rows.metal", "+ ((size >> 20) & 1u)", ""),
+    (QUANTIZE, "quantize_rows.metal", "width - start, values", "4, values"),
+    (DEQUANTIZE, "dequantize_rows.metal", "if (start >= width) return;", ""),
+    (DEQUANTIZE, "dequantize_rows.metal", "if (start + i < width)", ""),
+    (DEQUANTIZE, "dequantize_rows.metal", "(8 * (lane / 8))", "(8 * (lane % 4))"),
+    (DEQUANTIZE, "dequantize_rows.metal", "int(code << 24) >> 24", "int(code)"),
     (GLU, "weights.h", "clamp(columns - column, 0, COLUMNS)", "COLUMNS"),
     (GLU, "weights.h", "word >> (BITS * i)", "word >> i"),
     (GLU, "weights.h", "row * (columns / GROUP) + column / GROUP", "row"),
@@ -82,6 +96,20 @@ def launch_and_compare(name: str) -> bool:
         tokens, count = mx.array([4, 1, 0, 2, 999], mx.int32), mx.array([4], mx.int32)
         packed = metal.pack_rows(x, tokens, count)
         return mx.array_equal(packed[:4], x[tokens[:4]]).item()
+    if name in (QUANTIZE, DEQUANTIZE):
+        x = mx.concatenate([x, x * 1.8, x], axis=1)[:, :261]
+        x = mx.round(64 * x) / 64  # some are half way between two codes
+        is_right = True
+        for form in get_args(RowFormat):
+            words = ops.quantize_rows(x, form)
+            rows = ops.dequantize_rows(words, form, 261, mx.bfloat16)
+            if name == QUANTIZE:
+                got, expected = metal.quantize_rows(x, form), words
+            else:
+                got = metal.dequantize_rows(words, form, 261, mx.bfloat16)
+                expected = rows
+            is_right &= mx.array_equal(got, expected).item()
+        return is_right
     if name == "unpack_sum":
         # Ids from 3 on are rows that stayed here, in another dtype.
         rows, local = x[:3, :21].astype(mx.bfloat16), x[3:, :21]
@@ -109,7 +137,10 @@ def close(got: mx.array, expected: np.ndarray) -> bool:
     return np.allclose(kernel_reference.as_float64(got), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["pack_rows", "unpack_sum", "route_plan", GLU, DOWN])
+NAMES = ["pack_rows", "unpack_sum", "route_plan", GLU, DOWN, QUANTIZE, DEQUANTIZE]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_unchanged_kernels_pass(host_kernels: list[host.Launch], name: str) -> None:
     assert launch_and_compare(name)
 

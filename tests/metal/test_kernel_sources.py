@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
+from typing import get_args
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 import mlx_ep
 from mlx_ep.kernels import loader, metal, ops
+from mlx_ep.kernels.records import RowFormat
 from tests.support import host
 from tests.support.host.lint import lint
 from tests.support.projections import projection
@@ -101,5 +103,7 @@ def test_lint_movement(host_kernels: list[host.Launch], num_tokens: int) -> None
     metal.unpack_sum(x, ids, mx.ones(ids.shape))
     local = x.astype(mx.float32)
     metal.unpack_sum(x, ids, mx.ones(ids.shape), local, dtype=mx.float32)
+    for form in get_args(RowFormat):
+        metal.dequantize_rows(metal.quantize_rows(x, form), form, 8, mx.float16)
     for launch in host_kernels:
         assert lint(launch.name, launch.source) == ""

@@ -117,3 +117,42 @@ def expert_down(
         y = project(as_float64(hidden[t, k]), slot_ids[t, k], down)
         out[t] += as_float64(gates)[t, k] * y
     return out
+
+
+# The 127 magnitudes of e4m3 by their codes; 0x7f is NaN.
+E4M3 = np.array(
+    [c * 2.0**-9 for c in range(8)]
+    + [(1 + c % 8 / 8) * 2.0 ** (c // 8 - 7) for c in range(8, 127)]
+)
+
+
+def rounded_rows(x: mx.array, form: str) -> np.ndarray:
+    """What is left of rows in a form of 8 bits a value, by looking for it; finite x."""
+    rows = as_float64(x)
+    out = np.zeros_like(rows)
+    group = {"int8": 128, "mxfp8": 32}[form]
+    for row, values in enumerate(rows):
+        for start in range(0, len(values), group):
+            part = values[start : start + group]
+            largest = np.abs(part).max()
+            if largest < 2.0**-100:
+                continue
+            if form == "int8":
+                step = float(np.float32(largest) / np.float32(127))
+                out[row, start : start + group] = np.rint(part / step) * step
+                continue
+            exponent = -127
+            while largest / 2.0**exponent > 448:
+                exponent += 1
+            for i, value in enumerate(part):
+                distance = np.abs(E4M3 - abs(value) / 2.0**exponent)
+                nearest = np.flatnonzero(distance == distance.min())
+                code = next(c for c in nearest if len(nearest) == 1 or c % 2 == 0)
+                out[row, start + i] = np.copysign(E4M3[code], value) * 2.0**exponent
+    return out
+
+
+def calc_diff(x: mx.array, y: mx.array) -> float:
+    """1 - 2<x, y> / (<x, x> + <y, y>), as DeepGEMM and DeepEP compare."""
+    a, b = as_float64(x), as_float64(y)
+    return float(1 - 2 * (a * b).sum() / ((a * a).sum() + (b * b).sum()))

@@ -253,6 +253,8 @@ BAD_CONFIGURATIONS = {
     "attention='data'": "attention must be one of replicated, tensor, auto; got 'data'",
     "low_latency_tokens=0": "low_latency_tokens must be 1 or more; got 0",
     "round_tokens=1.5": "round_tokens must be a whole number; got 1.5",
+    "dispatch_dtype='fp8'": "dispatch_dtype must be one of model, bf16, int8, mxfp8; "
+    "got 'fp8'",
     "sums='bfloat16'": "sums must be one of model, float32; got 'bfloat16'",
     "capacity='3'": "capacity must be a whole number or None; got '3'",
     "capacity=True": "capacity must be a whole number or None; got True",

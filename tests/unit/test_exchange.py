@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_ep import config as config_module
 from mlx_ep.comm import GroupComm
 from mlx_ep.config import ALIASES, EPConfig, StrategyName
+from mlx_ep.config import strategies as config_module
 from mlx_ep.exchange import (
     STRATEGIES,
     AllToAll,
@@ -125,6 +125,42 @@ def test_wrong_settings_are_said():
         EPConfig(capacity=0)
     with pytest.warns(UserWarning, match="mode='normal' has no effect"):
         EPConfig(strategy="gathered", mode="normal")
+
+
+def test_a_dispatch_dtype_without_rows_is_refused_by_name():
+    message = "needs rows that travel .*; got strategy='replicated'"
+    with pytest.raises(ValueError, match=message):
+        EPConfig(dispatch_dtype="int8")
+    with pytest.raises(ValueError, match="'per_slot' must be bit-identical"):
+        EPConfig(strategy="auto", dispatch_dtype="bf16", reduction="per_slot")
+
+
+def test_a_strategy_that_does_not_honour_a_dispatch_dtype_is_refused(monkeypatch):
+    """One of somebody else, which would send rows as they are."""
+    monkeypatch.setattr(STRATEGIES, "_factories", dict(STRATEGIES._factories))
+    monkeypatch.setattr(config_module, "_strategies", [*config_module._strategies])
+    STRATEGIES.register("mine", lambda config, mover: Replicated())
+    with pytest.raises(ValueError, match="'mine' does not say that it does"):
+        STRATEGIES.create(EPConfig(strategy="mine", dispatch_dtype="mxfp8"))
+    assert isinstance(STRATEGIES.create(EPConfig(strategy="mine")), Replicated)
+
+
+@pytest.mark.parametrize("strategy", ["gathered", "low_latency", "normal", "auto"])
+def test_8_bits_a_value_are_half_the_bytes_of_16(strategy):
+    """And a scale: of the rows that leave. Sums come back as they did."""
+    strategy = STRATEGIES.create(EPConfig(strategy=strategy))
+    options = {"width": 2048, "top_k": 8, "rows_to": (1, 40), "rows_from": (1, 30)}
+
+    def dispatched(dtype):
+        shape = shape_of(50, 40, **options, dispatch_dtype=dtype)
+        *sent, back = strategy.traffic(shape).collectives
+        words = 50 * 8 * 8  # ids and gates
+        return sum(c.num_bytes for c in sent) - words, back
+
+    plain, back = dispatched("model")
+    assert dispatched("bf16") == (plain, back)
+    for dtype in ("int8", "mxfp8"):
+        assert dispatched(dtype) == (plain * (1 + 1 / 32) / 2, back)
 
 
 @pytest.mark.parametrize("name", ["gathered", *ALIASES])

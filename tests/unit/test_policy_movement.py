@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from mlx_ep.comm import GroupComm
 from mlx_ep.exchange import Auto
 from mlx_ep.experts import switch_runner
+from mlx_ep.kernels import RowFormat
 from mlx_ep.placement import Placement
 from mlx_ep.rows import Job, OpsMovement, Option, RowRoutes, mover
 from mlx_ep.tune import (
@@ -24,6 +26,7 @@ from mlx_ep.tune import (
     measure,
     tune,
 )
+from mlx_ep.types import DispatchDtype
 from tests.support.switches import KERNELS, D, E, K, fail, make_layer, make_switch
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -45,8 +48,11 @@ def movement_shape(num_ranks: int = 2, rank: int = 0) -> MovementShape:
     return MovementShape(D, mx.bfloat16, K, placement, rank, exchanges=num_ranks > 1)
 
 
-def problem_of(job: Job, num_ranks: int = 2, rank: int = 0) -> MovementProblem:
-    return MovementProblem(movement_shape(num_ranks, rank), job)
+def problem_of(
+    job: Job, num_ranks: int = 2, rank: int = 0, form: DispatchDtype = "model"
+) -> MovementProblem:
+    shape = replace(movement_shape(num_ranks, rank), dispatch_dtype=form)
+    return MovementProblem(shape, job)
 
 
 def facts_of(**results: Finding) -> dict[str, object]:
@@ -102,6 +108,24 @@ def test_a_right_movement_is_measured(job: Job, num_ranks: int) -> None:
         assert sorted(result.seconds) == list(result.seconds)
 
 
+@pytest.mark.parametrize("form", ["int8", "mxfp8"])
+def test_rows_in_8_bits_are_a_job_of_their_own(form: DispatchDtype) -> None:
+    """Only where they travel so; the strategy gathered has no other one."""
+    problem = problem_of("format", form=form)
+    (result,) = measure(problem, [OPS_CPU]).values()
+    assert result.left_out == "" and result.error < 1e-6
+    assert result.sizes == (1, 64, 512)
+    shape = problem.shape
+    assert shape.jobs == ("rows", "ranks", "pairs", "format")
+    assert replace(shape, exchanges=False).jobs == ("pairs", "format")
+    assert movement_shape().jobs == ("rows", "ranks", "pairs")
+    assert "rows in 8 bits a value and back" in problem.title
+    alone = replace(shape, placement=Placement.contiguous(E, 1))
+    assert "format" not in alone.jobs
+    # pack_rows gets rows of words.
+    assert shape.narrowest == 9 and movement_shape().narrowest == D
+
+
 def test_a_shared_width_is_moved_by_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every token reaches both ranks that hold a part of its expert."""
     monkeypatch.setattr(mover, "uses_metal", lambda: True)
@@ -128,14 +152,17 @@ class WrongMovement(OpsMovement):
     def sum_pairs(self, *args: object) -> mx.array:
         return super().sum_pairs(*args) * float("nan")
 
+    def to_format(self, x: mx.array, form: RowFormat) -> mx.array:
+        return super().to_format(x, form).at[0, 0].add(1)
 
-@pytest.mark.parametrize("job", ["rows", "ranks", "pairs"])
+
+@pytest.mark.parametrize("job", ["rows", "ranks", "pairs", "format"])
 def test_a_wrong_movement_is_left_out_for_good(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(mover.MOVEMENTS, "metal", WrongMovement)
     monkeypatch.setattr(mover, "uses_metal", lambda: True)
-    problem = problem_of(job)
+    problem = problem_of(job, form="int8")
     found = facts(problem, True, 1)
     choice = agree(problem, [found])
     assert "differs from the reference by" in choice.left_out[KERNELS]

@@ -10,13 +10,12 @@ from dataclasses import dataclass, fields
 from functools import cache
 from math import inf
 from os import PathLike, fspath
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from mlx_ep.types import check_value
+from mlx_ep.config.flag import Flag, Setting
+from mlx_ep.config.strategies import AllToAllMode, canonical, check_strategy
+from mlx_ep.types import DispatchDtype, check_value
 
-# The strategies of this package; `STRATEGIES.register` adds others.
-StrategyName = Literal["replicated", "gathered", "all_to_all", "auto"]
-AllToAllMode = Literal["auto", "low_latency", "normal"]
 Sums = Literal["model", "float32"]
 Reduction = Literal["partial_sum", "per_slot"]
 Overlap = Literal["none", "single"]
@@ -25,46 +24,6 @@ Attention = Literal["replicated", "tensor", "auto"]
 RunnerName = Literal["auto", "gather", "blas", "metal"]
 BackendName = Literal["auto", "cpu", "metal"]
 Download = Literal["ranges", "full"]
-
-_strategies = list(get_args(StrategyName))
-
-
-def allow_strategy(name: str) -> None:
-    """`EPConfig` takes a strategy of this name; `STRATEGIES.register` calls it."""
-    if name not in _strategies:
-        _strategies.append(name)
-
-
-_REPLICATED = ["disabled", "none", "off", "standard", "0", "tp_ep", "vllm_tp", "dp1"]
-_REPLICATED += ["local_allreduce", "local_all_reduce"]
-_GATHERED = ["allgather_reducescatter", "all_gather_reduce_scatter", "naive", "ag_rs"]
-# What SGLang, DeepEP, vLLM and InfiniLM call them -> (strategy, mode).
-ALIASES: dict[str, tuple[str, AllToAllMode | None]] = {
-    **dict.fromkeys(_REPLICATED, ("replicated", None)),
-    **dict.fromkeys(_GATHERED, ("gathered", None)),
-    **dict.fromkeys(["deepep", "deep_ep"], ("all_to_all", None)),
-    "low_latency": ("all_to_all", "low_latency"),
-    "normal": ("all_to_all", "normal"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flag:
-    """What the flag of an EPConfig field says.
-
-    Attributes:
-        help: without the default.
-        name: of the flag, if it is not the field's.
-        metavar: of its value, in the help.
-        least: the smallest number that the field takes.
-        otherwise: what the default means; None: the default itself.
-    """
-
-    help: str
-    name: str | None = None
-    metavar: str | None = None
-    least: int | None = None
-    otherwise: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +43,10 @@ class EPConfig:
             sharded strategies; longer prompts go in rounds.
         sums: what the sums of ``all_to_all`` travel back in. ``model``: the dtype of
             the tokens, rounded once. ``float32``: not rounded.
+        dispatch_dtype: what rows travel to the experts in, and are computed from, in
+            the sharded strategies. ``model``: the dtype of the tokens, as they are.
+            ``bf16``: bfloat16. ``int8``, ``mxfp8``: 8 bits a value, with a float32
+            scale for 128 values or, e4m3, a power of two for 32 (docs/layouts.md).
         capacity: C keeps, of the pairs of one rank's tokens and one expert, the first
             C (first choices before second ones); the others contribute 0, are counted
             and warned of. None: nothing is dropped.
@@ -148,6 +111,13 @@ class EPConfig:
     ] = 4096
     sums: Annotated[
         Sums, Flag(help="The dtype in which all_to_all sends sums back")
+    ] = "model"
+    dispatch_dtype: Annotated[
+        DispatchDtype,
+        Flag(
+            help="What rows travel to the experts of other ranks in; model: as they "
+            "are. int8 and mxfp8 are about half the bytes of 16 bits"
+        ),
     ] = "model"
     capacity: Annotated[
         int | None,
@@ -272,12 +242,12 @@ class EPConfig:
             object.__setattr__(self, "memory", tuple(self.memory))
         if isinstance(self.placement_file, PathLike):
             object.__setattr__(self, "placement_file", fspath(self.placement_file))
-        self._resolve_alias()
+        strategy, mode = canonical(self.strategy, self.mode)
+        object.__setattr__(self, "strategy", strategy)
+        object.__setattr__(self, "mode", mode)
         for name, kind, _, flag in settings():
             check_value(name, kind, getattr(self, name), flag.least)
-        if self.strategy not in _strategies:
-            known = f"{', '.join(_strategies)}, or an alias ({', '.join(ALIASES)})"
-            raise ValueError(f"strategy must be one of {known}; got {self.strategy!r}.")
+        check_strategy(self.strategy)
         if self.attention == "tensor" and self.strategy != "replicated":
             raise ValueError(
                 "attention='tensor' needs the same tokens on all ranks, which is "
@@ -290,11 +260,27 @@ class EPConfig:
                 "it belongs to all_to_all.",
                 stacklevel=3,
             )
+        if self.dispatch_dtype != "model":
+            self._check_dispatch()
         if (limit := self.memory_limit_gb) is not None and not 0 < limit < inf:
             raise ValueError(f"memory_limit_gb must be above 0 or None, not {limit}.")
         if not 0 <= (below := self.rebalance_below) <= 1:
             raise ValueError(f"rebalance_below must be 0 to 1, not {below}.")
         self._check_placement()
+
+    def _check_dispatch(self) -> None:
+        if self.strategy == "replicated":
+            raise ValueError(
+                f"dispatch_dtype={self.dispatch_dtype!r} needs rows that travel to the "
+                "experts, which there are with strategy='gathered', 'all_to_all' and "
+                "'auto'; got strategy='replicated'. Leave dispatch_dtype out with it."
+            )
+        if self.reduction == "per_slot":
+            raise ValueError(
+                "reduction='per_slot' must be bit-identical to one process, which rows "
+                f"in another dtype are not; got dispatch_dtype={self.dispatch_dtype!r}."
+                " Give one of the two."
+            )
 
     def _check_placement(self) -> None:
         if self.memory is not None and not all(0 < m < inf for m in self.memory):
@@ -343,19 +329,6 @@ class EPConfig:
                 "which says itself where copies are. Give one of them."
             )
 
-    def _resolve_alias(self) -> None:
-        if not isinstance(self.strategy, str) or self.strategy not in ALIASES:
-            return
-        strategy, mode = ALIASES[self.strategy]
-        if mode is not None and self.mode not in ("auto", mode):
-            raise ValueError(
-                f"strategy={self.strategy!r} is all_to_all with mode={mode!r}; got "
-                f"mode={self.mode!r}. Give one of the two."
-            )
-        object.__setattr__(self, "strategy", strategy)
-        if mode is not None:
-            object.__setattr__(self, "mode", mode)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EPConfig:
         """An EPConfig of the given fields.
@@ -370,23 +343,6 @@ class EPConfig:
                 f"Known are: {', '.join(known)}."
             )
         return cls(**values)
-
-
-class Setting(NamedTuple):
-    """A field of EPConfig.
-
-    Attributes:
-        kind: its type.
-    """
-
-    name: str
-    kind: Any
-    default: Any
-    flag: Flag
-
-    @property
-    def flag_name(self) -> str:
-        return self.flag.name or "--" + self.name.replace("_", "-")
 
 
 @cache
