@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mlx_ep.cost.profile import find_profile, shipped_profiles
+from mlx_ep.cost.profile import MEASURED_ONLY, find_profile, shipped_profiles
 from mlx_ep.simulate.cluster import Cluster, Instance, read_cluster
 from mlx_ep.simulate.engine import Simulation
 from mlx_ep.simulate.fields import read_json
@@ -187,11 +187,12 @@ def _profile_times(
     dtype = first.settings.dtype if first.settings.dtype in _FLOATS else "bfloat16"
     note(f"{first.where}: times from the profile {name}")
     profile = find_profile(name)
-    if "loop_seconds" not in profile.sources:
+    if absent := [n for n in MEASURED_ONLY if n not in profile.sources]:
         _log.info(
-            "the profile %s has no loop_seconds and sequence_seconds (what a loop over "
-            "batches adds to a step): 0 is assumed",
+            "the profile %s has no %s: for query_seconds attention_rate is assumed, "
+            "for others 0",
             name,
+            ", ".join(absent),
         )
     return ProfileTimes(
         group,
