@@ -26,6 +26,7 @@ from mlx_ep.simulate.times.linear_times import (
     is_step_costs,
     read_step_costs,
 )
+from mlx_ep.simulate.times.passes import PassTimes
 from mlx_ep.simulate.times.profile_times import ProfileTimes
 from mlx_ep.simulate.traces import Trace
 
@@ -144,13 +145,14 @@ def step_times(
     if folder is None:
         return _profile_times(args, cluster, group, folders, note)
     note(f"{first.where}: times from {folder}")
-    return BundleTimes(
+    times = BundleTimes(
         cluster,
         group,
         read_bundle(folder, first.tp, first.model.is_moe),
         _routing(args, first),
         args.expert_exchange,
     )
+    return PassTimes(times) if first.settings.scheduler == "mlx_ep" else times
 
 
 def _profile_times(

@@ -138,7 +138,8 @@ class ProfileTimes:
             total += self._of(1, chunk, seen, before + chunk - 1)
         if batch.decodes:
             count = len(batch.decodes)
-            keys = sum(batch.decodes) / count + later - 1
+            # mlx-lm's caches for batches are as wide as the longest sequence.
+            keys = max(batch.decodes) + later - 1
             total += self._of(count, count, keys, keys)
         return total
 
