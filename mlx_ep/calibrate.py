@@ -40,6 +40,7 @@ from mlx_ep.measure.costs import (
     machine_times,
 )
 from mlx_ep.measure.experts import expert_costs
+from mlx_ep.measure.layers import layer_times
 from mlx_ep.measure.machine import pin_ranks
 from mlx_ep.measure.steps import fixed_times, loop_times
 from mlx_ep.rows import uses_metal
@@ -190,7 +191,7 @@ def calibrate(
     # What routers and norms are.
     plain, cost = dense_cost(timer, widths[0], PACKINGS["plain"], dtype)
     dense[plain] = cost
-    values = machine_times(timer, widths[0], dtype)
+    values = machine_times(timer) | layer_times(timer, widths[0], dtype)
     # A timed call waits for the device, that of a block in a model does not.
     own = [c for key, c in experts.items() if key.startswith(f"{OWN_BLOCK}|")]
     call = max(cost.call_seconds for cost in own) - values["sync_seconds"]

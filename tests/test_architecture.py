@@ -84,6 +84,7 @@ MAY_IMPORT = {
     },
     "simulate": {
         "types", "cli", "config", "cost", "exchange", "loading", "measure", "placement",
+        "server",
     },
     "benchmark": {
         "types", "api", "cli", "comm", "config", "cost", "data_parallel", "exchange",

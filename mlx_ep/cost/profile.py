@@ -62,6 +62,20 @@ class Profile:
     block_seconds: float = quantity("s", "a routed block, whatever it computes")
     layer_seconds: float = quantity("s", "the rest of a layer, whatever it computes")
     step_seconds: float = quantity("s", "a step, whatever it computes")
+    query_seconds: float = quantity(
+        "s",
+        "single queries: each multiply-add with a key or value; 0: as attention_rate",
+        0.0,
+    )
+    unseen_seconds: float = quantity(
+        "s",
+        "prompts: each multiply-add with a key that a query does not see; 0: there are "
+        "none",
+        0.0,
+    )
+    score_seconds: float = quantity(
+        "s", "each score of a query and a key, beside its multiply-adds", 0.0
+    )
     element_seconds: float = quantity(
         "s", "norms and sums of a layer, per number of the tokens"
     )
@@ -70,6 +84,7 @@ class Profile:
     loop_seconds: float = quantity(
         "s", "what a loop over batches adds to a step; 0 in profiles without it", 0.0
     )
+    loop_layer_seconds: float = quantity("s", "and to each layer", 0.0)
     sequence_seconds: float = quantity("s", "and for each sequence of it", 0.0)
     memory_bytes: float = quantity("B", "that weights and caches may take")
     links: Mapping[str, Link] = field(default_factory=dict)
@@ -96,6 +111,12 @@ class Profile:
         """Where a number comes from, or that nobody said."""
         return self.sources.get(path, "not said")
 
+
+# Numbers that nobody publishes: 0, and not in `sources`, where a profile has none.
+MEASURED_ONLY = (
+    "loop_seconds", "loop_layer_seconds", "sequence_seconds", "query_seconds",
+    "unseen_seconds", "score_seconds",
+)  # fmt: skip
 
 # What stands for a runner in `Profile.experts` where mlx-lm's own block runs.
 OWN_BLOCK = "mlx-lm"

@@ -21,7 +21,11 @@ def profile_table(profile: Profile) -> str:
         "step_seconds": ("us", 1e6),
         "sync_seconds": ("us", 1e6),
         "loop_seconds": ("us", 1e6),
+        "loop_layer_seconds": ("us", 1e6),
         "sequence_seconds": ("us", 1e6),
+        "query_seconds": ("ns", 1e9),
+        "unseen_seconds": ("ns", 1e9),
+        "score_seconds": ("ns", 1e9),
         "element_seconds": ("ns", 1e9),
         "route_seconds": ("ns", 1e9),
     }

@@ -120,6 +120,7 @@ class ModelShape:
         state_bytes: of caches that do not grow with the context.
         attention_macs: multiply-adds of scores and of values for one query and one key:
             heads x (key width + value width), over all layers.
+        attention_scores: of one query and one key: heads, over all layers; 0: not said.
         window: the most keys that some layers attend to; 0: there are none.
         window_kv_bytes: of `kv_bytes`, those of layers with the window.
         window_macs: of `attention_macs`, likewise.
@@ -138,6 +139,7 @@ class ModelShape:
     kv_is_split: bool = True
     state_bytes: int = 0
     attention_macs: int = 0
+    attention_scores: int = 0
     window: int = 0
     window_kv_bytes: int = 0
     window_macs: int = 0

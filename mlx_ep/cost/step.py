@@ -207,9 +207,32 @@ def _scores(
     # A token sees itself and all before it: half of the new ones, on average.
     seen = context + (length + 1) / 2
     macs = caches * length * model.scores_macs(seen) / heads_over
+    unseen = caches * length * (length - 1) / 2 * model.attention_macs / heads_over
+    single, prompt, beyond = mac_seconds(profile, model)
+    computing = macs * (single if length == 1 else prompt) + unseen * beyond
     num_bytes = caches * model.cache_bytes(context + length)
     num_bytes /= heads_over if model.kv_is_split else 1
-    return max(2 * macs / profile.attention_rate, num_bytes / profile.memory_bandwidth)
+    return max(computing, num_bytes / profile.memory_bandwidth)
+
+
+def mac_seconds(profile: Profile, model: ModelShape) -> tuple[float, float, float]:
+    """A multiply-add of scores and values, with its part of the scores themselves.
+
+    Returns:
+        s of a single query's, of a prompt's, and of one with a key that a query of a
+        prompt does not see.
+    """
+    of_score = 0.0
+    if model.attention_macs:
+        share = model.attention_scores / model.attention_macs
+        of_score = profile.score_seconds * share
+    computed = 2 / profile.attention_rate
+    unseen = profile.unseen_seconds
+    return (
+        (profile.query_seconds or computed) + of_score,
+        computed + of_score,
+        unseen + of_score if unseen else 0.0,
+    )
 
 
 def prefill_seconds(

@@ -103,6 +103,7 @@ def model_shape(
         kv_is_split="kv_lora_rank" not in text,
         state_bytes=caches.fixed,
         attention_macs=caches.layers * macs + caches.layers * _indexer_macs(text),
+        attention_scores=caches.layers * text.get("num_attention_heads", 0),
         window=caches.window,
         window_kv_bytes=caches.windowed,
         window_macs=caches.window_layers * macs,

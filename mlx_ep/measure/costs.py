@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import cycle
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,8 +25,8 @@ from mlx_ep.tune.timing import Clock, Name, Timed, in_turn
 from mlx_ep.types import MXFP4, Packing
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-HEAD = 64  # of the positions
 TINY = 64  # width of what costs nothing to compute: what is left is the call
+Made = TypeVar("Made")
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
 
@@ -37,8 +38,11 @@ class Amounts:
         slots: experts of a call. All of them together do not fit a GPU's cache.
         matrices: dense ones, one after another.
         numbers: that are read and copied.
-        tokens: of what is done for each number of a token.
-        queries, keys: of the attention.
+        tokens: that choose experts.
+        queries: of a prompt.
+        keys: that a single query sees.
+        cold: bytes of weights between two calls with the same: more than the cache of
+            a core holds, as in a step of a model.
     """
 
     slots: int
@@ -47,10 +51,11 @@ class Amounts:
     tokens: int
     queries: int
     keys: int
+    cold: int
 
 
-ON_CPU = Amounts(4, 4, 1 << 25, 256, 64, 512)
-ON_METAL = Amounts(64, 64, 1 << 28, 4096, 1024, 4096)  # not tried yet
+ON_CPU = Amounts(4, 4, 1 << 25, 256, 128, 448, 1 << 24)
+ON_METAL = Amounts(64, 64, 1 << 28, 4096, 1024, 4032, 1 << 28)  # not tried yet
 
 
 def sizes() -> Amounts:
@@ -133,25 +138,39 @@ def dense_cost(
     Without what as many tiny ones take: calls are counted with the layers.
     """
 
-    wide, tiny = (
-        [_linear(columns, packing, dtype) for _ in range(sizes().matrices)]
-        for columns in (width, TINY)
-    )
+    count = sizes().matrices
 
-    def call(linears: Sequence[nn.Module], rows: int, columns: int) -> Timed:
+    def some(columns: int) -> list[nn.Module]:
+        return [_linear(columns, packing, dtype) for _ in range(count)]
+
+    wide = in_groups(packing.num_bytes(count * width**2), lambda: some(width))
+    tiny = [some(TINY)]
+
+    def call(groups: Sequence[list[nn.Module]], rows: int, columns: int) -> Timed:
+        turns = cycle(groups)
+
         def all_of_them(x: mx.array) -> mx.array:
-            for linear in linears:
+            for linear in next(turns):
                 x = linear(x)
             return x
 
         return _evaluated(all_of_them, _random((rows, columns), dtype))
 
     found = timer.series([(float(rows), call(wide, rows, width)) for rows in ROWS])
-    calls, weights = timer.typical(call(tiny, 1, TINY)), len(wide) * width**2
-    return str(Packing.of(wide[0])), MatrixCost(
+    calls, weights = timer.typical(call(tiny, 1, TINY)), count * width**2
+    return str(Packing.of(wide[0][0])), MatrixCost(
         rows=tuple(rows for rows, _ in found),
         seconds=tuple(_above(seconds, calls) / weights for _, seconds in found),
     )
+
+
+def in_groups(num_bytes: int, make: Callable[[], Made]) -> list[Made]:
+    """Equal groups of weights to take in turn, so many that none is found in a cache.
+
+    Args:
+        num_bytes: of a group.
+    """
+    return [make() for _ in range(max(1, -(-sizes().cold // num_bytes)))]
 
 
 def _linear(width: int, packing: Packing, dtype: mx.Dtype) -> nn.Module:
@@ -204,12 +223,8 @@ def crossing_seconds(timer: Timer, alone: float) -> float:
     return max(0.0, (both - timer.typical(partial(chain, False))) / steps - alone)
 
 
-def machine_times(timer: Timer, width: int, dtype: mx.Dtype) -> dict[str, float]:
-    """The numbers of a profile that are neither matrices nor collectives.
-
-    Args:
-        width: D of the tokens.
-    """
+def machine_times(timer: Timer) -> dict[str, float]:
+    """What memory allows, and what choosing experts and waiting take."""
     size = sizes()
     wait = timer.typical(_wait)
 
@@ -218,18 +233,6 @@ def machine_times(timer: Timer, width: int, dtype: mx.Dtype) -> dict[str, float]
 
     large = _random((size.numbers,))
     half = large[: size.numbers // 2]
-    x, weight = _random((size.tokens, width), dtype), mx.ones((width,), dtype)
-
-    def elements(x: mx.array) -> mx.array:
-        """Norms and sums of a decoder layer, and its positions."""
-        h = x + mx.fast.rms_norm(x, weight, 1e-6)
-        heads = h.reshape(1, size.tokens, -1, HEAD).transpose(0, 2, 1, 3)
-        turned = mx.fast.rope(
-            heads, HEAD, traditional=False, base=1e4, scale=1.0, offset=0
-        )
-        turned = turned.transpose(0, 2, 1, 3).reshape(size.tokens, -1)
-        return turned + mx.fast.rms_norm(turned, weight, 1e-6)
-
     experts, top_k = 128, 8
     scores = _random((size.tokens, experts), mx.float32)
 
@@ -239,21 +242,11 @@ def machine_times(timer: Timer, width: int, dtype: mx.Dtype) -> dict[str, float]
         chosen = mx.take_along_axis(gates, ids, axis=-1)
         return chosen / chosen.sum(axis=-1, keepdims=True)
 
-    heads, head = 8, 128
-    q = _random((1, heads, size.queries, head), dtype)
-    k, v = (_random((1, heads, size.keys, head), dtype) for _ in range(2))
-
-    def attend(q: mx.array) -> mx.array:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=head**-0.5)
-
-    operations = 4 * heads * size.queries * size.keys * head
     return {
         "memory_bandwidth": large.nbytes / above_wait(mx.max, large),
         "copy_bandwidth": large.nbytes
         / above_wait(lambda x: mx.concatenate([x, x]), half),
-        "element_seconds": above_wait(elements, x) / x.size,
         "route_seconds": above_wait(route, scores) / scores.size,
-        "attention_rate": operations / above_wait(attend, q),
         "sync_seconds": wait,
     }
 

@@ -5,8 +5,9 @@ As in `measure_costs`, every function must be called on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import cycle
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +16,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_ep.cost.profile import OWN_BLOCK, cost_key
 from mlx_ep.cost.records import MatrixCost
 from mlx_ep.experts import RUNNERS, expert_weights, options
-from mlx_ep.measure.costs import ROWS, TINY, Timer, sizes
+from mlx_ep.measure.costs import ROWS, TINY, Timer, in_groups, sizes
 from mlx_ep.metrics import Counters
 from mlx_ep.tune.timing import Timed
 from mlx_ep.types import Packing, Rows
@@ -48,14 +49,18 @@ def expert_costs(
         expert_width: F.
         dtype: of the rows, and of scales and offsets.
     """
-    wide = random_switch(width, expert_width, packing, dtype)
-    narrow = random_switch(width, expert_width // NARROWER, packing, dtype)
-    tiny = random_switch(TINY, TINY, packing, dtype)
-    weights = expert_weights(wide)
+
+    def switches(rows: int) -> list[nn.Module]:
+        num_bytes = packing.num_bytes(3 * width * rows) * sizes().slots
+        return in_groups(num_bytes, lambda: random_switch(width, rows, packing, dtype))
+
+    wide, narrow = switches(expert_width), switches(expert_width // NARROWER)
+    tiny = [random_switch(TINY, TINY, packing, dtype)]
+    weights = expert_weights(wide[0])
     assert weights is not None
     own = _expert_cost(timer, _own_block, wide, narrow, tiny, dtype)
     found = {cost_key(OWN_BLOCK, weights.up.packing): own}
-    for option, why in options(wide).items():
+    for option, why in options(wide[0]).items():
         if timer.agreed(why):
             continue
         with mx.stream(option.stream or mx.default_device()):
@@ -89,9 +94,9 @@ def _own_block(switch: nn.Module) -> _Compute:
 def _expert_cost(
     timer: Timer,
     made: Callable[[nn.Module], _Compute],
-    wide: nn.Module,
-    narrow: nn.Module,
-    tiny: nn.Module,
+    wide: Sequence[nn.Module],
+    narrow: Sequence[nn.Module],
+    tiny: Sequence[nn.Module],
     dtype: mx.Dtype,
 ) -> MatrixCost:
     """Tells apart what grows with weights, with rows, with experts and with nothing.
@@ -102,8 +107,11 @@ def _expert_cost(
 
     Two expert widths give per_weight at r=1 and r=16, what is left there gives visit
     and pair, and the others follow.
+
+    Args:
+        wide, narrow, tiny: switches that are alike, see `in_groups`.
     """
-    parts = expert_weights(wide)
+    parts = expert_weights(wide[0])
     assert parts is not None
     width, weights, slots = parts.up.columns, parts.weights_per_slot, parts.num_slots
     call = timer.typical(_experts_call(made, tiny, 1, 1, dtype))
@@ -136,13 +144,15 @@ def _expert_cost(
 
 def _experts_call(
     made: Callable[[nn.Module], _Compute],
-    switch: nn.Module,
+    switches: Sequence[nn.Module],
     rows: int,
     slots: int,
     dtype: mx.Dtype,
 ) -> Timed:
-    """A call in which each of so many rows visits each of the first slots."""
-    parts = expert_weights(switch)
+    """A call in which each of so many rows visits each of the first slots; the switches
+    take turns.
+    """
+    parts = expert_weights(switches[0])
     assert parts is not None
     shape = (rows, slots)
     key = mx.random.key(0)
@@ -151,10 +161,10 @@ def _experts_call(
     visits = Rows(x, ids, mx.full(shape, 1 / slots))
     # sync: what is timed must not include making its arguments.
     mx.eval(visits)
-    compute = made(switch)
+    turns = cycle([made(switch) for switch in switches])
 
     def run() -> None:
         # sync: this is what is timed.
-        mx.eval(compute(visits))
+        mx.eval(next(turns)(visits))
 
     return run

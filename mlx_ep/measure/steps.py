@@ -57,26 +57,32 @@ def fixed_times(
 
 
 def loop_times(timer: Timer, dtype: mx.Dtype) -> dict[str, float]:
-    """What a loop over batches adds to the forward step, and each sequence in it.
+    """What a loop over batches adds to the forward step, to each layer of it, and each
+    sequence in it.
 
     mlx-lm's BatchGenerator (masks, sampling, log probabilities, handing out tokens)
     beside the same step alone, for one and for more sequences; it is what
     ``mlx_ep.generate --prompts-file`` runs.
     """
-    model = tiny_model("dense", FEW_LAYERS, dtype)
+    models = {n: tiny_model("dense", n, dtype) for n in (FEW_LAYERS, MANY_LAYERS)}
+    cases = ((FEW_LAYERS, 1), (MANY_LAYERS, 1), (FEW_LAYERS, SEQUENCES))
     steps = _longer(timer).together(
         {
-            (make, count): make(model, count)
+            (make, *case): make(models[case[0]], case[1])
+            for case in cases
             for make in (_batch_step, _decode_step)
-            for count in (1, SEQUENCES)
         }
     )
-    one, many = (
-        steps[_batch_step, count] - steps[_decode_step, count]
-        for count in (1, SEQUENCES)
+    one, deep, many = (
+        steps[_batch_step, *case] - steps[_decode_step, *case] for case in cases
     )
     each = max(0.0, (many - one) / (SEQUENCES - 1))
-    return {"loop_seconds": max(0.0, one - each), "sequence_seconds": each}
+    layer = max(0.0, (deep - one) / (MANY_LAYERS - FEW_LAYERS))
+    return {
+        "loop_seconds": max(0.0, one - each - FEW_LAYERS * layer),
+        "loop_layer_seconds": layer,
+        "sequence_seconds": each,
+    }
 
 
 def _longer(timer: Timer) -> Timer:

@@ -14,6 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+# A prompt that brought so many tokens is kept for others that begin with it, before its
+# answer ends.
+KEEP_PROMPT = 64
+
 
 class PrefixHit(NamedTuple):
     """An entry, and how many of its first tokens are those asked for."""

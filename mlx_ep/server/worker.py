@@ -28,16 +28,12 @@ from mlx_ep.loading.caches import leaf_caches
 from mlx_ep.server.batch import DecodeBatch, merge, prefill
 from mlx_ep.server.kv import begin_with, kept_prefix
 from mlx_ep.server.messages import Details, Heard
-from mlx_ep.server.prefix_cache import PrefixCache
+from mlx_ep.server.prefix_cache import KEEP_PROMPT, PrefixCache
 from mlx_ep.server.requests import FinishReason, Request
 from mlx_ep.server.sampling import Drawn, SequenceSampler, draw_all, read_details
 from mlx_ep.server.scheduler import Decision, Enter
 from mlx_ep.server.sizes import KvSizes
 from mlx_ep.types import TokenCounts
-
-# A prompt that brought so many tokens is kept for others that begin with it, before its
-# answer ends.
-KEEP_PROMPT = 64
 
 
 @dataclass(eq=False)

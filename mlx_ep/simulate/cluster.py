@@ -208,6 +208,7 @@ def _instance(
         )
     hardware = fields.text("hardware")
     fields.close(NOT_SIMULATED)
+    _check_scheduler(fields, own, pp, pd_type)
     try:
         placement = placement_of(model, own, ep)
     except ValueError as error:
@@ -228,6 +229,25 @@ def _instance(
         placement=placement,
         pool=kv_pool(fields, model, own, size, tp, pp, ep, most_slots(placement)),
     )
+
+
+def _check_scheduler(
+    fields: Fields, settings: EngineSettings, pp: int, pd_type: str | None
+) -> None:
+    """What this package's server does not have."""
+    if settings.scheduler != "mlx_ep":
+        return
+    wrong = {
+        "pp_size": pp > 1,
+        "pd_type": pd_type is not None,
+        "skip_prefill": settings.skip_prefill,
+        "long_prefill_token_threshold": settings.long_prefill_token_threshold > 0,
+        "enable_chunked_prefill": not settings.enable_chunked_prefill,
+    }
+    for key in (key for key, is_wrong in wrong.items() if is_wrong):
+        raise fields.fail(
+            key, "must be left out with scheduler mlx_ep: the server has no such thing."
+        )
 
 
 def _check_ep(
@@ -264,6 +284,13 @@ def _groups(top: Fields, instances: Sequence[Instance]) -> list[tuple[Instance, 
     for group in groups:
         first = group[0]
         for other in group[1:]:
+            mine, its = first.settings.scheduler, other.settings.scheduler
+            if mine != its:
+                raise top.fail(
+                    f"{other.where}.scheduler",
+                    f"instances of dp_group {other.dp_group!r} must have the same "
+                    f"scheduler; got {its!r} and, in {first.where}, {mine!r}",
+                )
             for key in ("tp", "pp", "ep", "pd_type", "hardware", "placement"):
                 ours, theirs = getattr(first, key), getattr(other, key)
                 if ours != theirs:

@@ -14,9 +14,11 @@ from mlx_ep.simulate.group import Group, StepTimes
 from mlx_ep.simulate.links import send_ns
 from mlx_ep.simulate.requests import ServedRequest
 from mlx_ep.simulate.scheduler import Scheduler
+from mlx_ep.simulate.server_scheduler import ServerScheduler
 from mlx_ep.simulate.traces import Trace, TraceRequest
 
 FOREVER = 1 << 62
+_Place = tuple[Instance, Group, Scheduler | ServerScheduler]
 ROUTING_POLICIES = ("LOAD", "RR", "RAND", "CUSTOM")
 
 
@@ -52,7 +54,7 @@ class Simulation:
         self.groups = [Group(g, t) for g, t in zip(cluster.groups, times, strict=True)]
         self.requests: list[ServedRequest] = []
         self.num_requests = trace.num_requests
-        self._places: list[tuple[Instance, Group, Scheduler]] = [
+        self._places: list[_Place] = [
             (instance, group, member)
             for group in self.groups
             for instance, member in zip(group.instances, group.members)
@@ -142,10 +144,10 @@ class Simulation:
 
     def _choose(
         self,
-        places: Sequence[tuple[Instance, Group, Scheduler]],
+        places: Sequence[_Place],
         request: ServedRequest,
         is_decode: bool,
-    ) -> tuple[Instance, Group, Scheduler]:
+    ) -> _Place:
         if self._policy == "CUSTOM" and not is_decode:
             assert self._chosen is not None
             wanted = self._chosen[request.index]
@@ -214,7 +216,14 @@ class Simulation:
 
     def _check_fits(self, asked: TraceRequest) -> None:
         tokens = asked.input_tokens + asked.output_tokens
-        for instance, _, _ in self._places:
+        for instance, _, member in self._places:
+            if isinstance(member, ServerScheduler):
+                if problem := member.problem(asked):
+                    raise ValueError(
+                        f"line {asked.line} of the trace: of {instance.where}, "
+                        f"{problem}."
+                    )
+                continue
             if tokens > instance.pool.num_tokens:
                 raise ValueError(
                     f"line {asked.line} of the trace: {tokens} tokens must fit the KV "
@@ -245,7 +254,5 @@ def _time(group: Group) -> int:
     return FOREVER if group.time is None else group.time
 
 
-def _of_kind(
-    places: Sequence[tuple[Instance, Group, Scheduler]], *kinds: str | None
-) -> list[tuple[Instance, Group, Scheduler]]:
+def _of_kind(places: Sequence[_Place], *kinds: str | None) -> list[_Place]:
     return [place for place in places if place[0].pd_type in kinds]

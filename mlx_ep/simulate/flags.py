@@ -9,7 +9,7 @@ from mlx_ep import cli
 from mlx_ep.simulate.engine import ROUTING_POLICIES
 from mlx_ep.simulate.plot import check_can_plot
 from mlx_ep.simulate.routing import EXPERT_POLICIES
-from mlx_ep.simulate.settings import DTYPES, KV_DTYPES, EngineSettings
+from mlx_ep.simulate.settings import DTYPES, KV_DTYPES, SCHEDULERS, EngineSettings
 from mlx_ep.simulate.times.exchanges import EXCHANGES
 
 
@@ -18,6 +18,22 @@ def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     defaults = EngineSettings()
     group = parser.add_argument_group(
         "engine (an instance of the cluster may override)"
+    )
+    group.add_argument(
+        "--scheduler",
+        choices=SCHEDULERS,
+        default=defaults.scheduler,
+        help="vllm: one budget of tokens a step; mlx_ep: as mlx_ep.server does, with "
+        "--prefill-step (default: %(default)s).",
+    )
+    group.add_argument(
+        "--prefill-step-size",
+        "--prefill-step",
+        type=cli.positive,
+        default=defaults.prefill_step,
+        metavar="TOKENS",
+        help="With --scheduler mlx_ep: tokens of prompts beside a decoded token "
+        "(default: %(default)s).",
     )
     group.add_argument(
         "--max-num-seqs",
@@ -207,6 +223,8 @@ def make_parser() -> cli.Parser:
 def settings_of(args: argparse.Namespace) -> EngineSettings:
     """The engine settings that the flags say."""
     return EngineSettings(
+        scheduler=args.scheduler,
+        prefill_step=args.prefill_step_size,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         long_prefill_token_threshold=args.long_prefill_token_threshold,

@@ -16,6 +16,7 @@ import numpy as np
 from mlx_ep.simulate.cluster import Instance
 from mlx_ep.simulate.requests import ServedRequest
 from mlx_ep.simulate.scheduler import Scheduler, StepBatch
+from mlx_ep.simulate.server_scheduler import ServerScheduler, server_schedulers
 from mlx_ep.simulate.steps import StepLog, Stretch
 
 # Most steps that are computed at once: arrays stay small, whatever the trace.
@@ -51,15 +52,20 @@ class Group:
     def __init__(self, instances: Sequence[Instance], times: StepTimes) -> None:
         first = instances[0]
         self.instances = list(instances)
-        self.members = [
-            Scheduler(i.settings, i.pool.num_blocks, i.pd_type == "prefill")
-            for i in instances
-        ]
+        self.is_server = first.settings.scheduler == "mlx_ep"
+        self.members: Sequence[Scheduler | ServerScheduler] = (
+            server_schedulers(instances)
+            if self.is_server
+            else [
+                Scheduler(i.settings, i.pool.num_blocks, i.pd_type == "prefill")
+                for i in instances
+            ]
+        )
         self.log = StepLog()
         self.time: int | None = None
         self._times = times
         self._is_piped = first.pp > 1
-        is_async = first.settings.async_scheduling
+        is_async = first.settings.async_scheduling and not self.is_server
         self._depth = first.pp if self._is_piped else 1 + is_async
         self._in_flight: deque[_InFlight] = deque()
         self._free = [0] * first.pp

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mlx_ep.cost.profile import find_profile, shipped_profiles
+from mlx_ep.cost.profile import MEASURED_ONLY, find_profile, shipped_profiles
 from mlx_ep.simulate.cluster import Cluster, Instance, read_cluster
 from mlx_ep.simulate.engine import Simulation
 from mlx_ep.simulate.fields import read_json
@@ -26,6 +26,7 @@ from mlx_ep.simulate.times.linear_times import (
     is_step_costs,
     read_step_costs,
 )
+from mlx_ep.simulate.times.passes import PassTimes
 from mlx_ep.simulate.times.profile_times import ProfileTimes
 from mlx_ep.simulate.traces import Trace
 
@@ -144,13 +145,14 @@ def step_times(
     if folder is None:
         return _profile_times(args, cluster, group, folders, note)
     note(f"{first.where}: times from {folder}")
-    return BundleTimes(
+    times = BundleTimes(
         cluster,
         group,
         read_bundle(folder, first.tp, first.model.is_moe),
         _routing(args, first),
         args.expert_exchange,
     )
+    return PassTimes(times) if first.settings.scheduler == "mlx_ep" else times
 
 
 def _profile_times(
@@ -187,11 +189,12 @@ def _profile_times(
     dtype = first.settings.dtype if first.settings.dtype in _FLOATS else "bfloat16"
     note(f"{first.where}: times from the profile {name}")
     profile = find_profile(name)
-    if "loop_seconds" not in profile.sources:
+    if absent := [n for n in MEASURED_ONLY if n not in profile.sources]:
         _log.info(
-            "the profile %s has no loop_seconds and sequence_seconds (what a loop over "
-            "batches adds to a step): 0 is assumed",
+            "the profile %s has no %s: for query_seconds attention_rate is assumed, "
+            "for others 0",
             name,
+            ", ".join(absent),
         )
     return ProfileTimes(
         group,

@@ -10,6 +10,7 @@ from mlx_ep.simulate.model import ITEMSIZES
 
 DTYPES = tuple(ITEMSIZES)
 KV_DTYPES = ("auto", "fp8")
+SCHEDULERS = ("vllm", "mlx_ep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,11 @@ class EngineSettings:
     """EngineSettings of one engine, with vLLM's names and defaults.
 
     Attributes:
+        scheduler: ``vllm``, or ``mlx_ep`` for this package's own server. The server has
+            no token budget, no blocks (a quarter of the memory for KV caches keeps
+            prefixes where `enable_prefix_caching`), and looks ahead where
+            `async_scheduling`.
+        prefill_step: tokens of prompts that the server processes beside a decoded one.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: of one step; 0: no limit.
         long_prefill_token_threshold: most prompt tokens of one request in a step; 0: no
@@ -39,6 +45,8 @@ class EngineSettings:
         replica_memory: of each rank for copies of experts, such as "24GB"; "0": none.
     """
 
+    scheduler: str = "vllm"
+    prefill_step: int = 512
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 2048
     long_prefill_token_threshold: int = 0
@@ -88,6 +96,8 @@ def overridden(
     util = memory.number("mem_util", settings.memory_utilization, above=0, most=1)
     return replace(
         settings,
+        scheduler=fields.choice("scheduler", SCHEDULERS, settings.scheduler),
+        prefill_step=fields.integer("prefill_step", settings.prefill_step, least=1),
         max_num_seqs=fields.integer("max_num_seqs", settings.max_num_seqs, least=1),
         max_num_batched_tokens=fields.integer(
             "max_num_batched_tokens", settings.max_num_batched_tokens

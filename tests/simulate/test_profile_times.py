@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from mlx_ep.cost.profile import find_profile, from_json, overridden, to_json
+from mlx_ep.cost.profile import (
+    MEASURED_ONLY,
+    find_profile,
+    from_json,
+    overridden,
+    to_json,
+)
 from mlx_ep.cost.step import step_cost
 from mlx_ep.loading import model_shape
 from mlx_ep.simulate.requests import ServedRequest
@@ -70,25 +76,52 @@ def test_a_prompt_that_ends_runs_its_last_token_by_itself(tmp_path: Path) -> Non
 
 
 def test_the_loop_is_counted_per_step_and_sequence(tmp_path: Path) -> None:
-    added = {"loop_seconds": 0.25, "sequence_seconds": 0.125}
+    added = {
+        "loop_seconds": 0.25,
+        "sequence_seconds": 0.125,
+        "loop_layer_seconds": 0.5,
+    }
     looped = _times(tmp_path, overridden(PROFILE, added))
     plain, batch = _times(tmp_path), StepBatch(decodes=[1] * 4)
     more = _seconds(looped, batch) - _seconds(plain, batch)
-    assert more == pytest.approx(0.25 + 4 * 0.125)
+    layers = SHAPE.num_layers
+    assert more == pytest.approx(0.25 + 4 * 0.125 + layers * 0.5)
+    # A prompt is a forward of its own.
+    both = replace(batch, prefills=[(8, 0)])
+    more = _seconds(looped, both) - _seconds(plain, both)
+    assert more == pytest.approx(0.25 + 4 * 0.125 + 2 * layers * 0.5)
+
+
+def test_scores_are_those_of_the_cost_model(tmp_path: Path) -> None:
+    """Of single queries and of prompts, with numbers that only a measurement has."""
+    measured = {"query_seconds": 1e-6, "unseen_seconds": 2e-6, "score_seconds": 1e-4}
+    profile = overridden(PROFILE, measured)
+    times = _times(tmp_path, profile)
+
+    def cost(**options: Any) -> float:
+        return step_cost(profile, SHAPE, "single", **options).seconds
+
+    decode = _seconds(times, StepBatch(decodes=[31, 31]))
+    assert decode == pytest.approx(cost(tokens=2, phase="decode", context=30), rel=1e-6)
+    profile = overridden(profile, {"query_seconds": 0.0})
+    times = _times(tmp_path / "prompts", profile)
+    prompt = _seconds(times, StepBatch(prefills=[(16, 5)]))
+    wanted = cost(tokens=16, phase="prefill", context=5, logits=0)
+    assert prompt == pytest.approx(wanted, rel=1e-3)
 
 
 def test_a_profile_without_the_loop_says_so(tmp_path: Path) -> None:
     content = to_json(PROFILE)
-    for name in ("loop_seconds", "sequence_seconds"):
+    for name in MEASURED_ONLY:
         del content[name]
     old = from_json(content)
-    assert old.loop_seconds == old.sequence_seconds == 0.0
+    assert not any(getattr(old, name) for name in MEASURED_ONLY)
     make_folder(tmp_path, c=cluster(instance(hardware="m3-ultra")))
     trace = write_trace(tmp_path / "t.jsonl", trace_lines(1))
     outcome = run_command(["--cluster-config", tmp_path / "c.json", "--dataset", trace])
     assert outcome.code == 0
     assert "m3-ultra has no loop_seconds" in outcome.err
-    assert "0 is assumed" in outcome.err
+    assert "attention_rate is assumed, for others 0" in outcome.err
 
 
 def test_one_machine_runs_this_package_or_mlx_lm(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def test_model_shape_of_known_numbers() -> None:
     layers, heads, kv_heads, head = 3, 4, 2, 16
     assert shape.kv_bytes == layers * 2 * kv_heads * head * 2
     assert shape.attention_macs == layers * 2 * heads * head
+    assert shape.attention_scores == layers * heads
     assert shape.num_moe_layers == 2
     # shard() splits the four projections and the dense layer's three.
     assert shape.attention.split_weights == shape.attention.weights

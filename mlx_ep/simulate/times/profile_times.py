@@ -8,7 +8,7 @@ import numpy as np
 
 from mlx_ep.cost.profile import Profile
 from mlx_ep.cost.shape import ModelShape
-from mlx_ep.cost.step import step_cost
+from mlx_ep.cost.step import mac_seconds, step_cost
 from mlx_ep.simulate.cluster import Instance
 from mlx_ep.simulate.scheduler import StepBatch
 from mlx_ep.simulate.times.tables import bracket_one
@@ -78,6 +78,7 @@ class ProfileTimes:
         self._placement = first.placement
         self._heads_over = self._ranks if self.arm in ("tp", "ep-tensor") else 1
         self._seconds: dict[tuple[int, bool], float] = {}
+        self._mac_seconds = mac_seconds(profile, shape)
 
     def stage_ns(
         self, batches: Sequence[StepBatch], steps: int, first_step: int
@@ -92,9 +93,10 @@ class ProfileTimes:
         making = max(len(b.decodes) + e for b, e in zip(filled, ended))
         total = np.max([self._scores(batch, steps) for batch in filled], axis=0)
         total = total + profile.loop_seconds + making * profile.sequence_seconds
+        looped = profile.loop_layer_seconds * self._shape.num_layers
         for tokens, logits in ((single, single), (last, last), (filling, 0)):
             if tokens:
-                total = total + self._body(tokens, logits)
+                total = total + looped + self._body(tokens, logits)
         return np.rint(total * 1e9).astype(np.int64)[None]
 
     def _body(self, tokens: int, logits: int) -> float:
@@ -125,14 +127,19 @@ class ProfileTimes:
         return self._seconds[key]
 
     def _scores(self, batch: StepBatch, steps: int) -> np.ndarray:
-        """``[steps]`` s: read the caches, or compute, whichever takes longer."""
+        """``[steps]`` s: read the caches, or compute, whichever takes longer.
+
+        Without the key of each token itself, which is in `_body`.
+        """
         later = np.arange(steps)
         total: np.ndarray = np.zeros(steps)
         for chunk, before in batch.prefills:
-            total += self._of(1, chunk, before + (chunk + 1) / 2, before + chunk)
+            seen = before + (chunk - 1) / 2
+            total += self._of(1, chunk, seen, before + chunk - 1)
         if batch.decodes:
             count = len(batch.decodes)
-            keys = sum(batch.decodes) / count + later
+            # mlx-lm's caches for batches are as wide as the longest sequence.
+            keys = max(batch.decodes) + later - 1
             total += self._of(count, count, keys, keys)
         return total
 
@@ -152,7 +159,11 @@ class ProfileTimes:
         num_bytes = num_bytes + shape.state_bytes
         if shape.kv_is_split:
             num_bytes = num_bytes / self._heads_over
-        computing = 2 * queries * macs / self._heads_over / profile.attention_rate
+        length = queries // caches
+        unseen = queries * (length - 1) / 2 * shape.attention_macs
+        single, prompt, beyond = self._mac_seconds
+        computing = queries * macs * (single if length == 1 else prompt)
+        computing = (computing + unseen * beyond) / self._heads_over
         reading = caches * num_bytes / profile.memory_bandwidth
         return np.asarray(np.maximum(computing, reading))  # on host
 
