@@ -6,9 +6,10 @@ sample is enough. They are not measured on a GPU: caches, which serve a byte tha
 read again, and the coalescing of lanes do not exist here.
 
 What counts as the least:
-- movement (pack_rows, unpack_sum): every row read once, every row written once, and
-  the ids and gates. A token that goes to several ranks is a row of each. Sums of two
-  sources are those of an exchange: rows that came back, and those that stayed.
+- movement (pack_rows, unpack_sum, and rows in 8 bits a value and back): every row read
+  once, every row written once, and the ids and gates. A token that goes to several
+  ranks is a row of each. Sums of two sources are those of an exchange: rows that came
+  back, and those that stayed.
 - parameters (weights, scales, offsets, biases): those of the slots that the tokens
   visit, once each, however many tokens share them.
 Activations (x, hidden) are read again by every block of output rows, by design, from
@@ -144,6 +145,9 @@ def run_movement(case: Movement, launches: list[host.Launch]) -> list[Record]:
     both = rows, row_ids.astype(mx.int32), gates, local
     total = metal.unpack_sum(*both, dtype=mx.float32)
     assert mx.allclose(total, ops.unpack_sum(*both, dtype=mx.float32), atol=1e-4)
+    words = metal.quantize_rows(x, "mxfp8")
+    back = metal.dequantize_rows(words, "mxfp8", case.width, x.dtype)
+    assert mx.array_equal(words, ops.quantize_rows(x, "mxfp8"))
     row = case.width * case.dtype.size
     num_back = int((plan.token_rows[:, :-1] >= 0).sum().item())
     inputs = {"expert_ids": ids, "expert_ranks": maps[0], "expert_slots": maps[1]}
@@ -169,9 +173,11 @@ def run_movement(case: Movement, launches: list[host.Launch]) -> list[Record]:
             "gates": gates.nbytes,
             "out": total.nbytes,
         },
+        "quantize_rows": {"x": x.nbytes, "words": words.nbytes},
+        "dequantize_rows": {"words": words.nbytes, "widths": 4, "out": back.nbytes},
     }
     records = []
-    for (kernel, sizes_of), launch in zip(least.items(), launches[-4:], strict=True):
+    for (kernel, sizes_of), launch in zip(least.items(), launches[-6:], strict=True):
         group = "plan" if kernel == "route_plan" else "movement"
         records += [
             record(case.name, kernel, group, buffer, launch.traffic[buffer], size)
@@ -355,7 +361,13 @@ def report(records: list[Record]) -> tuple[list[Target], str]:
     print("## Targets\n")
     targets = [
         highest(f"{kernel}, moved / least", movement, kernel, "", MOVEMENT_LIMIT)
-        for kernel in ("pack_rows", "unpack_sum", "unpack_sum of two sources")
+        for kernel in (
+            "pack_rows",
+            "unpack_sum",
+            "unpack_sum of two sources",
+            "quantize_rows",
+            "dequantize_rows",
+        )
     ]
     for kernel in ("expert_glu", "expert_down"):
         for tokens, limit in (("T=1 ", ONE_TOKEN_LIMIT), ("T=8 ", SHARED_LIMIT)):

@@ -2,7 +2,7 @@
 //
 //   packed[m, :] = x[row_tokens[m], :]   for m < count[0]; later rows are not written
 //
-// x           [T, D]  device, row-contiguous, float / half / bfloat
+// x           [T, D]  device, row-contiguous, float / half / bfloat, or uint words of them
 // row_tokens  [M]     int, rank-major; entries at and past count[0] are not read
 // count       [1]     int, at most M; read on the device, so the host need not know it
 // packed      [M, D]  device

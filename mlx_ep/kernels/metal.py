@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-from jaxtyping import Float, Float32, Int32, UInt32
+from jaxtyping import Float, Float32, Int32, Shaped, UInt32
 
 from mlx_ep.kernels.launch import LANE, POSITION, checked_width
 from mlx_ep.kernels.launch import MIN_WIDTH as MIN_WIDTH
@@ -114,16 +114,16 @@ def route_plan(
 
 
 def pack_rows(
-    x: Float[mx.array, "T D"],
+    x: Shaped[mx.array, "T D"],
     row_tokens: Int32[mx.array, " M"],
     count: Int32[mx.array, " 1"],
-) -> Float[mx.array, "M D"]:
+) -> Shaped[mx.array, "M D"]:
     """The token of each row: ``out[m] = x[row_tokens[m]]`` for ``m < count``.
 
     Rows from ``count`` on hold anything.
 
     Args:
-        x: the tokens.
+        x: the tokens, numbers or words of them.
         row_tokens: the token of each row, as in `RouteTables`.
         count: rows to pack, at most M; on the device.
 
@@ -248,8 +248,8 @@ def dequantize_rows(
         )
     if not num_rows:
         return mx.zeros((0, width), dtype)
-    body = f"dequantize_rows<FORM>(words, out, width[0], {LANE}, {POSITION});"
-    (out,) = kernel("dequantize_rows", "", ("words", "width"), ("out",), body)(
+    body = f"dequantize_rows<FORM>(words, widths, out, {LANE}, {POSITION});"
+    (out,) = kernel("dequantize_rows", "", ("words", "widths"), ("out",), body)(
         inputs=[words, mx.array([width], mx.int32)],
         output_shapes=[(num_rows, width)],
         output_dtypes=[dtype],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
-from jaxtyping import Float, Float32, Int32, UInt32
+from jaxtyping import Float, Float32, Int32, Shaped, UInt32
 
 from mlx_ep.kernels.records import (
     FORMAT_VALUES,
@@ -129,16 +129,16 @@ def route_plan(
 
 
 def pack_rows(
-    x: Float[mx.array, "T D"],
+    x: Shaped[mx.array, "T D"],
     row_tokens: Int32[mx.array, " M"],
     count: Int32[mx.array, " 1"],
-) -> Float[mx.array, "M D"]:
+) -> Shaped[mx.array, "M D"]:
     """The token of each row: ``out[m] = x[row_tokens[m]]`` for ``m < count``.
 
     Rows from ``count`` on hold anything.
 
     Args:
-        x: the tokens.
+        x: the tokens, numbers or words of them.
         row_tokens: the token of each row, as in `RouteTables`.
         count: rows to pack, at most M; on the device.
     """

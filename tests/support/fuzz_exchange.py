@@ -22,6 +22,7 @@ from tests.support.ranks import run_ranks
 from tests.support.reference import moe_sum
 
 STRATEGIES = ("gathered", "low_latency", "normal", "deepep", "auto")
+FORMS = ("model", "model", "bf16", "int8", "mxfp8")
 DTYPES = {"float32": 2.0**-23, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
@@ -29,6 +30,7 @@ def exchange(comm, seed):
     """One exchange, of everything that can be drawn; returns its description."""
     from mlx_ep import EPConfig, Placement
     from mlx_ep.exchange import STRATEGIES as TABLE
+    from mlx_ep.kernels import ops
     from mlx_ep.metrics import Counters
     from mlx_ep.moe import ExpertGroup
     from mlx_ep.types import Routing
@@ -43,7 +45,13 @@ def exchange(comm, seed):
     strategy = str(random.choice(STRATEGIES))
     dtype = str(random.choice(list(DTYPES)))
     most = 16 if strategy == "low_latency" else int(random.integers(1, 7))
-    config = EPConfig(strategy=strategy, low_latency_tokens=most, round_tokens=most)
+    form = str(random.choice(FORMS))
+    config = EPConfig(
+        strategy=strategy,
+        low_latency_tokens=most,
+        round_tokens=most,
+        dispatch_dtype=form,
+    )
     weights = random.normal(size=(num_experts, width)).astype(np.float32)
     own = weights[list(placement.rank_experts[comm.rank])]
     is_agreed = bool(random.integers(2))
@@ -57,12 +65,19 @@ def exchange(comm, seed):
 
     ids, gates = case.expert_ids[comm.rank], case.gates[comm.rank]
     routing = Routing(mx.array(ids), mx.array(gates))
-    group = ExpertGroup(comm, placement, TABLE.create(config), Counters())
+    group = ExpertGroup(
+        comm, placement, TABLE.create(config), Counters(), dispatch_dtype=form
+    )
     if is_agreed:
         with group.agreed(len(x)):
             got = np.array(group.weighted_sum(tokens, routing, run))
     else:
         got = np.array(group.weighted_sum(tokens, routing, run))
+    if form == "bf16":
+        tokens = tokens.astype(mx.bfloat16).astype(tokens.dtype)
+    elif form != "model":  # what the experts see is what is left of the tokens
+        words = ops.quantize_rows(tokens, form)
+        tokens = ops.dequantize_rows(words, form, width, tokens.dtype)
     exact = np.array(tokens.astype(mx.float32)).astype(np.float64)
     experts = [lambda row, w=w: row * w for w in weights.astype(np.float64)]
     expected = moe_sum(exact, ids, gates, experts)
@@ -71,7 +86,7 @@ def exchange(comm, seed):
         np.abs(exact), ids, gates, [lambda r, w=w: r * abs(w) for w in weights]
     )
     atol = (DTYPES[dtype] + 16 * 2.0**-23) * terms + 1e-7
-    what = f"{strategy} {dtype} {case.name} T={case.tokens} E={num_experts} D={width}"
+    what = f"{strategy} {dtype} {form} {case.name} T={case.tokens} E={num_experts} D={width}"
     assert got.shape == expected.shape, what
     if not (np.abs(got - expected) <= atol).all():
         worst = float((np.abs(got - expected) / atol).max())

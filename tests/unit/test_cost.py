@@ -10,6 +10,7 @@ from math import comb
 import numpy as np
 import pytest
 
+from mlx_ep.config import EPConfig
 from mlx_ep.cost.expected import (
     expected_distinct,
     expected_pairs,
@@ -148,6 +149,17 @@ def test_sharded_arms_move_what_the_strategies_say() -> None:
     assert gathered.collectives == 2
     swapped = layer_cost(PROFILE, LAYER, "ep-all-to-all", tokens=64, num_ranks=2)
     assert swapped.collective_bytes == 32 * (200 + 2 * 8) + 32 * 200
+    config = EPConfig(strategy="auto", dispatch_dtype="int8")
+    eighth = layer_cost(
+        PROFILE, LAYER, "ep-gathered", tokens=64, num_ranks=2, config=config
+    )
+    # 100 values are 25 words, and a scale.
+    assert eighth.collective_bytes == 32 * (104 + 2 * 8) + 4 * 64 * 100
+    assert eighth.communication < gathered.communication
+    same = layer_cost(
+        PROFILE, LAYER, "ep-replicated", tokens=64, num_ranks=2, config=config
+    )
+    assert same == layer_cost(PROFILE, LAYER, "ep-replicated", tokens=64, num_ranks=2)
     shared = replace(LAYER, shared=MatrixTotal(10_000, 20_000))
     whole, part = (
         layer_cost(PROFILE, shared, arm, tokens=64, num_ranks=2).shared
