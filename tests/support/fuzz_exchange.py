@@ -86,7 +86,8 @@ def exchange(comm, seed):
         np.abs(exact), ids, gates, [lambda r, w=w: r * abs(w) for w in weights]
     )
     atol = (DTYPES[dtype] + 16 * 2.0**-23) * terms + 1e-7
-    what = f"{strategy} {dtype} {form} {case.name} T={case.tokens} E={num_experts} D={width}"
+    what = f"{strategy} {dtype} {form} {case.name}"
+    what += f" T={case.tokens} E={num_experts} D={width}"
     assert got.shape == expected.shape, what
     if not (np.abs(got - expected) <= atol).all():
         worst = float((np.abs(got - expected) / atol).max())
