@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from mlx_ep.types import MXFP4, Packing
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TINY = 64  # width of what costs nothing to compute: what is left is the call
+LONGER = 4  # times the samples of other calls
 Made = TypeVar("Made")
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
@@ -115,6 +116,10 @@ class Timer:
                 break
             found.append((size, self.typical(call)))
         return found
+
+    def longer(self) -> Timer:
+        """With more samples: for differences that count once for every layer."""
+        return replace(self, seconds=LONGER * self.seconds, most=LONGER * self.most)
 
     def agreed(self, value: Any) -> Any:
         """Rank 0's value."""

@@ -79,9 +79,10 @@ def layer_times(timer: Timer, width: int, dtype: mx.Dtype) -> dict[str, float]:
     length = amounts.queries
     prompt, behind = _Case(wide, 1, length, 0), _Case(wide, 1, length, length)
     parts = _Case(wide, PARTS, length // PARTS, 0)
-    cases = [*few.values(), *many.values(), prompt, behind, parts]
+    short = _Case(wide, SEQUENCES, length // SEQUENCES, 0)
+    cases = [*few.values(), *many.values(), prompt, behind, parts, short]
     layers = {head: bare_layers(width, head, dtype) for head in (narrow, wide)}
-    steps = timer.together(
+    steps = timer.longer().together(
         {case: _step(layers[case.head], case, dtype) for case in cases}
     )
     found = {case: seconds / LAYERS for case, seconds in steps.items()}
@@ -96,9 +97,9 @@ def layer_times(timer: Timer, width: int, dtype: mx.Dtype) -> dict[str, float]:
     seen = per_pair(behind, prompt)
     hidden = found[prompt] - found[parts] - (prompt.seen - parts.seen) * seen
     hidden = max(0.0, hidden) / (prompt.unseen - parts.unseen)
-    # A prompt in parts and single queries differ in how many there are.
-    pairs = parts.seen * seen + parts.unseen * hidden
-    rows = found[parts] - pairs - found[few[wide]] + few[wide].seen * single[wide]
+    # Short prompts and single queries differ in how many there are.
+    pairs = short.seen * seen + short.unseen * hidden
+    rows = found[short] - pairs - found[few[wide]] + few[wide].seen * single[wide]
 
     def per_mac(seconds: float) -> float:
         # Noise must not leave nothing.

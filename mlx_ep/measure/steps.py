@@ -6,7 +6,6 @@ As in `mlx_ep.measure.costs`, every function must be called on every rank.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -19,7 +18,6 @@ from mlx_ep.measure.costs import TINY, Timer
 
 FEW_LAYERS, MANY_LAYERS = 2, 10
 SEQUENCES = 16  # the second batch, which tells apart what grows with sequences
-LONGER = 4  # times the samples of other calls
 _ENOUGH = 1 << 20  # tokens of a sequence: it does not end while it is timed
 
 
@@ -35,7 +33,7 @@ def fixed_times(
         weight_seconds: of a weight of the tiny model's matrices, for one row.
         call_seconds: of its experts, which the routed block calls.
     """
-    steps = _longer(timer).together(
+    steps = timer.longer().together(
         {
             (kind, layers): _decode_step(tiny_model(kind, layers, dtype))
             for kind in ("dense", "moe")
@@ -66,7 +64,7 @@ def loop_times(timer: Timer, dtype: mx.Dtype) -> dict[str, float]:
     """
     models = {n: tiny_model("dense", n, dtype) for n in (FEW_LAYERS, MANY_LAYERS)}
     cases = ((FEW_LAYERS, 1), (MANY_LAYERS, 1), (FEW_LAYERS, SEQUENCES))
-    steps = _longer(timer).together(
+    steps = timer.longer().together(
         {
             (make, *case): make(models[case[0]], case[1])
             for case in cases
@@ -83,11 +81,6 @@ def loop_times(timer: Timer, dtype: mx.Dtype) -> dict[str, float]:
         "loop_layer_seconds": layer,
         "sequence_seconds": each,
     }
-
-
-def _longer(timer: Timer) -> Timer:
-    """More samples: what is left of these differences counts once for every layer."""
-    return replace(timer, seconds=LONGER * timer.seconds, most=LONGER * timer.most)
 
 
 def _decode_step(model: nn.Module, sequences: int = 1) -> Callable[[], None]:
