@@ -18,12 +18,18 @@ from mlx_ep.api.machines import (
     unlike,
 )
 from mlx_ep.comm import Comm, gather_objects, note_progress, note_step
-from mlx_ep.config import EPConfig
+from mlx_ep.config import EPConfig, settings
 from mlx_ep.cost.attention import REPLICATED, AttentionChoice
 from mlx_ep.exchange import STRATEGIES
-from mlx_ep.loading import Splitter, watch_phase
+from mlx_ep.loading import Splitter, refuse_dense, watch_phase
 from mlx_ep.metrics import Counters, RankReport
-from mlx_ep.models import BlockState, build_kernels, find_forms, install, keep_experts
+from mlx_ep.models import (
+    BlockState,
+    build_kernels,
+    find_forms,
+    install,
+    keep_experts,
+)
 from mlx_ep.models.tensor_parallel import connect
 from mlx_ep.moe import (
     ExpertGroup,
@@ -72,7 +78,11 @@ class ExpertParallel:
         """A recorder of this rank's routing, connected to the MoE layers, not started.
 
         Where ranks have tokens of their own, each records its own.
+
+        Raises:
+            ValueError: the model is dense.
         """
+        refuse_dense(len(self.blocks), "a record of routing")
         layers = range(len(self.blocks))
         made = RoutingRecorder([self.placement_of(layer) for layer in layers])
         for layer, block in enumerate(self.blocks):
@@ -151,6 +161,7 @@ def install_experts(
             experts move between the ranks here.
     """
     note_progress("warmup")
+    asked = config
     plain = STRATEGIES.create(config)  # what it needs is known without a mover
     connect(model, comm)  # what is tried is not counted
     forms = find_forms(
@@ -201,6 +212,8 @@ def install_experts(
         note_progress("loading", layer)
         state.place(layer, wanted)
     _rebalance_by(config, state)
+    if not blocks:
+        _warn_of_dense(asked)
     model.expert_parallel = state
     if reasons := state.per_slot_reasons:
         warnings.warn(
@@ -216,6 +229,26 @@ def install_experts(
             stacklevel=3,
         )
     return model
+
+
+# What is about a MoE layer, and nothing else of a model.
+_OF_LAYERS = ("mode", "capacity", "overlap", "reduction", "runner", "eval_layers")
+
+
+def _warn_of_dense(config: EPConfig) -> None:
+    """Settings that have no effect on a model without MoE layers are named."""
+    defaults = {each.name: each for each in settings()}
+    given = [
+        defaults[name].flag_name
+        for name in _OF_LAYERS
+        if getattr(config, name) != defaults[name].default
+    ]
+    if given:
+        warnings.warn(
+            f"{' and '.join(given)}: no effect on a dense model, which has no MoE "
+            "layers.",
+            stacklevel=4,
+        )
 
 
 def _rebalance_by(config: EPConfig, state: ExpertParallel) -> None:
