@@ -17,6 +17,7 @@ from mlx_ep.api.machines import (
     shares_rank_0_routing,
     unlike,
 )
+from mlx_ep.api.overlap import OverlapTable, overlap_steps
 from mlx_ep.comm import Comm, gather_objects, note_progress, note_step
 from mlx_ep.config import EPConfig, settings
 from mlx_ep.cost.attention import REPLICATED, AttentionChoice
@@ -31,6 +32,7 @@ from mlx_ep.models import (
     keep_experts,
 )
 from mlx_ep.models.tensor_parallel import connect
+from mlx_ep.models.two_batch import TwoBatch
 from mlx_ep.moe import (
     ExpertGroup,
     Rebalancer,
@@ -56,6 +58,8 @@ class ExpertParallel:
             memory.
         attention: how the dense part runs, with the reason and predicted times.
         rebalancer: what moves slots between ranks meanwhile; None: nothing does.
+        two_batch: what cuts steps in two; None: nothing does.
+        overlaps: with ``--overlap auto``, what was measured; ``explain()`` prints it.
     """
 
     group: ExpertGroup
@@ -64,11 +68,25 @@ class ExpertParallel:
     reports: list[RankReport] = field(default_factory=list)
     attention: AttentionChoice = REPLICATED
     rebalancer: Rebalancer | None = None
+    two_batch: TwoBatch | None = None
+    overlaps: OverlapTable | None = None
     _recorders: list[RoutingRecorder] = field(default_factory=list)
 
     @property
     def counters(self) -> Counters:
         return self.group.counters
+
+    def serve(self) -> None:
+        """Run this rank's experts in a step of the others, with no tokens of its own.
+
+        Raises:
+            ValueError: a block cannot.
+        """
+        if self.two_batch is not None:
+            self.two_batch.serve()
+            return
+        for block in self.blocks:
+            block.serve()
 
     def placement_of(self, layer: int) -> Placement:
         """The present placement of a MoE layer, by its number from 0 on."""
@@ -212,6 +230,10 @@ def install_experts(
         note_progress("loading", layer)
         state.place(layer, wanted)
     _rebalance_by(config, state)
+    if blocks and config.overlap in ("two", "auto"):
+        state.two_batch, state.overlaps = overlap_steps(
+            model, group, blocks, config.overlap
+        )
     if not blocks:
         _warn_of_dense(asked)
     model.expert_parallel = state

@@ -25,6 +25,7 @@ from mlx_ep.exchange.functions import (
 )
 from mlx_ep.exchange.gathered import Gathered
 from mlx_ep.exchange.names import backend_line
+from mlx_ep.exchange.receive import InFlight, Receive
 from mlx_ep.exchange.replicated import Replicated
 from mlx_ep.exchange.table import StrategyTable
 
@@ -40,6 +41,8 @@ __all__ = [
     "backend_line",
     "Exchange",
     "ExchangeRequest",
+    "InFlight",
+    "Receive",
     "agree_tokens",
     "check_tokens",
     "STRATEGIES",

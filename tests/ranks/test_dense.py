@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -69,8 +70,8 @@ def test_a_server_and_a_chat(tmp_path) -> None:
         assert answer["choices"][0]["text"] == expected
         line = "MoE EP backend: disabled  TP=2  DP=1  EP=1"
         assert line in started.outcome(0).stdout
-        for process in started.processes:
-            process.terminate()
+        started.processes[0].send_signal(signal.SIGTERM)
+        assert [one.returncode for one in started.wait(30)] == [0, 0]
     argv = [sys.executable, "-m", "mlx_ep.chat", "--model", str(model)]
     argv += ["--max-tokens", "4"]
     for outcome in run_commands(2, argv, stdin=f"{PROMPT}\n/quit\n"):
