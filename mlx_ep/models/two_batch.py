@@ -1,8 +1,8 @@
 """A model whose steps run as two micro-batches in turn (`--overlap two`).
 
-A step is cut in two, each part is a forward pass of the model's own code, and what the
-MoE layers of both start is started in turn (`mlx_ep.moe.overlap`). MLX builds a pass
-without computing it, so nothing of a model's code has to be known.
+A step is cut in two, each part is a forward pass of the model's own code, and where a
+MoE layer has started an exchange the other part goes on (`mlx_ep.moe.overlap`). Nothing
+of a model's code has to be known.
 
 Decode is cut between sequences, at half of them, each half with caches of its own
 (`HalvedCache`). A prompt is cut between tokens, in the middle: the second half attends
@@ -23,8 +23,8 @@ import mlx.nn as nn
 
 from mlx_ep.models.blocks import BlockState
 from mlx_ep.models.halved_cache import HalvedCache, are_of_batch, num_sequences
-from mlx_ep.moe import ExpertGroup, OverlapMode, asks_host, start_in_turn
-from mlx_ep.moe.group import MOST_DECODE_TOKENS
+from mlx_ep.models.second_half import has_second_half, second_half
+from mlx_ep.moe import ExpertGroup, OverlapMode
 from mlx_ep.types import TokenCounts, to_host
 
 # Below, a part of a prompt has too few tokens to hide anything.
@@ -72,8 +72,8 @@ class TwoBatch:
     """What stands between a caller and a model's ``__call__``.
 
     Where a step cannot be cut (one sequence decodes, the model is called with more than
-    tokens and caches, or the strategy asks the host in each layer what to exchange, so
-    that nothing can be under way), it runs as with ``--overlap single``.
+    tokens and caches, or a prompt's caches are none that `second_half` knows, such as
+    quantized ones), it runs as with ``--overlap single``.
 
     Args:
         choose: the mode of a step; alike on all ranks.
@@ -96,12 +96,14 @@ class TwoBatch:
         """A pass of tokens ``[B, L]``; its logits ``[B, L, V]``."""
         can_cut = caches is not None and not rest and tokens.ndim == 2
         cut = cut_step(*tokens.shape) if can_cut else _uncut("prompt", tokens.size)
-        if cut.kind == "decode" and not _halve(caches or []):
-            cut = _uncut(cut.kind, tokens.size)
+        if cut.first or cut.kind == "decode":
+            can = _halve if cut.kind == "decode" else _can_follow
+            if not can(caches or []):
+                cut = _uncut(cut.kind, tokens.size)
         mode, counts = self._agree(cut)
         if mode != "two":
             whole = caches if caches is None else _whole(caches)
-            with self._group.overlap.passing(mode), self._tokens(counts, None):
+            with self._group.overlap.passing(mode), self._tokens(counts):
                 return self._pass(model, tokens, whole, rest)
         parts = _parts(tokens, caches or [], cut)
         builds: list[_Build] = [
@@ -122,7 +124,7 @@ class TwoBatch:
         if mode == "two":
             self._run([self._serve, self._serve], counts)
             return
-        with self._group.overlap.passing(mode), self._tokens(counts, None):
+        with self._group.overlap.passing(mode), self._tokens(counts):
             self._serve()
 
     def _serve(self) -> None:
@@ -149,67 +151,50 @@ class TwoBatch:
         first, second = (TokenCounts(tuple(c.tolist())) for c in ranks.T[1:])  # on host
         kind: StepKind = "prompt" if ranks[:, 0].any() else "decode"
         mode = self.choose(kind, int(ranks[:, 1:].sum(axis=1).max()))
-        is_cut = first.largest > 0 and not self._asks_host(second)
-        if mode == "two" and not is_cut:
+        if mode == "two" and not first.largest:
             mode = "single"
         return mode, (first, second)
 
-    def _asks_host(self, tokens: TokenCounts) -> bool:
-        """Whether the strategy waits for numbers in each layer."""
-        probe = next((b.form.probe for b in self._blocks if b.form.probe), None)
-        if probe is None:
-            return False
-        return asks_host(
-            self._group.strategy,
-            self._group.comm,
-            tokens,
-            probe.row_dims,
-            probe.top_k,
-            probe.row_dtype.size,
-        )
-
     @contextmanager
-    def _tokens(self, counts: _Counts, part: int | None) -> Iterator[None]:
-        """What is built has the ranks' tokens of a micro-batch; None: of the step."""
-        if counts is None:
-            yield
-            return
+    def _tokens(self, counts: _Counts) -> Iterator[None]:
+        """What is built has the ranks' tokens of the whole step."""
         step, before = self._group.step, self._group.step.tokens
-        if part is None:
+        if counts is not None:
             both = zip(*(c.per_rank for c in counts), strict=True)
             step.tokens = TokenCounts(tuple(map(sum, both)))
-        else:
-            step.tokens = counts[part]
         try:
             yield
         finally:
             step.tokens = before
 
     def _run(self, builds: Sequence[_Build], counts: _Counts) -> list[mx.array | None]:
-        """Build both micro-batches, and start their layers in turn."""
-        group, overlap = self._group, self._group.overlap
+        """Both micro-batches in turn; where stages are timed, one by one every second
+        time."""
+        group, step = self._group, self._group.step
         is_timed = group.timings.enabled
         self._num_timed += is_timed
-        if self._num_timed % 2:  # of every second step stages are timed, one by one
-            outputs = []
-            for part, build in enumerate(builds):
-                with self._tokens(counts, part):
+        tokens = counts or (step.tokens, step.tokens)
+        # What is of one pass and not of both: tokens, the layer, layers so far.
+        states = [(each, -1, 0) for each in tokens]
+        before, inside = step.tokens, -1
+
+        def enter(part: int) -> None:
+            nonlocal inside
+            if inside >= 0:
+                states[inside] = (step.tokens, step.layer, step.calls)
+            step.tokens, step.layer, step.calls = states[part]
+            inside = part
+
+        try:
+            if self._num_timed % 2:
+                outputs = []
+                for part, build in enumerate(builds):
+                    enter(part)
                     outputs.append(build())
-            return outputs
-        outputs, operations = [], []
-        with overlap.passing("two"):
-            for part, build in enumerate(builds):
-                with self._tokens(counts, part):
-                    output, noted = overlap.micro_batch(build)
-                outputs.append(output)
-                operations.append(noted)
-        most = max((o.tokens for noted in operations for o in noted), default=0)
-        start_in_turn(
-            operations,
-            overlap.exposure if is_timed else None,
-            group.eval_layers if most > MOST_DECODE_TOKENS else 0,
-        )
-        return outputs
+                return outputs
+            return group.overlap.in_turn(builds, enter, is_timed)
+        finally:
+            step.tokens = before
 
 
 _Counts = tuple[TokenCounts, TokenCounts] | None
@@ -249,6 +234,11 @@ def _halve(caches: list[Any]) -> bool:
     return True
 
 
+def _can_follow(caches: list[Any]) -> bool:
+    """Whether one half of a prompt can follow the other one through these caches."""
+    return all(map(has_second_half, _whole(caches)))
+
+
 def _whole(caches: list[Any]) -> list[Any]:
     """The caches as the model knows them."""
     return [c.whole() if isinstance(c, HalvedCache) else c for c in caches]
@@ -262,7 +252,8 @@ def _parts(
         return [None, (tokens, _whole(caches))]
     if cut.kind == "prompt":
         whole = _whole(caches)
-        return [(tokens[:, : cut.first], whole), (tokens[:, cut.first :], whole)]
+        later = [second_half(each, len(tokens), cut.first) for each in whole]
+        return [(tokens[:, : cut.first], whole), (tokens[:, cut.first :], later)]
     halves = [each.cut(cut.first) for each in caches]
     first, second = (list(half) for half in zip(*halves, strict=True))
     return [(tokens[: cut.first], first), (tokens[cut.first :], second)]

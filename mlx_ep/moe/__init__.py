@@ -3,7 +3,7 @@
 from mlx_ep.moe.group import ExpertGroup
 from mlx_ep.moe.layer import MixtureOfExperts
 from mlx_ep.moe.moving import move_slots
-from mlx_ep.moe.overlap import OverlapMode, asks_host, start_in_turn
+from mlx_ep.moe.overlap import OverlapMode
 from mlx_ep.moe.rebalance import Rebalancer, RebalanceRule
 from mlx_ep.moe.recorder import RoutingRecorder
 from mlx_ep.moe.router import TopKRouter
@@ -18,7 +18,5 @@ __all__ = [
     "RoutingRecorder",
     "Step",
     "TopKRouter",
-    "asks_host",
     "move_slots",
-    "start_in_turn",
 ]

@@ -193,15 +193,15 @@ class ExpertGroup:
         for x_part, request in rounds:
             exchange = stage("assign", strategy.exchange, request)
             rows = stage("dispatch", exchange.dispatch, x_part)
-            if strategy.is_sharded and self.overlap.is_noting:
+            if strategy.is_sharded and self.overlap.turns is not None:
                 moved = (rows.x, rows.slot_ids)
-                self._note("dispatch", x_part.shape[0], x_part, *moved)
+                self._take_turn("dispatch", x_part.shape[0], x_part, *moved)
             partial = stage("experts", experts, rows)
             self._check_numbers(partial, "what this rank's experts give")
             output = stage("combine", exchange.combine, partial, barrier=barrier)
             outputs.append(output)
-            if self.overlap.is_noting:
-                self._note("combine", x_part.shape[0], partial, output)
+            if self.overlap.turns is not None:
+                self._take_turn("combine", x_part.shape[0], partial, output)
             elif strategy.is_sharded or self.overlap.mode != "none":
                 # Peers wait for this rank's part, whether or not it uses the result;
                 # and what the block computes next runs while it is under way.
@@ -223,12 +223,13 @@ class ExpertGroup:
         )
         return _UNTIMED if is_exposed else self.timings
 
-    def _note(
+    def _take_turn(
         self, name: str, tokens: int, computed: mx.array, *results: mx.array
     ) -> None:
-        """An operation of the micro-batch that is being built."""
+        """Start what a layer of a micro-batch exchanges; the other one goes on."""
+        assert self.overlap.turns is not None
         layer = self.step.layer
-        self.overlap.note(Operation(name, layer, tokens, computed, results))
+        self.overlap.turns.take(Operation(name, layer, tokens, computed, results))
 
     @property
     def _exchange_seconds(self) -> float:
@@ -265,8 +266,6 @@ class ExpertGroup:
         note_layer(self.step.layer, "evaluating up to here")
         self._check_numbers(output, "what the experts of all ranks give")
         is_prompt = output.size > MOST_DECODE_TOKENS * output.shape[-1]
-        if self.overlap.is_noting:
-            return  # what starts the operations waits
         if self.eval_layers and is_prompt and self.step.calls % self.eval_layers == 0:
             # sync: Metal ends a command buffer that waits for a slow rank for 5 s; each
             # has no more to wait for than the collectives of these layers.
@@ -337,8 +336,8 @@ class ExpertGroup:
         """
         all_reduce, barrier = self.counted.all_reduce, self.comm.barrier
         total: mx.array = self._stage("combine", all_reduce, part, barrier=barrier)
-        if self.overlap.is_noting:
-            self._note("combine", part.shape[0], part, total)
+        if self.overlap.turns is not None:
+            self._take_turn("combine", part.shape[0], part, total)
         self._end(total)
         return total
 

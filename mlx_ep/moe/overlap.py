@@ -1,33 +1,35 @@
 """How the exchanges of one model's layers are hidden behind what else there is to do.
 
 `single`: a layer queues its last collective, then its shared experts. `two`: a step is
-two micro-batches. Each is built as a forward pass of its own, of which nothing is
-evaluated; what its layers would start is a list of operations. Then the operations of
-both are started in turn, and the collective of one is under way while the other
-computes:
+two micro-batches, forward passes that take turns. Each starts an exchange of a layer
+and lets the other go on until that has started one too. So the collective of one is
+under way while the other computes:
 
     computing      A0.attention  B0.attention  A0.experts   B0.experts   A1.attention
     on the link                  A0.dispatch   B0.dispatch  A0.combine   B0.combine
+
+Where they take turns is a matter of the model's layers alone. All ranks start the same
+collectives in the same order, also where some of them wait for numbers on the host in
+the middle of a pass, and others have no tokens.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import cycle
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
+from greenlet import getcurrent, greenlet
 
-from mlx_ep.comm import Comm
 from mlx_ep.config import EPConfig, OverlapMode
-from mlx_ep.exchange import ExchangeShape, InFlight, Receive, Strategy
+from mlx_ep.exchange import InFlight
 from mlx_ep.metrics import Exposure
-from mlx_ep.types import TokenCounts
 
 
-@dataclass
+@dataclass(frozen=True)
 class Operation:
     """What one layer of a micro-batch starts.
 
@@ -37,7 +39,6 @@ class Operation:
         tokens: T of this rank in the micro-batch.
         computed: what the collective is given.
         results: of it.
-        beside: what is started behind it, such as shared experts.
     """
 
     name: str
@@ -45,7 +46,6 @@ class Operation:
     tokens: int
     computed: mx.array
     results: tuple[mx.array, ...]
-    beside: list[mx.array] = field(default_factory=list)
 
 
 @dataclass
@@ -54,14 +54,15 @@ class Overlap:
 
     Attributes:
         wanted: by the configuration.
-        mode: of this pass; with ``two`` operations are noted and not started.
+        mode: of this pass.
         exposure: what of the exchanges was not hidden, where it is measured.
+        turns: of the micro-batches that are being built; None: there are none.
     """
 
     wanted: OverlapMode = "none"
     mode: OverlapMode = "none"
     exposure: Exposure = field(default_factory=Exposure)
-    _noted: list[Operation] | None = field(default=None, repr=False)
+    turns: Turns | None = field(default=None, repr=False)
     _exposed: tuple[int, mx.array] | None = field(default=None, repr=False)
 
     @classmethod
@@ -69,28 +70,17 @@ class Overlap:
         """What a configuration asks for; `two` and `auto` say the mode of each pass."""
         return cls(config.overlap, "single" if config.overlap == "single" else "none")
 
-    @property
-    def is_noting(self) -> bool:
-        """Whether a micro-batch is being built."""
-        return self._noted is not None
-
-    def note(self, operation: Operation) -> None:
-        """One more operation of the micro-batch that is being built."""
-        assert self._noted is not None
-        self._noted.append(operation)
-
     def start_beside(self, output: mx.array) -> None:
         """Start what the block computes beside its experts, behind their collective."""
-        if self._noted:
-            self._noted[-1].beside.append(output)
-        elif self.mode != "none":
-            mx.async_eval(output)
-            if self._exposed is not None:
-                tokens, total = self._exposed
-                self._exposed = None
-                # sync: what the layer waits for is being measured.
-                mx.eval(output)
-                self.exposure.wait("exposed", tokens, total)
+        if self.mode == "none":
+            return
+        mx.async_eval(output)
+        if self._exposed is not None:
+            tokens, total = self._exposed
+            self._exposed = None
+            # sync: what the layer waits for is being measured.
+            mx.eval(output)
+            self.exposure.wait("exposed", tokens, total)
 
     def expose(self, tokens: int, total: mx.array) -> None:
         """Measure how much longer `total` takes than what is started beside it."""
@@ -105,96 +95,91 @@ class Overlap:
         finally:
             self.mode, self._exposed = before, None
 
-    def micro_batch(
-        self, build: Callable[[], mx.array | None]
-    ) -> tuple[mx.array | None, deque[Operation]]:
-        """Build a pass and start nothing of it: its output, and its operations."""
-        self._noted = []
+    def in_turn(
+        self,
+        passes: Sequence[Callable[[], Any]],
+        enter: Callable[[int], None],
+        is_timed: bool = False,
+    ) -> list[Any]:
+        """Run two passes that take turns; what they return.
+
+        Every rank has to call it, with passes through the same layers.
+
+        Args:
+            enter: called with the number of a pass before each of its turns.
+            is_timed: measure how much longer each collective takes than what the other
+                pass computes meanwhile. Every operation is then waited for.
+        """
+        self.turns = Turns(self.exposure if is_timed else None)
         try:
-            output = build()
-            return output, deque(self._noted)
+            with self.passing("two"):
+                return self.turns.run(passes, enter)
         finally:
-            self._noted = None
+            self.turns = None
 
 
-def asks_host(
-    strategy: Strategy,
-    comm: Comm,
-    tokens: TokenCounts,
-    width: int,
-    top_k: int,
-    itemsize: int,
-) -> bool:
-    """Whether a strategy waits for numbers in each layer: nothing is under way then.
+class Turns:
+    """Passes that run in turn, on one thread.
 
     Args:
-        tokens: T of every rank.
-        width: D.
-        top_k: K.
-        itemsize: bytes of a row's numbers.
+        exposure: takes how much longer collectives take than what hides them.
     """
-    shape = ExchangeShape(
-        tokens=tokens,
-        width=width,
-        top_k=top_k,
-        itemsize=itemsize,
-        rank=comm.rank,
-        transport=comm.transport,
-    )
-    return strategy.traffic(shape).host_syncs > 0
 
+    def __init__(self, exposure: Exposure | None = None) -> None:
+        self._exposure = exposure
+        self._in_flight = InFlight()
+        self._part = 0
+        self._started: list[Operation | None] = [None, None]
 
-def start_in_turn(
-    batches: Sequence[deque[Operation]],
-    exposure: Exposure | None = None,
-    eval_layers: int = 0,
-) -> None:
-    """Start the operations of two micro-batches, one of each in turn.
+    def run(
+        self, passes: Sequence[Callable[[], Any]], enter: Callable[[int], None]
+    ) -> list[Any]:
+        """See `Overlap.in_turn`."""
+        outputs: list[Any] = [None for _ in passes]
 
-    Every rank has to call it with the same operations. The lists are empty afterwards:
-    what has been started is held by nobody but MLX.
+        def body(part: int) -> None:
+            outputs[part] = passes[part]()
 
-    Args:
-        exposure: takes how much longer each collective takes than what is computed
-            beside it; every operation is then waited for.
-        eval_layers: wait after so many layers; 0: never.
-    """
-    under_way: list[Receive[Operation] | None] = [None, None]
-    started: list[Operation | None] = [None, None]
-    layers: set[int] = set()
-    with InFlight() as in_flight:
-        for side in cycle((0, 1)):
-            if not any(batches):
-                break
-            if not batches[side]:
-                continue
-            operation = batches[side].popleft()
-            receive = under_way[side]
-            if receive is not None:  # by what is started now
-                received = receive()
-                if exposure is not None:
-                    _measure(received, started[1 - side], exposure)
-            under_way[side] = in_flight.start(
-                operation,
-                *operation.results,
-                *operation.beside,
-                name=f"{operation.name} of layer {operation.layer}, part {side}",
-            )
-            started[side] = operation
-            layers.add(operation.layer)
-            is_last = side == 1 and operation.name == "combine"
-            if eval_layers and is_last and len(layers) % eval_layers == 0:
-                # sync: Metal ends a command buffer that waits for a slow rank for 5 s.
-                mx.eval(operation.results)
-        for left in under_way:
-            if left is not None:
-                left()
+        parts = [greenlet(partial(body, part)) for part in range(len(passes))]
+        try:
+            with self._in_flight:
+                while not all(each.dead for each in parts):
+                    for self._part, each in enumerate(parts):
+                        if not each.dead:
+                            enter(self._part)
+                            each.switch()
+        finally:
+            for each in parts:  # where one failed the other does not go on
+                if not each.dead:
+                    each.throw()
+        return outputs
 
+    def take(self, operation: Operation) -> None:
+        """Start an operation; returns when the other pass has started one too.
 
-def _measure(received: Operation, other: Operation | None, exposure: Exposure) -> None:
-    """How much longer an operation takes than what was started behind it."""
-    if other is not None:
-        # sync: what a step waits for is being measured.
-        mx.eval(other.computed, other.beside)
-    layers = int(received.name == "combine")
-    exposure.wait("exposed", received.tokens, *received.results, layers=layers)
+        To be called inside a pass.
+        """
+        part, caller = self._part, getcurrent().parent
+        assert caller is not None, "not inside a pass"
+        receive = self._in_flight.start(
+            operation,
+            *operation.results,
+            name=f"{operation.name} of layer {operation.layer}, part {part}",
+        )
+        if self._exposure is not None:
+            self._started[part] = operation
+        caller.switch()
+        received = receive()
+        if self._exposure is not None:
+            self._measure(received, self._started[1 - part], self._exposure)
+
+    @staticmethod
+    def _measure(
+        received: Operation, other: Operation | None, exposure: Exposure
+    ) -> None:
+        """How much longer an operation takes than what was started behind it."""
+        if other is not None:
+            # sync: what a step waits for is being measured.
+            mx.eval(other.computed)
+        layers = int(received.name == "combine")
+        exposure.wait("exposed", received.tokens, *received.results, layers=layers)

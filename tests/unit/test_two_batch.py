@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -23,7 +23,7 @@ from mlx_ep.config import EPConfig
 from mlx_ep.exchange import InFlight
 from mlx_ep.models.halved_cache import HalvedCache, why_not_halved
 from mlx_ep.models.two_batch import LEAST_PROMPT, cut_step
-from mlx_ep.moe.overlap import Operation, start_in_turn
+from mlx_ep.moe.overlap import Operation, Turns
 from tests.support import tiny
 
 MODELS = {
@@ -68,27 +68,43 @@ def test_two_results_at_most() -> None:
         held[1]()
 
 
-def operations(name: str, count: int) -> deque[Operation]:
+def layers(name: str, count: int, turns: Turns, order: list[str]) -> str:
+    """A pass of so many layers with one operation each."""
     x = mx.ones(3)
-    return deque(Operation(f"{name}{i}", i, 3, x, (x + i,)) for i in range(count))
+    for layer in range(count):
+        order.append(f"{name}{layer}")
+        turns.take(Operation(name, layer, 3, x, (x + layer,)))
+    return name
 
 
-def test_operations_take_turns(monkeypatch) -> None:
-    """Also where one side has more; nothing is held afterwards."""
-    order = []
-    start = InFlight.start
+def test_passes_take_turns() -> None:
+    """Also where one has more layers; each pass goes on when the other has started."""
+    order: list[str] = []
+    turns, entered = Turns(), []
+    passes = [
+        partial(layers, name, n, turns, order) for name, n in (("a", 2), ("b", 4))
+    ]
+    assert turns.run(passes, entered.append) == ["a", "b"]
+    assert order == ["a0", "b0", "a1", "b1", "b2", "b3"]
+    assert entered == [0, 1, 0, 1, 0, 1, 1, 1]
 
-    def seen(self, operation, *arrays, name):
-        order.append((operation.name, len(self.results)))
-        return start(self, operation, *arrays, name=name)
 
-    monkeypatch.setattr(InFlight, "start", seen)
-    batches = [operations("a", 2), operations("b", 4)]
-    start_in_turn(batches)
-    names = ["a0", "b0", "a1", "b1", "b2", "b3"]
-    assert [name for name, _ in order] == names
-    assert max(held for _, held in order) == 1  # and the one that is started: 2
-    assert batches == [deque(), deque()]
+def test_where_one_pass_fails_the_other_is_ended() -> None:
+    ended, turns = [], Turns()
+
+    def other() -> None:
+        try:
+            layers("a", 3, turns, [])
+        finally:
+            ended.append(True)
+
+    def fails() -> None:
+        layers("b", 1, turns, [])
+        raise KeyError("b")
+
+    with pytest.raises(KeyError):
+        turns.run([other, fails], lambda part: None)
+    assert ended == [True]
 
 
 @pytest.mark.parametrize("length", [1, LEAST_PROMPT - 1, LEAST_PROMPT, 17, 1000])
