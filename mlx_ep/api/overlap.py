@@ -112,7 +112,7 @@ def _measure(
             modes: list[OverlapMode] = ["none", "single", "two"]
             if (kind, size) == ("decode", 1):
                 modes.remove("two")
-            steps = {mode: _step(model, kind, size) for mode in modes}
+            steps = {mode: step_of(model, kind, size) for mode in modes}
             samples: dict[OverlapMode, list[float]] = {mode: [] for mode in modes}
             for _ in range(SAMPLES + 1):
                 for mode, step in steps.items():
@@ -130,7 +130,7 @@ def _measure(
     return found
 
 
-def _step(model: nn.Module, kind: StepKind, size: int) -> Callable[[], None]:
+def step_of(model: nn.Module, kind: StepKind, size: int) -> Callable[[], None]:
     """One step of so many tokens, on caches of its own."""
     if kind == "prompt":
         tokens = mx.arange(size)[None] % 32

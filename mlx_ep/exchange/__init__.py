@@ -21,7 +21,9 @@ from mlx_ep.exchange.base import (
 from mlx_ep.exchange.counted import CountedComm
 from mlx_ep.exchange.functions import (
     moe_combine_exchange,
+    moe_combine_start,
     moe_dispatch_exchange,
+    moe_dispatch_start,
 )
 from mlx_ep.exchange.gathered import Gathered
 from mlx_ep.exchange.names import backend_line
@@ -38,6 +40,8 @@ STRATEGIES.register("auto", Auto)
 __all__ = [
     "moe_dispatch_exchange",
     "moe_combine_exchange",
+    "moe_dispatch_start",
+    "moe_combine_start",
     "backend_line",
     "Exchange",
     "ExchangeRequest",

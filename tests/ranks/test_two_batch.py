@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -13,13 +15,21 @@ import mlx_ep
 from mlx_ep.comm import GroupComm
 from mlx_ep.config import EPConfig
 from mlx_ep.data_parallel import generate_replicated, generate_sharded
+from mlx_ep.exchange import (
+    STRATEGIES,
+    InFlight,
+    moe_combine_start,
+    moe_dispatch_start,
+)
 from mlx_ep.loading import find_model
+from mlx_ep.placement import Placement
+from mlx_ep.types import Routing, TokenCounts
 from tests.support import tiny
 from tests.support.ranks import run_commands, run_ranks
 
 pytestmark = pytest.mark.requires("ranks")
 
-STRATEGIES = ("replicated", "gathered", "low_latency", "normal", "auto")
+ALL = ("replicated", "gathered", "low_latency", "normal", "auto")
 RNG = np.random.default_rng(2)
 PROMPTS = [RNG.integers(20, 1000, size).tolist() for size in (5, 40, 17, 9, 33, 64, 21)]
 
@@ -56,14 +66,63 @@ def tokens_of(group, strategies):
     ("num_ranks", "strategies"),
     [
         (2, ("replicated", "low_latency")),
-        pytest.param(2, STRATEGIES, marks=pytest.mark.slow),
-        pytest.param(3, STRATEGIES, marks=pytest.mark.slow),
-        pytest.param(4, STRATEGIES, marks=pytest.mark.slow),
+        pytest.param(2, ALL, marks=pytest.mark.slow),
+        pytest.param(3, ALL, marks=pytest.mark.slow),
+        pytest.param(4, ALL, marks=pytest.mark.slow),
     ],
 )
 def test_tokens_are_the_same(num_ranks, strategies):
     transport = "ring" if num_ranks == 2 else "mpi"
     run_ranks(num_ranks, tokens_of, strategies, transport=transport, timeout=170)
+
+
+def one_by_one(rank, path, start):
+    """What rank 1 starts only when rank 0's own start has returned."""
+    deadline = time.monotonic() + 20
+    while rank == 1 and not path.exists():
+        assert time.monotonic() < deadline, f"{path.name}: rank 0 waits for rows"
+        time.sleep(0.005)
+    result = start()
+    path.touch()
+    return result
+
+
+def starts(group, strategy, folder):
+    """Dispatch and combine of rank 0 return while rank 1 has sent nothing."""
+    comm, rank, folder = GroupComm(group), group.rank(), Path(folder)
+    placement = Placement.contiguous(4, 2)
+    x = mx.random.normal((6, 32), key=mx.random.key(rank))
+    ids = mx.array(np.random.default_rng(rank).integers(0, 4, (6, 2)), mx.int32)
+    routing = Routing(ids, mx.full((6, 2), 0.5))
+    made = STRATEGIES.create(EPConfig(strategy=strategy))
+    mx.eval(x, ids)
+    with InFlight() as flight:
+
+        def dispatch():
+            both = {"tokens": TokenCounts((6, 6))}
+            return moe_dispatch_start(x, routing, placement, comm, made, flight, **both)
+
+        receive, handle = one_by_one(rank, folder / f"dispatch-{strategy}", dispatch)
+        rows = receive()
+        weights = (rows.slot_ids >= 0).astype(mx.float32) * rows.gates
+        partial = rows.x * weights.sum(axis=1, keepdims=True)
+        mx.eval(partial)
+
+        def combine():
+            return moe_combine_start(partial, handle, flight)
+
+        total = one_by_one(rank, folder / f"combine-{strategy}", combine)()
+        mx.eval(total)
+    np.testing.assert_allclose(np.array(total), np.array(x), rtol=1e-5)
+
+
+def all_starts(group, folder):
+    for strategy in ("gathered", "low_latency"):
+        starts(group, strategy, folder)
+
+
+def test_dispatch_and_combine_return_before_rows_arrive(tmp_path):
+    run_ranks(2, all_starts, str(tmp_path), timeout=60)
 
 
 def uneven(group, strategy):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-_NODE = re.compile(r'\{ (\d+) \[label ="(\w+)"')
+_NODE = re.compile(r'\{ (\d+) \[label ="([^"]+)"')
 _TO_NODE = re.compile(r'"(\w+)" -> (\d+)')
 _FROM_NODE = re.compile(r'(\d+) -> "(\w+)"')
 
@@ -45,8 +45,10 @@ class Graph:
         return cls(dict(_NODE.findall(dot)), inputs, last)
 
     def named(self, *labels: str) -> set[str]:
-        """The operations with one of these labels."""
-        return {node for node, label in self.labels.items() if label in labels}
+        """The operations whose label has one of these words in it."""
+        return {
+            n for n, label in self.labels.items() if any(w in label for w in labels)
+        }
 
     def before(self, *nodes: str) -> set[str]:
         """All that some operations need, themselves included."""
