@@ -25,6 +25,7 @@ from mlx_ep.models.halved_cache import HalvedCache, why_not_halved
 from mlx_ep.models.two_batch import LEAST_PROMPT, cut_step
 from mlx_ep.moe.overlap import Operation, Turns
 from tests.support import tiny
+from tests.support.architectures import ARCHITECTURES, make_model
 
 MODELS = {
     "qwen2_moe": tiny.QWEN2_MOE,
@@ -241,3 +242,36 @@ def test_hidden_milliseconds_are_shown() -> None:
         ((tokens, alone, exposed),) = group.overlap.exposure.per_layer()
         assert tokens == (16 if overlap == "two" else 32)
         assert alone > 0 and exposed >= 0
+
+
+def prompt_and_decode(model) -> list[np.ndarray]:
+    """Logits of a prompt, a token behind it, and a step of three sequences."""
+    caches = make_prompt_cache(model)
+    tokens = mx.array(np.random.default_rng(3).integers(2, 300, (3, 41)))
+    outputs = [model(tokens[:1, :40], cache=caches)]
+    outputs.append(model(tokens[:1, 40:], cache=caches))
+    singles = [make_prompt_cache(model) for _ in range(3)]
+    if all(hasattr(each, "merge") for each in caches):
+        layers = zip(*singles, strict=True)
+        batch = [layer[0].merge(list(layer)) for layer in layers]
+        outputs.append(model(tokens[:, :20], cache=batch))
+        outputs.append(model(tokens[:, 20:21], cache=batch))
+    return [np.array(output.astype(mx.float32)) for output in outputs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n != "muse_spark"])
+def test_every_architecture_gives_the_same(name: str) -> None:
+    """Or is refused by the name of its cache."""
+    found = {}
+    for overlap in ("none", "two"):
+        model = make_model(ARCHITECTURES[name])
+        config = EPConfig(overlap=overlap, warmup=False)
+        try:
+            mlx_ep.parallelize(model, config=config)
+        except ValueError as error:
+            assert overlap == "two" and "cannot be cut between sequences" in str(error)
+            return
+        found[overlap] = prompt_and_decode(model)
+    for step, (plain, cut) in enumerate(zip(*found.values(), strict=True)):
+        np.testing.assert_allclose(cut, plain, rtol=0, atol=3e-3, err_msg=str(step))
