@@ -92,8 +92,7 @@ class LockStep:
         while self._begin(0, is_done=True):
             note_progress("batch", step)
             step += 1
-            for block in self.model.expert_parallel.blocks:
-                block.serve()
+            self.model.expert_parallel.serve()
 
     def finished(self, answer: Answer) -> None:
         """One more finished sequence; the next step tells the others."""

@@ -193,6 +193,68 @@ def _arrays(value: Any) -> list[mx.array]:
     return []
 
 
+@dataclass
+class Exposure:
+    """What of the exchanges of MoE layers is not hidden behind other computing.
+
+    A layer's exchange is timed `alone` in some steps, and in others, beside what hides
+    it, how much longer it takes than that: what is `exposed`.
+
+    Attributes:
+        times: kind -> T of this rank -> [seconds, how often].
+        layers: (T, kind) adds up to a layer at a time; exchanges of several operations
+            are added up.
+    """
+
+    times: dict[str, dict[int, list[float]]] = field(
+        default_factory=lambda: {"alone": {}, "exposed": {}}
+    )
+
+    def add(self, kind: str, tokens: int, seconds: float, layers: int = 0) -> None:
+        """Some seconds, of so many layers more."""
+        total = self.times[kind].setdefault(tokens, [0.0, 0.0])
+        total[0] += seconds
+        total[1] += layers
+
+    def wait(self, kind: str, tokens: int, *arrays: mx.array, layers: int = 1) -> None:
+        """Add the time until arrays are there."""
+        start = time.perf_counter()
+        # sync: what a layer waits for is being measured.
+        mx.eval(*arrays)
+        self.add(kind, tokens, time.perf_counter() - start, layers)
+
+    def per_layer(self) -> list[tuple[int, float, float]]:
+        """(T, ms alone, ms exposed) of a layer, for every T that has both."""
+        found = []
+        for tokens in sorted(self.times["alone"]):
+            alone, exposed = (
+                self.times[kind].get(tokens, (0.0, 0.0)) for kind in self.times
+            )
+            if alone[1] and exposed[1]:
+                each = (1e3 * alone[0] / alone[1], 1e3 * exposed[0] / exposed[1])
+                found.append((tokens, *each))
+        return found
+
+
+def exposure_table(
+    ranks: Sequence[Sequence[tuple[int, float, float]]],
+) -> str:
+    """Milliseconds of exchange that are hidden per layer, as a Markdown table; "": no T
+    was timed both ways.
+
+    Args:
+        ranks: `Exposure.per_layer` of every rank, in rank order.
+    """
+    rows = [
+        (f"rank {rank}, T={tokens}", f"{alone:.3f}", f"{exposed:.3f}",
+         f"{max(alone - exposed, 0.0):.3f}")
+        for rank, found in enumerate(ranks)
+        for tokens, alone, exposed in found
+    ]  # fmt: skip
+    headers = ("ms per layer", "exchange", "exposed", "hidden")
+    return markdown_table(headers, rows) if rows else ""
+
+
 def stage_table(ranks: Sequence[Mapping[str, float]], layer_calls: int) -> str:
     """Microseconds per layer of each stage, one column a rank, as a Markdown table.
 

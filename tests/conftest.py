@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.private import user_folder
+from tests.support.shape_memo import keep_apart
 from tests.support.tiers import require
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    keep_apart()
     # What warm-up measures is kept for later runs of the tests, not of the user.
     os.environ["XDG_CACHE_HOME"] = str(user_folder("mlx-ep-tests"))
     config.addinivalue_line(

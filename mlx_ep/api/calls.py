@@ -82,13 +82,14 @@ def parallelize(
     Every rank must hold the same model; each keeps its own experts and frees the rest.
 
     Args:
-        model: any mlx-lm model with routed experts.
+        model: any mlx-lm model; a dense one stays whole on every rank, unless
+            `config` splits its attention.
         group: the ranks; default: ``mx.distributed.init()``.
         config: how the model is made expert-parallel.
 
     Raises:
-        ValueError: the model has no routed experts, or is expert-parallel already, or
-            the configuration's placement is not possible.
+        ValueError: the model has experts that cannot be found, or is expert-parallel
+            already, or the configuration's placement is not possible.
     """
     if hasattr(model, "expert_parallel"):
         raise ValueError(
@@ -103,7 +104,8 @@ def parallelize(
     )
     RebalanceRule.of(config, comm.size)
     sites = find_moe_sites(stack_experts(model))
-    placement = _agreed_placement(model, sites[0].num_experts, comm, config)
+    num_experts = sites[0].num_experts if sites else 0
+    placement = _agreed_placement(model, num_experts, comm, config)
     splitter = Splitter(agree_attention(model, comm, config), comm)
     part = placement.part(comm.rank)
     own = mx.array(placement.rank_experts[comm.rank], mx.int32)

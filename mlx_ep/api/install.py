@@ -17,14 +17,22 @@ from mlx_ep.api.machines import (
     shares_rank_0_routing,
     unlike,
 )
+from mlx_ep.api.overlap import OverlapTable, overlap_steps
 from mlx_ep.comm import Comm, gather_objects, note_progress, note_step
-from mlx_ep.config import EPConfig
+from mlx_ep.config import EPConfig, settings
 from mlx_ep.cost.attention import REPLICATED, AttentionChoice
 from mlx_ep.exchange import STRATEGIES
-from mlx_ep.loading import Splitter, watch_phase
+from mlx_ep.loading import Splitter, refuse_dense, watch_phase
 from mlx_ep.metrics import Counters, RankReport
-from mlx_ep.models import BlockState, build_kernels, find_forms, install, keep_experts
+from mlx_ep.models import (
+    BlockState,
+    build_kernels,
+    find_forms,
+    install,
+    keep_experts,
+)
 from mlx_ep.models.tensor_parallel import connect
+from mlx_ep.models.two_batch import TwoBatch
 from mlx_ep.moe import (
     ExpertGroup,
     Rebalancer,
@@ -50,6 +58,8 @@ class ExpertParallel:
             memory.
         attention: how the dense part runs, with the reason and predicted times.
         rebalancer: what moves slots between ranks meanwhile; None: nothing does.
+        two_batch: what cuts steps in two; None: nothing does.
+        overlaps: with ``--overlap auto``, what was measured; ``explain()`` prints it.
     """
 
     group: ExpertGroup
@@ -58,11 +68,25 @@ class ExpertParallel:
     reports: list[RankReport] = field(default_factory=list)
     attention: AttentionChoice = REPLICATED
     rebalancer: Rebalancer | None = None
+    two_batch: TwoBatch | None = None
+    overlaps: OverlapTable | None = None
     _recorders: list[RoutingRecorder] = field(default_factory=list)
 
     @property
     def counters(self) -> Counters:
         return self.group.counters
+
+    def serve(self) -> None:
+        """Run this rank's experts in a step of the others, with no tokens of its own.
+
+        Raises:
+            ValueError: a block cannot.
+        """
+        if self.two_batch is not None:
+            self.two_batch.serve()
+            return
+        for block in self.blocks:
+            block.serve()
 
     def placement_of(self, layer: int) -> Placement:
         """The present placement of a MoE layer, by its number from 0 on."""
@@ -72,7 +96,11 @@ class ExpertParallel:
         """A recorder of this rank's routing, connected to the MoE layers, not started.
 
         Where ranks have tokens of their own, each records its own.
+
+        Raises:
+            ValueError: the model is dense.
         """
+        refuse_dense(len(self.blocks), "a record of routing")
         layers = range(len(self.blocks))
         made = RoutingRecorder([self.placement_of(layer) for layer in layers])
         for layer, block in enumerate(self.blocks):
@@ -151,6 +179,7 @@ def install_experts(
             experts move between the ranks here.
     """
     note_progress("warmup")
+    asked = config
     plain = STRATEGIES.create(config)  # what it needs is known without a mover
     connect(model, comm)  # what is tried is not counted
     forms = find_forms(
@@ -202,6 +231,12 @@ def install_experts(
         note_progress("loading", layer)
         state.place(layer, wanted)
     _rebalance_by(config, state)
+    if blocks and config.overlap in ("two", "auto"):
+        state.two_batch, state.overlaps = overlap_steps(
+            model, group, blocks, config.overlap
+        )
+    if not blocks:
+        _warn_of_dense(asked)
     model.expert_parallel = state
     if reasons := state.per_slot_reasons:
         warnings.warn(
@@ -217,6 +252,26 @@ def install_experts(
             stacklevel=3,
         )
     return model
+
+
+# What is about a MoE layer, and nothing else of a model.
+_OF_LAYERS = ("mode", "capacity", "overlap", "reduction", "runner", "eval_layers")
+
+
+def _warn_of_dense(config: EPConfig) -> None:
+    """Settings that have no effect on a model without MoE layers are named."""
+    defaults = {each.name: each for each in settings()}
+    given = [
+        defaults[name].flag_name
+        for name in _OF_LAYERS
+        if getattr(config, name) != defaults[name].default
+    ]
+    if given:
+        warnings.warn(
+            f"{' and '.join(given)}: no effect on a dense model, which has no MoE "
+            "layers.",
+            stacklevel=4,
+        )
 
 
 def _rebalance_by(config: EPConfig, state: ExpertParallel) -> None:

@@ -11,7 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_ep.api import PreparedModel
-from mlx_ep.loading import EMBEDDED_MODEL
+from mlx_ep.loading import EMBEDDED_MODEL, refuse_dense
 from mlx_ep.loading.caches import CacheQuantization, cache_bytes, run_shapes
 from mlx_ep.rows.option import uses_metal
 from mlx_ep.tune.agree import backend_variable, forced_backend
@@ -62,6 +62,8 @@ def check_for_model(
     Raises:
         ValueError: it cannot. Every rank finds the same.
     """
+    if getattr(args, "record", None) is not None:
+        refuse_dense(prepared.weights.placement.num_experts, "--record")
     for token in eos_tokens:
         _add_eos_token(prepared.tokenizer, token)
     check_sampling([args], prepared)

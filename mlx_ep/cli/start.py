@@ -152,4 +152,5 @@ def print_reports(
         if config.attention != "replicated":
             print(model.expert_parallel.attention, file=file)
         print(f"strategy: {config.strategy}{mode}", file=file)
-        print(backend_line(config, comm.size), file=file, flush=True)
+        is_dense = not model.expert_parallel.blocks
+        print(backend_line(config, comm.size, is_dense), file=file, flush=True)

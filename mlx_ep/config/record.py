@@ -18,7 +18,7 @@ from mlx_ep.types import DispatchDtype, check_value
 
 Sums = Literal["model", "float32"]
 Reduction = Literal["partial_sum", "per_slot"]
-Overlap = Literal["none", "single"]
+OverlapMode = Literal["none", "single", "two", "auto"]
 SharedRouting = Literal["auto", "always", "never"]
 Attention = Literal["replicated", "tensor", "auto"]
 RunnerName = Literal["auto", "gather", "blas", "metal"]
@@ -50,7 +50,7 @@ class EPConfig:
         capacity: C keeps, of the pairs of one rank's tokens and one expert, the first
             C (first choices before second ones); the others contribute 0, are counted
             and warned of. None: nothing is dropped.
-        overlap: ``single`` starts a layer's last collective before its shared experts.
+        overlap: what runs while a layer's exchange is under way (docs/overlap.md).
         reduction: what that all_sum carries. ``partial_sum``: ``[T, D]`` float32,
             each rank's gate-weighted sum. ``per_slot``: ``[T, K, D]`` in the model's
             dtype, K times the bytes, which is bit-identical to one process: for
@@ -129,7 +129,7 @@ class EPConfig:
         ),
     ] = None
     overlap: Annotated[
-        Overlap, Flag(help="single: shared experts run while a sum is under way")
+        OverlapMode, Flag(help="What runs while rows are under way (docs/overlap.md)")
     ] = "none"
     reduction: Annotated[
         Reduction,

@@ -21,10 +21,13 @@ from mlx_ep.exchange.base import (
 from mlx_ep.exchange.counted import CountedComm
 from mlx_ep.exchange.functions import (
     moe_combine_exchange,
+    moe_combine_start,
     moe_dispatch_exchange,
+    moe_dispatch_start,
 )
 from mlx_ep.exchange.gathered import Gathered
 from mlx_ep.exchange.names import backend_line
+from mlx_ep.exchange.receive import InFlight, Receive
 from mlx_ep.exchange.replicated import Replicated
 from mlx_ep.exchange.table import StrategyTable
 
@@ -39,9 +42,13 @@ STRATEGIES.register("auto", Auto)
 __all__ = [
     "moe_dispatch_exchange",
     "moe_combine_exchange",
+    "moe_dispatch_start",
+    "moe_combine_start",
     "backend_line",
     "Exchange",
     "ExchangeRequest",
+    "InFlight",
+    "Receive",
     "agree_tokens",
     "check_tokens",
     "STRATEGIES",

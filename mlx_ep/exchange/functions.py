@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 from jaxtyping import Float, Float32
 
 from mlx_ep.comm import Comm
 from mlx_ep.exchange.base import Exchange, ExchangeRequest, Strategy, agree_tokens
+from mlx_ep.exchange.receive import InFlight, Receive
 from mlx_ep.placement import Placement
 from mlx_ep.types import DispatchDtype, Routing, Rows, TokenCounts
 
@@ -76,3 +79,42 @@ def moe_combine_exchange(
         handle: from the dispatch.
     """
     return handle.combine(partial)
+
+
+def moe_dispatch_start(
+    x: Float[mx.array, "T D"],
+    routing: Routing,
+    placement: Placement,
+    comm: Comm,
+    strategy: Strategy,
+    in_flight: InFlight,
+    **options: Any,
+) -> tuple[Receive[Rows], Exchange]:
+    """`moe_dispatch_exchange`, started: it returns before rows have arrived.
+
+    Args:
+        in_flight: what is under way on this rank.
+        **options: of `moe_dispatch_exchange`.
+
+    Returns:
+        What gives the rows when it is called, once; and the handle.
+
+    Raises:
+        RuntimeError: too much is under way.
+    """
+    rows, handle = moe_dispatch_exchange(
+        x, routing, placement, comm, strategy, **options
+    )
+    return in_flight.start(rows, rows.x, rows.slot_ids, name="a dispatch"), handle
+
+
+def moe_combine_start(
+    partial: Float32[mx.array, "M D"], handle: Exchange, in_flight: InFlight
+) -> Receive[mx.array]:
+    """`moe_combine_exchange`, started; what it returns gives the sums, once.
+
+    Raises:
+        RuntimeError: too much is under way.
+    """
+    total = moe_combine_exchange(partial, handle)
+    return in_flight.start(total, total, name="a combine")

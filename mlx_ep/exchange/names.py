@@ -12,18 +12,18 @@ _BACKENDS = {
 }
 
 
-def backend_line(config: EPConfig, num_ranks: int) -> str:
+def backend_line(config: EPConfig, num_ranks: int, is_dense: bool = False) -> str:
     """The strategy and its sizes, in the words that InfiniLM prints.
 
     TP is the number of ranks that hold the same tokens, DP that of ranks with tokens of
     their own, EP that of parts that the experts are divided in. Where no expert is
     apart from another one (one rank, or ``ep_size=1``: all share every width), the
-    backend is ``disabled``.
+    backend is ``disabled``; and so it is for a dense model.
 
     >>> backend_line(EPConfig(strategy="replicated"), 2)
     'MoE EP backend: local_allreduce  TP=2  DP=1  EP=2'
     """
-    experts = min(config.ep_size or num_ranks, num_ranks)
+    experts = 1 if is_dense else min(config.ep_size or num_ranks, num_ranks)
     is_shared = config.strategy == "replicated"
     same, own = (num_ranks, 1) if is_shared else (1, num_ranks)
     backend = _BACKENDS.get(config.strategy, config.strategy)

@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import TextIO
 
+import mlx.nn as nn
+
 from mlx_ep import cli
 from mlx_ep.comm import Comm, broadcast_object, gather_objects
 from mlx_ep.generate.batch import answer_all, plan_batch
@@ -14,7 +16,7 @@ from mlx_ep.generate.reuse import find_draft, read_cache, reuse_options
 from mlx_ep.generate.stream import stream
 from mlx_ep.generate.tokens import prompt_tokens, tokens_after_cache, user_message
 from mlx_ep.loading import EMBEDDED_MODEL
-from mlx_ep.metrics import StageTimings, stage_table
+from mlx_ep.metrics import exposure_table, stage_table
 
 
 def main() -> None:
@@ -43,15 +45,14 @@ def _one(args: argparse.Namespace, comm: Comm) -> None:
         prompt = broadcast_object(comm, prompt)
         model, tokenizer = prepared.load()
     cli.seed_ranks(args.seed, prepared)
-    timings = model.expert_parallel.group.timings
-    timings.enabled = args.timings
+    model.expert_parallel.group.timings.enabled = args.timings
     if args.verbose:
         cli.print_reports(model, comm, args.config, cli.beside(args))
     options = cli.cache_options(args) | reuse_options(args, model, draft, cache)
     with cli.recorded(args.record, model, comm):
         stream(args, comm, model, tokenizer, prompt, options)
     if args.timings:
-        _print_timings(timings, comm, cli.beside(args))
+        _print_timings(model, comm, cli.beside(args))
 
 
 def _many(args: argparse.Namespace, comm: Comm) -> None:
@@ -66,22 +67,28 @@ def _many(args: argparse.Namespace, comm: Comm) -> None:
         batch.check(args, prepared)
         model, tokenizer = prepared.load()
     cli.seed_ranks(args.seed, prepared)
-    timings = model.expert_parallel.group.timings
-    timings.enabled = args.timings
+    model.expert_parallel.group.timings.enabled = args.timings
     if args.verbose:
         cli.print_reports(model, comm, args.config, sys.stderr)
     with cli.recorded(args.record, model, comm):
         answer_all(args, comm, model, tokenizer, batch)
     if args.timings:
-        _print_timings(timings, comm, sys.stderr)
+        _print_timings(model, comm, sys.stderr)
 
 
-def _print_timings(timings: StageTimings, comm: Comm, file: TextIO) -> None:
-    """Each stage's share of the MoE layers, by rank 0, one column a rank."""
-    timings.enabled = False
-    ranks = gather_objects(comm, timings.seconds)
+def _print_timings(model: nn.Module, comm: Comm, file: TextIO) -> None:
+    """Each stage's share of the MoE layers, by rank 0, one column a rank.
+
+    And what of the exchange is hidden, where something hides it.
+    """
+    group = model.expert_parallel.group
+    group.timings.enabled = False
+    ranks = gather_objects(comm, group.timings.seconds)
+    hidden = gather_objects(comm, group.overlap.exposure.per_layer())
     if comm.rank == 0:
-        print(stage_table(ranks, timings.layer_calls), file=file, flush=True)
+        print(stage_table(ranks, group.timings.layer_calls), file=file, flush=True)
+        if table := exposure_table(hidden):
+            print(f"\n{table}", file=file, flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from mlx_ep.loading.dense import (
 from mlx_ep.loading.foreign import foreign_code
 from mlx_ep.loading.hub.fetch import DiskNeed, disk_problems
 from mlx_ep.loading.identity import dense_facts, model_facts
-from mlx_ep.loading.local import load_local
+from mlx_ep.loading.local import load_local, refuse_dense
 from mlx_ep.loading.memory import (
     MemoryNeed,
     memory_limit,
@@ -71,6 +71,7 @@ __all__ = [
     "model_shape",
     "load_bytes",
     "read_config",
+    "refuse_dense",
     "shortages",
     "with_memory",
 ]

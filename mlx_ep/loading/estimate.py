@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx_ep.loading.caches import PREFILL_STEP, CacheQuantization, cache_bytes
 from mlx_ep.loading.checkpoint import Checkpoint, read_config
 from mlx_ep.loading.dummy import build_dummy
-from mlx_ep.loading.local import count_experts, model_class, outline
+from mlx_ep.loading.local import count_experts, model_class, outline, refuse_dense
 from mlx_ep.loading.rank_tensors import load_bytes
 from mlx_ep.loading.sizes import (
     DTYPES,
@@ -54,6 +54,7 @@ class ModelOutline:
         config = read_config(path)
         model_class(config)
         num_experts = count_experts(config)
+        refuse_dense(num_experts, "mlx_ep.plan")
         if not any(path.glob("model*.safetensors")):
             return cls._of_config(path, config, num_experts)
         checkpoint = Checkpoint.open(path)

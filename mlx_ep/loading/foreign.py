@@ -17,17 +17,11 @@ import numpy as np
 
 from mlx_ep.comm import shortened
 from mlx_ep.loading.headers import TensorInfo, quoted
+from mlx_ep.models.sites import EXPERT_COUNTS
 from mlx_ep.types import view_on_host
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-# What mlx-lm's configurations call the number of experts.
-EXPERT_COUNTS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-)
 # More than any model has; a module is made for each layer, a number for each expert.
 _MOST_LAYERS = 2000
 _MOST_EXPERTS = 100_000

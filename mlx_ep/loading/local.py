@@ -23,7 +23,7 @@ from mlx_lm.utils import _get_classes, load_model
 
 from mlx_ep.comm import shortened
 from mlx_ep.loading.checkpoint import Checkpoint, TensorReader
-from mlx_ep.loading.foreign import EXPERT_COUNTS, check_numbers, foreign_code
+from mlx_ep.loading.foreign import check_numbers, foreign_code
 from mlx_ep.loading.headers import DTYPES, TensorInfo
 from mlx_ep.loading.rank_tensors import rank_tensors
 from mlx_ep.loading.widths import (
@@ -44,6 +44,7 @@ from mlx_ep.models import (
     stack_tensors,
     why_not_here,
 )
+from mlx_ep.models.sites import EXPERT_COUNTS
 from mlx_ep.placement import Placement
 
 _MODEL_TYPE = re.compile(r"[\w.-]{1,100}")
@@ -84,10 +85,25 @@ def model_class(config: dict[str, Any]) -> type[nn.Module]:
 def count_experts(config: dict[str, Any]) -> int:
     """E of a model, from the modules that its config.json makes; nothing is read.
 
+    0: it is dense.
+
     Raises:
-        ValueError: it has no routed experts.
+        ValueError: it has experts that mlx_ep cannot find.
     """
-    return find_moe_sites(build_model(config))[0].num_experts
+    sites = find_moe_sites(build_model(config))
+    return sites[0].num_experts if sites else 0
+
+
+def refuse_dense(num_experts: int, what: str) -> None:
+    """Raises:
+    ValueError: there are no experts, which `what` is about.
+    """
+    if num_experts == 0:
+        raise ValueError(
+            f"The model has no routed experts (it is dense), and {what} spreads or "
+            "counts experts. mlx_ep.generate, chat and server run it, whole on every "
+            "rank or, with --attention tensor, split by mlx-lm's own shard()."
+        )
 
 
 def build_model(config: dict[str, Any]) -> nn.Module:
@@ -338,7 +354,8 @@ class _LocalClasses:
 def _expert_count(model: nn.Module, placement: Placement, rank: int) -> Iterator[None]:
     """The model's configuration says, for a while, that it has L experts, not E."""
     changed: list[tuple[Any, str]] = []
-    for args in _configurations(model):
+    # A dense model may say that it has 0 of them.
+    for args in _configurations(model) if placement.num_experts else []:
         for name in EXPERT_COUNTS:
             if getattr(args, name, None) == placement.num_experts:
                 changed.append((args, name))

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_ep.cost.shape import LayerShape, MatrixTotal, ModelShape
 from mlx_ep.loading.caches import CacheShapes
 from mlx_ep.loading.dummy import build_dummy
-from mlx_ep.loading.local import count_experts
+from mlx_ep.loading.local import count_experts, refuse_dense
 from mlx_ep.loading.sizes import DTYPES
 from mlx_ep.loading.working import switch_input
 from mlx_ep.models import MoESite, find_moe_sites, shard_problem
@@ -44,6 +44,7 @@ def model_shape(
     """
     itemsize = DTYPES[dtype].size
     num_experts = count_experts(config)
+    refuse_dense(num_experts, "what was asked for")
     model = build_dummy(config, Placement.contiguous(num_experts, 1), 0)
     sites = find_moe_sites(model)
     text = config.get("text_config", config)

@@ -10,8 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_ep.config import EPConfig
+from mlx_ep.config import EPConfig, settings
 from mlx_ep.loading.caches import PREFILL_STEP, cache_bytes
+from mlx_ep.loading.local import refuse_dense
 from mlx_ep.loading.widths import named_projections, width_problem
 from mlx_ep.loading.working import switch_input, working_memory
 from mlx_ep.models import find_moe_sites
@@ -116,6 +117,9 @@ def choose_placement(
     Raises:
         ValueError: the configuration is not possible for this model and these ranks.
     """
+    if num_experts == 0:
+        _refuse_placing(config)
+        return Placement.of_model(0, num_ranks)
     record = None
     if config.placement_file is not None and is_record(config.placement_file):
         record = read_record(config.placement_file, num_experts)
@@ -193,6 +197,22 @@ def choose_placement(
         reserved_bytes=reserved,
         must_fit=must_fit,
     )
+
+
+# Settings that say where experts are.
+_PLACING = (
+    "placement_file", "memory", "replica_memory", "ep_size", "rebalance_every",
+    "rebalance_below",
+)  # fmt: skip
+
+
+def _refuse_placing(config: EPConfig) -> None:
+    """Raises:
+    ValueError: the configuration places experts, and there are none.
+    """
+    for each in settings():
+        if each.name in _PLACING and getattr(config, each.name) != each.default:
+            refuse_dense(0, each.flag_name)
 
 
 def _check_layers(file: str | None, found: int, expected: int) -> None:

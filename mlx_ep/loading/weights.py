@@ -71,7 +71,7 @@ def checkpoint_weights(
     checkpoint = Checkpoint.open(path, described)
     check_counts(described, checkpoint.tensors)
     num_experts = count_experts(checkpoint.config)
-    whole = Placement.contiguous(num_experts, 1)
+    whole = Placement.of_model(num_experts, 1)
     # First of all, as it says what a checkpoint without known experts lacks.
     load_bytes(checkpoint, whole, 0)
     placement = choose_placement(
@@ -123,7 +123,7 @@ def dummy_weights(
     model_class(description)
     check_counts(description)
     num_experts = count_experts(description)
-    whole = Placement.contiguous(num_experts, 1)
+    whole = Placement.of_model(num_experts, 1)
     placement = choose_placement(
         config, num_experts, num_ranks, lambda: build_dummy(description, whole, 0)
     )

@@ -96,6 +96,8 @@ def find_forms(
             ranks, see `mlx_ep.models.tensor_parallel`.
     """
     sites = find_moe_sites(model)
+    if not sites:
+        return []
     trials = [
         _Trial(
             BlockForm(site, site.block, partial_shared=site.path in partial_shared),

@@ -86,8 +86,21 @@ class BlockState:
         def switch(x: mx.array, ids: mx.array) -> OutputsStandIn:
             return OutputsStandIn(x, ids, self._routed_sum)
 
-        is_beside = self.group.overlaps and not form.partial_shared
-        return call.view(switch, _started if is_beside else None)
+        overlap = self.group.overlap
+
+        def started(module: nn.Module, x: mx.array) -> mx.array:
+            """In the place of shared experts: these, behind the sum that is under way.
+
+            MLX runs what waits for the sum in the order in which it is asked for. Asked
+            for with it, shared experts may come first, and delay the start of the
+            collective, or behind what waits for it.
+            """
+            output: mx.array = module(x)
+            overlap.start_beside(output)
+            return output
+
+        is_beside = overlap.wanted != "none" and not form.partial_shared
+        return call.view(switch, started if is_beside else None)
 
     def _routed_sum(
         self, x: mx.array, ids: mx.array, gates: mx.array, dtype: mx.Dtype
@@ -157,18 +170,6 @@ class BlockState:
             return outputs.reshape(*ids.shape, width)
 
         return switch
-
-
-def _started(module: nn.Module, x: mx.array) -> mx.array:
-    """In the place of shared experts: these, queued behind the sum that is under way.
-
-    MLX runs what waits for the sum in the order in which it is asked for. Asked for
-    with it, shared experts may come first, and delay the start of the collective, or
-    behind what waits for it.
-    """
-    output: mx.array = module(x)
-    mx.async_eval(output)
-    return output
 
 
 def install(

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
+# What mlx-lm's configurations call the number of experts.
+EXPERT_COUNTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+)
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 
 
@@ -56,17 +64,18 @@ class MoESite:
 
 
 def find_moe_sites(model: nn.Module) -> list[MoESite]:
-    """Every block with routed experts, in the model's order.
+    """Every block with routed experts, in the model's order; none: it is dense.
 
     Raises:
-        ValueError: there is none, or the sites differ in their number of experts.
+        ValueError: the sites differ in their number of experts, or the model's
+            configuration speaks of experts and there is no site.
     """
     sites = sorted(_walk(model), key=lambda site: _natural(site.path))
-    if not sites:
+    if not sites and (named := _named_experts(getattr(model, "args", None))):
         raise ValueError(
             "The model has no routed experts that mlx_ep can find (no SwitchGLU or "
-            f"SwitchMLP in {type(model).__module__}): expert parallelism needs a "
-            "Mixture-of-Experts model. A dense model runs with mlx_lm.generate."
+            f"SwitchMLP in {type(model).__module__}), and its configuration says "
+            f"{named}: docs/add-a-model.md says how to add such a model."
         )
     counts = {site.num_experts for site in sites}
     if len(counts) > 1:
@@ -75,6 +84,20 @@ def find_moe_sites(model: nn.Module) -> list[MoESite]:
             f"{sorted(counts)} in {type(model).__module__}."
         )
     return sites
+
+
+def _named_experts(record: Any) -> str:
+    """What a model's configuration calls its experts and how many, or ""."""
+    if is_dataclass(record) and not isinstance(record, type):
+        record = vars(record)
+    if not isinstance(record, dict):
+        return ""
+    for name, value in record.items():
+        if name in EXPERT_COUNTS and type(value) is int and value > 1:
+            return f"{name} = {value}"
+        if inner := _named_experts(value):
+            return inner
+    return ""
 
 
 def _walk(model: nn.Module) -> Iterator[MoESite]:

@@ -28,6 +28,8 @@ from mlx_ep.exchange import (
 )
 from mlx_ep.experts import Runner, run_experts, run_slots
 from mlx_ep.metrics import Counters, StageTimings
+from mlx_ep.moe.overlap import Operation, Overlap
+from mlx_ep.moe.step import Step
 from mlx_ep.placement import Placement
 from mlx_ep.rows import Mover, limit_to_capacity, serving_slots
 from mlx_ep.types import DispatchDtype, Routing, Rows, TokenCounts, to_host
@@ -36,26 +38,7 @@ from mlx_ep.types import DispatchDtype, Routing, Rows, TokenCounts, to_host
 MOST_DECODE_TOKENS = 64
 
 
-@dataclass
-class Step:
-    """What holds for one step (one forward pass) of all layers.
-
-    Attributes:
-        tokens: T of every rank, where the caller has agreed on it.
-        dropped_pairs: (token, expert) pairs of this rank beyond the capacity, so far.
-        layer: the number in the model of the layer that is being called; -1: none.
-        calls: layers of the model that were called so far, this one included.
-    """
-
-    tokens: TokenCounts | None = None
-    dropped_pairs: int = 0
-    layer: int = -1
-    calls: int = 0
-
-    def enter(self, layer: int) -> None:
-        """The layer of this number is called; a lower one than before begins anew."""
-        self.calls = self.calls + 1 if layer >= self.layer else 1
-        self.layer = layer
+_UNTIMED = StageTimings()
 
 
 @dataclass(frozen=True)
@@ -69,8 +52,7 @@ class ExpertGroup:
         sum_dtype: what sums travel back in where they are added at home; None: the
             dtype of the tokens.
         dispatch_dtype: what rows travel in between ranks with tokens of their own.
-        overlaps: each layer's last collective is started when the layer is called,
-            before what the block computes beside its experts.
+        overlap: what is started while a pass is built, and in which order.
         step: what the caller has agreed on for this step.
         timings: of each stage; off until asked for:
             ``with group.timings.measure() as timings: ...``.
@@ -88,7 +70,7 @@ class ExpertGroup:
     capacity: int | None = None
     sum_dtype: mx.Dtype | None = None
     dispatch_dtype: DispatchDtype = "model"
-    overlaps: bool = False
+    overlap: Overlap = field(default_factory=Overlap)
     step: Step = field(default_factory=Step)
     timings: StageTimings = field(default_factory=StageTimings)
     eval_layers: int = 0
@@ -121,7 +103,7 @@ class ExpertGroup:
             dispatch_dtype=config.dispatch_dtype,
             eval_layers=config.eval_layers or 0,
             check_nan=config.check_nan,
-            overlaps=config.overlap == "single",
+            overlap=Overlap.of(config),
         )
 
     @cached_property
@@ -202,7 +184,8 @@ class ExpertGroup:
             experts: what this rank computes of its rows, one line each.
         """
         self._check_numbers(x, "what comes to its experts")
-        self.timings.begin(x)
+        timings, before = self._timings, self._exchange_seconds
+        timings.begin(x)
         stage, barrier = self._stage, self.comm.barrier
         is_next = strategy.is_sharded or self.share_routing
         routing = stage("route", used, routing, barrier=barrier if is_next else None)
@@ -213,11 +196,16 @@ class ExpertGroup:
         for x_part, request in rounds:
             exchange = stage("assign", strategy.exchange, request)
             rows = stage("dispatch", exchange.dispatch, x_part)
+            if strategy.is_sharded and self.overlap.turns is not None:
+                moved = (rows.x, rows.slot_ids)
+                self._take_turn("dispatch", x_part.shape[0], x_part, *moved)
             partial = stage("experts", experts, rows)
             self._check_numbers(partial, "what this rank's experts give")
             output = stage("combine", exchange.combine, partial, barrier=barrier)
             outputs.append(output)
-            if strategy.is_sharded or self.overlaps:
+            if self.overlap.turns is not None:
+                self._take_turn("combine", x_part.shape[0], partial, output)
+            elif strategy.is_sharded or self.overlap.mode != "none":
                 # Peers wait for this rank's part, whether or not it uses the result;
                 # and what the block computes next runs while it is under way.
                 mx.async_eval(output)
@@ -225,8 +213,44 @@ class ExpertGroup:
                 # sync: the buffers of a round are freed before the next one starts.
                 mx.eval(output)
         total = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+        if self.timings.enabled and self.overlap.wanted != "none":
+            self._measure_hidden(x.shape[0], total, timings, before)
         self._end(total)
         return total
+
+    @property
+    def _timings(self) -> StageTimings:
+        """Those of stages; where what is hidden is timed too, of every second pass."""
+        is_exposed = self.overlap.mode == "two" or (
+            self.overlap.mode == "single" and self.step.number % 2 == 1
+        )
+        return _UNTIMED if is_exposed else self.timings
+
+    def _take_turn(
+        self, name: str, tokens: int, computed: mx.array, *results: mx.array
+    ) -> None:
+        """Start what a layer of a micro-batch exchanges; the other one goes on."""
+        assert self.overlap.turns is not None
+        layer = self.step.layer
+        self.overlap.turns.take(Operation(name, layer, tokens, computed, results))
+
+    @property
+    def _exchange_seconds(self) -> float:
+        """Of what there is to hide, timed so far: one collective with `single`."""
+        seconds = self.timings.seconds
+        moved = 0.0 if self.overlap.mode == "single" else seconds["dispatch"]
+        return seconds["combine"] + moved
+
+    def _measure_hidden(
+        self, num_tokens: int, total: mx.array, timings: StageTimings, before: float
+    ) -> None:
+        """Time the exchange of a layer: alone, or what is not hidden of it."""
+        overlap = self.overlap
+        if timings is self.timings:
+            seconds = self._exchange_seconds - before
+            overlap.exposure.add("alone", num_tokens, seconds, 1)
+        elif overlap.mode == "single":
+            overlap.expose(num_tokens, total)
 
     def _stage(
         self,
@@ -237,11 +261,11 @@ class ExpertGroup:
     ) -> Any:
         """A stage of a layer, known to the other ranks and timed."""
         note_layer(self.step.layer, name)
-        return self.timings.run(name, function, *args, barrier=barrier)
+        return self._timings.run(name, function, *args, barrier=barrier)
 
     def _end(self, output: mx.array) -> None:
         """The layer is built; a prompt is evaluated at the boundary of a group."""
-        self.timings.end()
+        self._timings.end()
         note_layer(self.step.layer, "evaluating up to here")
         self._check_numbers(output, "what the experts of all ranks give")
         is_prompt = output.size > MOST_DECODE_TOKENS * output.shape[-1]
@@ -293,7 +317,7 @@ class ExpertGroup:
         through `sum_parts`.
         """
         self._check_numbers(x, "what comes to its experts")
-        self.timings.begin(x)
+        self._timings.begin(x)
         stage = self._stage
         ids, gates = stage("route", self._limited, routing)
         if self.observe is not None:
@@ -316,6 +340,8 @@ class ExpertGroup:
         """
         all_reduce, barrier = self.counted.all_reduce, self.comm.barrier
         total: mx.array = self._stage("combine", all_reduce, part, barrier=barrier)
+        if self.overlap.turns is not None:
+            self._take_turn("combine", part.shape[0], part, total)
         self._end(total)
         return total
 

@@ -124,6 +124,11 @@ def _check_even(config: EPConfig, num_ranks: int) -> None:
     """
     is_whole = config.ep_size in (None, num_ranks)
     has_replicas = config.replica_memory != "0"
+    if config.overlap in ("two", "auto"):
+        raise ValueError(
+            f"overlap={config.overlap!r} is about a model's passes; it is for load() "
+            "and parallelize(). MixtureOfExperts takes none or single."
+        )
     if config.memory or config.placement_file or not is_whole or has_replicas:
         raise ValueError(
             "MixtureOfExperts gives every rank the same number of whole experts; "

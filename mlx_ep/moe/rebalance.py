@@ -69,6 +69,12 @@ class RebalanceRule:
         rule = cls(config.rebalance_every, config.rebalance_below)
         if not rule.is_on:
             return rule
+        if config.overlap in ("two", "auto"):
+            raise ValueError(
+                f"overlap={config.overlap!r} makes two passes of a step, between which "
+                "experts cannot move: it cannot be combined with rebalance_every or "
+                "rebalance_below. Use overlap='single', or leave them out."
+            )
         if rule.below and config.strategy != "replicated":
             raise ValueError(
                 "rebalance_below needs strategy='replicated', where rank 0 sees all "

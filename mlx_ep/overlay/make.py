@@ -16,7 +16,7 @@ from mlx_ep import cli
 from mlx_ep.comm import Comm, agreed, gather_objects, host_id
 from mlx_ep.config import EPConfig
 from mlx_ep.loading import OVERLAY_FILE, find_model, read_config
-from mlx_ep.loading.local import count_experts, model_class
+from mlx_ep.loading.local import count_experts, model_class, refuse_dense
 from mlx_ep.overlay.model import OverlaySettings
 
 MODEL_FILE = "ep_model.py"
@@ -63,7 +63,7 @@ def make_overlay(
     source = find_model(model, revision).resolve()
     model_config = read_config(source)
     model_class(model_config)
-    count_experts(model_config)
+    refuse_dense(count_experts(model_config), "an overlay")
     folder = (output or Path(f"{Path(model).name}-ep")).expanduser().resolve()
     _make_empty(folder)
     made_here = ("config.json", MODEL_FILE, OVERLAY_FILE, "__pycache__")

@@ -75,6 +75,8 @@ class Placement:
         if self.parts is not None:
             self._check_parts(self.parts)
             return
+        if self.is_dense:
+            return
         held = sorted({expert for rank in self.rank_experts for expert in rank})
         is_twice = any(len(set(rank)) < len(rank) for rank in self.rank_experts)
         if not held or held != list(range(len(held))) or is_twice:
@@ -126,6 +128,13 @@ class Placement:
         return cls.from_counts([share + (r < remainder) for r in range(num_ranks)])
 
     @classmethod
+    def of_model(cls, num_experts: int, num_ranks: int) -> Placement:
+        """`contiguous`; of a dense model (0 experts) one in which no rank has any."""
+        if num_experts == 0:
+            return cls(((),) * num_ranks)
+        return cls.contiguous(num_experts, num_ranks)
+
+    @classmethod
     def from_counts(cls, counts: Sequence[int]) -> Placement:
         """Consecutive experts, ``counts[r]`` of them on rank r.
 
@@ -161,6 +170,11 @@ class Placement:
     @property
     def num_ranks(self) -> int:
         return len(self.rank_experts)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether there are ranks and no expert on any: the model has none."""
+        return bool(self.rank_experts) and not any(self.rank_experts)
 
     @cached_property
     def num_experts(self) -> int:
@@ -325,6 +339,8 @@ class Placement:
 
         With parts: ``experts 32..63 (32 of 64 per layer), width 0..383 of 768``.
         """
+        if self.is_dense:
+            return "a dense model, without routed experts"
         experts = self.rank_experts[rank]
         share = f"({len(experts)} of {self.num_experts} per layer)"
         text = f"experts {_ranges(experts) or 'none'} {share}"

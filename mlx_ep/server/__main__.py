@@ -20,6 +20,7 @@ from mlx_ep.loading import (
     find_model,
     model_shape,
     read_config,
+    refuse_dense,
 )
 from mlx_ep.server.app import make_app
 from mlx_ep.server.attention import choose_config
@@ -133,6 +134,7 @@ def _choose_attention(args: argparse.Namespace, comm: Comm) -> None:
         )
         weights_of = dummy_weights if args.dummy_weights else checkpoint_weights
         weights = weights_of(path, comm.rank, comm.size, config)
+        refuse_dense(weights.placement.num_experts, "--attention auto of the server")
         return model_shape(read_config(path), name=args.model), weights.outline()
 
     shape, outline = agreed(comm, look)

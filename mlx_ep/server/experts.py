@@ -33,6 +33,8 @@ class ExpertLoads:
 
     def act(self, action: str) -> dict[str, Any]:
         """Start (anew), stop, or dump; what rank 0 answers."""
+        if not self._state.blocks:  # a dense model routes nothing
+            return {"recording": False, "tokens": 0, "counts": []}
         if action == "start":
             self._recorder = self._recorder or self._state.recorder()
             self._recorder.reset()

@@ -376,8 +376,7 @@ class Worker:
 
     def _serve(self) -> None:
         """Run this rank's experts for the tokens of the others."""
-        for block in self.model.expert_parallel.blocks:
-            block.serve()
+        self.model.expert_parallel.serve()
 
 
 def _padded(chunks: Sequence[tuple[int, int]]) -> int:

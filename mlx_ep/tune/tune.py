@@ -141,7 +141,7 @@ def tune(
     Raises:
         ValueError: on every rank: what the configuration forces is impossible.
     """
-    placement = placement or Placement.contiguous(num_experts, comm.size)
+    placement = placement or Placement.of_model(num_experts, comm.size)
     exchanges = moves_rows and comm.size > 1
     firsts: dict[str, Layer] = {}
     for layer in layers:

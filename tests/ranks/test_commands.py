@@ -163,7 +163,7 @@ def test_wrong_usage_known_on_all_ranks(tmp_path: Path) -> None:
             (["--model", "no/such/folder/here"], "no folder 'no/such/folder/here'"),
             (["--prompt-file", "no-such-file"], "No such file"),
             (["--prompt", ""], "must not be empty"),
-            (["--model", broken["DENSE"]], "no routed experts"),
+            (["--model", broken["DENSE"], "--record", "x.npz"], "dense"),
             (["--model", broken["UNKNOWN"]], "not supported"),
             (
                 ["--model", broken["INCOMPLETE"]],

@@ -14,6 +14,7 @@ import mlx_ep
 from mlx_ep.comm import GroupComm
 from mlx_ep.config import EPConfig
 from tests.support import tiny
+from tests.support.graphs import Graph
 from tests.support.link import Link
 from tests.support.ranks import run_ranks
 
@@ -86,6 +87,67 @@ def shared_first(group, folder):
 
 def test_shared_experts_run_while_the_sum_is_under_way(tmp_path):
     run_ranks(2, shared_first, str(tmp_path), timeout=60)
+
+
+COLLECTIVES = ("AllReduce", "AllGather", "ReduceScatter")
+
+
+def evaluations(block, x):
+    """What a block has evaluated, in order, and its shared experts' output.
+
+    Nothing is: what the block starts is kept, so that its graph can be read.
+    """
+    queued, shared = [], []
+    start, kind = mx.async_eval, type(block.shared_expert)
+    call = kind.__call__
+    mx.async_eval = lambda *arrays: queued.append(arrays)
+    kind.__call__ = lambda self, x: shared.append(call(self, x)) or shared[-1]
+    try:
+        output = block(x)
+    finally:
+        mx.async_eval, kind.__call__ = start, call
+    return [*queued, (output,)], shared[0]
+
+
+def graph_order(group, strategy, overlap):
+    """Whether all collectives are asked for before any matrix of the shared experts."""
+    model = tiny.make_model(tiny.QWEN2_MOE)
+    config = EPConfig(strategy=strategy, overlap=overlap, runner="gather", warmup=False)
+    mlx_ep.parallelize(model, group, config)
+    x = mx.random.normal((1, 8, 64), key=mx.random.key(group.rank()))
+    mx.eval(model.parameters(), x)
+    stages, shared = evaluations(model.layers[0].mlp, x)
+    whole, beside = Graph.of(*stages[-1]), Graph.of(shared)
+    matrices, collectives = beside.named("Matmul"), whole.named(*COLLECTIVES)
+    assert len(matrices) == 3 and matrices < whole.named("Matmul")
+    # On a CPU host experts may ask for what a dispatch brought: it is done by then.
+    expected = {1} if strategy == "replicated" else {1, 2}
+    assert len(collectives) in expected, (strategy, sorted(whole.labels.values()))
+    # Neither needs the other.
+    assert not whole.before(*collectives) & matrices
+    assert not beside.named(*COLLECTIVES)
+    asked = {}
+    for number, arrays in enumerate(stages):
+        for node in Graph.of(*arrays).labels:
+            asked.setdefault(node, number)
+    mx.eval(*stages[-1])
+    return max(asked[c] for c in collectives) < min(asked[m] for m in matrices)
+
+
+def graph_orders(group):
+    found = {
+        (strategy, overlap): graph_order(group, strategy, overlap)
+        for strategy in ("replicated", "gathered", "low_latency")
+        for overlap in ("single", "none")
+    }
+    # Peers wait for the exchange of ranks with tokens of their own: it always goes
+    # first. Else the order is MLX's, unless something overlaps.
+    expected = {key: key != ("replicated", "none") for key in found}
+    assert found == expected
+
+
+def test_the_graph_of_mlx_has_the_collective_first():
+    run_ranks(2, graph_orders, timeout=100)
 
 
 def seconds_through(group, num_bytes):

@@ -15,7 +15,10 @@ def import_all(checks_shapes: bool) -> None:
     if checks_shapes:
         from jaxtyping import install_import_hook
 
+        from tests.support.shape_memo import keep_apart
+
         install_import_hook("mlx_ep", "beartype.beartype")
+        keep_apart()
     import mlx_lm.server  # noqa: F401
     from transformers import AutoTokenizer  # noqa: F401
 

@@ -363,8 +363,11 @@ def _rank_main(directory: Path) -> None:
         if rank == 0 and os.environ.get("PYTEST_CURRENT_TEST") and not is_forked:
             from jaxtyping import install_import_hook
 
+            from tests.support.shape_memo import keep_apart
+
             # On one rank, and not for all rooms, which takes 3 seconds more.
             install_import_hook(CHECKED, "beartype.beartype")
+            keep_apart()
         # Before the test module is imported: what it imports may initialise too,
         # and the first call decides the transport.
         backend = transport if num_ranks > 1 else "ring"

@@ -160,6 +160,8 @@ DENSE = {
     "intermediate_size": 96,
 }
 
+LLAMA = {**DENSE, "model_type": "llama"}
+
 
 def make_model(config: dict[str, Any], seed: int = 0) -> nn.Module:
     """A model in float32 whose routers spread tokens over all experts."""

@@ -97,10 +97,31 @@ def test_config_json_itself_names_its_folder(tmp_path: Path) -> None:
     assert find_model(str(tmp_path / "config.json")) == tmp_path
 
 
-def test_dense_model_is_refused() -> None:
+def test_a_dense_model_has_nothing_to_spread() -> None:
+    plain, model = tiny.make_model(tiny.DENSE), tiny.make_model(tiny.DENSE)
+    with pytest.warns(UserWarning, match="^--overlap and --runner: no effect on a den"):
+        mlx_ep.parallelize(model, config=EPConfig(overlap="single", runner="gather"))
+    tokens = mx.arange(9)[None]
+    np.testing.assert_array_equal(np.array(model(tokens)), np.array(plain(tokens)))
+    assert model.expert_parallel.blocks == []
+    with pytest.raises(ValueError, match=r"dense.*a record of routing"):
+        model.expert_parallel.recorder()
+
+
+@pytest.mark.parametrize(
+    ("setting", "flag"),
+    [
+        ({"memory": (1.0,)}, "--memory"),
+        ({"replica_memory": "1GB"}, "--replica-memory"),
+        ({"placement_file": "none.json"}, "--placement"),
+        ({"ep_size": 1}, "--ep"),
+        ({"rebalance_every": 3}, "--rebalance-every"),
+    ],
+)
+def test_experts_of_a_dense_model_are_not_placed(setting, flag) -> None:
     model = tiny.make_model(tiny.DENSE)
-    with pytest.raises(ValueError, match="no routed experts"):
-        mlx_ep.parallelize(model)
+    with pytest.raises(ValueError, match=f"dense.*, and {flag} spreads"):
+        mlx_ep.parallelize(model, config=EPConfig(**setting))
 
 
 def test_parallelize_twice_is_refused() -> None:
@@ -271,7 +292,7 @@ BAD_CONFIGURATIONS = {
     "memory=[64, -1]": "memory must be numbers above 0; got (64, -1)",
     "replica_memory=24": "replica_memory must be a text; got 24",
     "placement_file=3": "placement_file must be a text or None; got 3",
-    "overlap='x'": "overlap must be one of none, single; got 'x'",
+    "overlap='x'": "overlap must be one of none, single, two, auto; got 'x'",
     "eval_layers=-1": "eval_layers must be 0 or more; got -1",
     "check_nan=1": "check_nan must be True or False; got 1",
     "rebalance_every=-1": "rebalance_every must be 0 or more; got -1",

@@ -114,6 +114,11 @@ def test_the_line_that_infinilm_prints(strategy, ep_size, num_ranks, line):
     assert backend_line(config, num_ranks) == f"MoE EP backend: {line}"
 
 
+def test_a_dense_model_has_no_backend():
+    line = backend_line(EPConfig(), 2, is_dense=True)
+    assert line == "MoE EP backend: disabled  TP=2  DP=1  EP=1"
+
+
 def test_wrong_settings_are_said():
     with pytest.raises(
         ValueError, match=r"strategy must be one of replicated, .*'fast'"

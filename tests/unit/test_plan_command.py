@@ -122,6 +122,14 @@ def test_wrong_usage_is_one_line(
     assert text.count("\n") == 1
 
 
+def test_of_a_dense_model_it_says_what_runs_it(monkeypatch, capsys, tmp_path) -> None:
+    model = tiny.save_checkpoint(tmp_path / "llama", tiny.LLAMA)
+    flags = ("--model", str(model), "--ranks", "2")
+    code, text = _run(monkeypatch, capsys, *flags)
+    assert code == 2 and text.count("\n") == 1
+    assert "dense), and mlx_ep.plan spreads or counts experts. mlx_ep.generate" in text
+
+
 def test_shared_width_and_several_sequences(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
