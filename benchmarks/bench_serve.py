@@ -1,11 +1,13 @@
 """How many tokens per second does the server give, beside mlx_lm.server?
 
-Three servers on this host, one after the other, under the same load: `mlx_ep.server` on
-2 MPI ranks, mlx_lm.server under the overlay on 2 MPI ranks, mlx_lm.server on one rank.
-1 to 32 requests are open at once, with prompts of about 64 tokens and 48 greedy tokens.
-Then a short request comes while a prompt of 8000 tokens is processed. The model is the
-embedded one with a longer context; `--model large` takes random 4-bit weights of 380 MB
-(qwen3_moe, 64 experts) and minutes more. Everything stays on 127.0.0.1.
+Three servers on this host under the same load: `mlx_ep.server` on 2 MPI ranks, each of
+which runs the attention of its own requests (`--attention`), mlx_lm.server under the
+overlay on 2 MPI ranks, mlx_lm.server on one rank. 1 to 32 requests are open at once,
+with prompts of about 64 tokens and 48 greedy tokens. The servers take turns in
+`--samples` rounds, in another order in each; medians count. In the first round a short
+request comes while a prompt of 8000 tokens is processed. The model is the embedded one
+with a longer context; `--model large` takes random 4-bit weights of 380 MB (qwen3_moe,
+64 experts) and minutes more. Everything stays on 127.0.0.1.
 
     python -m benchmarks.bench_serve --check
 """
@@ -26,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
@@ -66,15 +69,15 @@ def make_models(folder: Path, name: str) -> tuple[Path, Path]:
     return model, make_overlay(str(model), folder / "model-ep")
 
 
-def command_of(arm: str, model: Path, overlay: Path) -> list[str]:
+def command_of(arm: str, model: Path, overlay: Path, attention: str) -> list[str]:
     if arm == OURS:
-        return ["mlx_ep.server", "--model", str(model)]
+        return ["mlx_ep.server", "--model", str(model), "--attention", attention]
     source = overlay if arm == OVERLAY else model
     return ["mlx_lm", "server", "--model", str(source), "--trust-remote-code"]
 
 
 @contextlib.contextmanager
-def serving(arm: str, model: Path, overlay: Path, log: Path) -> Iterator[str]:
+def serving(arm: str, command: list[str], log: Path) -> Iterator[str]:
     """A server that answers, and the address of its API.
 
     Raises:
@@ -84,7 +87,7 @@ def serving(arm: str, model: Path, overlay: Path, log: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher, variables = ([], {}) if arm == ALONE else mpirun_command(2)
-    argv = [*launcher, sys.executable, "-m", *command_of(arm, model, overlay)]
+    argv = [*launcher, sys.executable, "-m", *command]
     address = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -119,9 +122,9 @@ def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
 
 
 async def measure(
-    address: str, concurrencies: list[int], long_tokens: int, samples: int
-) -> tuple[list[dict[str, Any]], list[float]]:
-    """A summary for each concurrency, and TTFTs beside a long prompt, s."""
+    address: str, concurrencies: list[int], long_tokens: int, number: int
+) -> tuple[list[dict[str, Any]], float | None]:
+    """A summary for each concurrency; in round 0 TTFT beside a long prompt, s."""
     target = load.Target(address, "default_model", body=BODY, seconds=120)
     async with target:
         await target.measure_words()
@@ -130,31 +133,27 @@ async def measure(
         found = []
         for count in concurrencies:
             replies = await load.run_load(
-                target, [short] * max(count, 6), count, seed=count
+                target, [short] * max(2 * count, 6), count, seed=count
             )
             found.append(summary(replies, count))
             rate = found[-1]["output_tokens_per_second"]
             print(f"{count} at once: {rate:.0f} tokens/s", file=sys.stderr, flush=True)
-        firsts = [
-            await first_beside(target, long_tokens, number) for number in range(samples)
-        ]
-    return found, firsts
+        return found, None if number else await first_beside(target, long_tokens)
 
 
-async def first_beside(target: load.Target, long_tokens: int, number: int) -> float:
+async def first_beside(target: load.Target, long_tokens: int) -> float:
     """TTFT of a short request that comes while a long prompt is processed, s.
 
     Raises:
         RuntimeError: one of them was not answered, or the long one was done first.
     """
     long = asyncio.ensure_future(
-        target.ask(0, load.Ask(long_tokens, 2), random.Random(f"long {number}"))
+        target.ask(0, load.Ask(long_tokens, 2), random.Random("long"))
     )
     await asyncio.sleep(0.2)
     if long.done():
         raise RuntimeError(f"the long prompt was done too soon: {long.result()}")
-    rng = random.Random(f"short {number}")
-    short = await target.ask(1, load.Ask(INPUT_TOKENS, 4), rng)
+    short = await target.ask(1, load.Ask(INPUT_TOKENS, 4), random.Random("short"))
     # What is still to be done of it would take most of a minute here.
     long.cancel()
     await asyncio.gather(long, return_exceptions=True)
@@ -165,53 +164,76 @@ async def first_beside(target: load.Target, long_tokens: int, number: int) -> fl
 
 def main() -> int:
     assert __doc__ is not None
-    parser = arguments(__doc__, samples=1)
+    parser = arguments(__doc__, samples=3)
     parser.add_argument("--model", choices=("embedded", "large"), default="embedded")
+    parser.add_argument(
+        "--attention", choices=("data", "replicated", "tensor", "auto"), default="data"
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end the servers
     concurrencies = [1, 8] if args.quick else list(CONCURRENCIES)
-    samples = 1 if args.quick else args.samples
+    rounds = 1 if args.quick else args.samples
     long_tokens = LONG_TOKENS[args.quick or args.model == "large"]
-    print(heading(f"Serving the {args.model} model, beside mlx_lm.server"), flush=True)
-    results: dict[str, list[dict[str, Any]]] = {}
+    print(
+        heading(
+            f"Serving the {args.model} model, beside mlx_lm.server; "
+            f"attention {args.attention}"
+        ),
+        flush=True,
+    )
+    arms = [OURS, OVERLAY, ALONE]
+    results: dict[str, list[list[dict[str, Any]]]] = {arm: [] for arm in arms}
     firsts: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as name:
         model, overlay = make_models(Path(name), args.model)
-        for arm in (OURS, OVERLAY, ALONE):
-            print(f"{arm}:", file=sys.stderr, flush=True)
-            with serving(arm, model, overlay, Path(name) / "log") as address:
-                results[arm], found = asyncio.run(
-                    measure(address, concurrencies, long_tokens, samples)
-                )
-            firsts[arm] = sorted(found)[len(found) // 2]
+        for number in range(rounds):
+            for arm in arms[number % 3 :] + arms[: number % 3]:
+                print(f"{arm}:", file=sys.stderr, flush=True)
+                command = command_of(arm, model, overlay, args.attention)
+                with serving(arm, command, Path(name) / "log") as address:
+                    found, first = asyncio.run(
+                        measure(address, concurrencies, long_tokens, number)
+                    )
+                results[arm].append(found)
+                if first is not None:
+                    firsts[arm] = first
     return report(args, concurrencies, results, firsts, long_tokens)
 
 
 def report(
     args: Any,
     concurrencies: list[int],
-    results: dict[str, list[dict[str, Any]]],
+    results: dict[str, list[list[dict[str, Any]]]],
     firsts: dict[str, float],
     long_tokens: int,
 ) -> int:
-    """Tables, targets, the exit code."""
-    rows, targets = [], []
-    rates = {
-        arm: [one["output_tokens_per_second"] for one in found]
-        for arm, found in results.items()
-    }
+    """Tables, targets, the exit code.
+
+    Args:
+        results: of every arm and round, a summary of each concurrency.
+    """
+    rows, targets, ratios = [], [], []
     for index, count in enumerate(concurrencies):
-        ours, overlay, alone = (rates[arm][index] for arm in (OURS, OVERLAY, ALONE))
-        first = [f"{results[arm][index]['ttft']['p50'] * 1e3:.0f}" for arm in results]
+        of_count = {arm: [r[index] for r in found] for arm, found in results.items()}
+        rates = {
+            arm: [one["output_tokens_per_second"] for one in found]
+            for arm, found in of_count.items()
+        }
+        ours, overlay, alone = (median(rates[arm]) for arm in (OURS, OVERLAY, ALONE))
+        first = [
+            f"{median(one['ttft']['p50'] for one in of_count[arm]) * 1e3:.0f}"
+            for arm in results
+        ]
         rows.append(
             [
                 str(count),
-                *(f"{rate:.0f}" for rate in (ours, overlay, alone)),
+                *(_with_range(rates[arm]) for arm in (OURS, OVERLAY, ALONE)),
                 f"{ours / overlay:.2f}",
                 f"{ours / alone:.2f}",
                 " / ".join(first),
             ]
         )
+        ratios.append(ours / overlay)
         least = 1.5 if count >= 8 else 1.0
         name = f"tokens/s over the overlay's, {count} at once"
         targets.append(Target(name, ours / overlay, least, at_least=True))
@@ -230,17 +252,26 @@ def report(
     for arm in (OVERLAY, ALONE):
         share = firsts[OURS] / firsts[arm]
         targets.append(Target(f"TTFT beside a long prompt over {arm}", share, 0.25))
-    failed = sum(one["failed"] for found in results.values() for one in found)
-    targets.append(Target("requests that failed", failed, 0))
     records = [
-        {"arm": arm, **one} for arm, found in results.items() for one in found
-    ] + [{"arm": arm, "ttft_beside_long": s} for arm, s in firsts.items()]
-    ratios = [ours / base for ours, base in zip(rates[OURS], rates[OVERLAY])]
+        {"arm": arm, "round": number, **one}
+        for arm, found in results.items()
+        for number, summaries in enumerate(found)
+        for one in summaries
+    ]
+    failed = sum(record["failed"] for record in records)
+    targets.append(Target("requests that failed", failed, 0))
+    records += [{"arm": arm, "ttft_beside_long": s} for arm, s in firsts.items()]
     figure = (
         f"tokens/s over mlx_lm.server under the overlay: {min(ratios):.2f} x to "
         f"{max(ratios):.2f} x"
     )
     return finish(args, records, targets, figure)
+
+
+def _with_range(rates: list[float]) -> str:
+    if len(rates) == 1:
+        return f"{rates[0]:.0f}"
+    return f"{median(rates):.0f} ({min(rates):.0f} .. {max(rates):.0f})"
 
 
 if __name__ == "__main__":

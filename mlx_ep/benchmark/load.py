@@ -6,11 +6,11 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
+from mlx_ep.benchmark.wire import Wire
 
 _WORDS = """
 memory cache daemon thread packet kernel socket buffer stack queue worker server client
@@ -109,12 +109,7 @@ class Target:
         chat: bool = True,
     ) -> None:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx.AsyncClient(
-            headers=headers,
-            timeout=httpx.Timeout(seconds),
-            limits=httpx.Limits(max_connections=connections),
-            trust_env=False,
-        )
+        self._wire = Wire(address, headers, connections, seconds)
         self._address, self._model = address.rstrip("/"), model
         self._body, self._chat = dict(body or {}), chat
         # Tokens of a prompt: of its template, and of each word.
@@ -124,7 +119,7 @@ class Target:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._client.aclose()
+        self._wire.close()
 
     async def measure_words(self) -> None:
         """Find how many tokens a word is, by two requests.
@@ -164,28 +159,30 @@ class Target:
             body["messages"] = [{"role": "user", "content": prompt}]
         else:
             body["prompt"] = prompt
-        url = f"{self._address}/{'chat/completions' if is_chat else 'completions'}"
+        text = json.dumps(body).encode()
         reply = Reply(number, time.perf_counter())
         try:
-            async with self._client.stream("POST", url, json=body) as response:
-                if response.status_code != 200:
-                    text = (await response.aread()).decode(errors="replace")
-                    reply.error = f"HTTP {response.status_code}: {text[:300]}"
-                else:
-                    await _read(response.aiter_raw(), reply)
-        except httpx.HTTPError as error:
+            answer = await self._wire.post(
+                "/chat/completions" if is_chat else "/completions", text
+            )
+            if answer.status == 200:
+                reply.ended = time.perf_counter()
+                _read(answer.parts, reply)
+            else:
+                said = answer.body.decode(errors="replace")
+                reply.error = f"HTTP {answer.status}: {said[:300]}"
+        except OSError as error:
             reply.error = f"{type(error).__name__}: {error}"
-        reply.ended = time.perf_counter()
+        reply.ended = reply.ended or time.perf_counter()
         if not reply.error and not reply.output_tokens:
             reply.error = "the stream ended without its usage"
         return reply
 
 
-async def _read(parts: AsyncIterator[bytes], reply: Reply) -> None:
+def _read(parts: Iterable[tuple[float, bytes]], reply: Reply) -> None:
     """Take the times and counts from a stream of server-sent events."""
     held = b""
-    async for part in parts:
-        now = time.perf_counter()
+    for now, part in parts:
         held += part
         *events, held = held.split(b"\n\n")
         for event in events:

@@ -1,7 +1,7 @@
 """How a model is made expert-parallel: one record, and the names that it takes."""
 
 from mlx_ep.config.flag import Flag, Setting
-from mlx_ep.config.record import EPConfig, RunnerName, settings
+from mlx_ep.config.record import EPConfig, OverlapMode, RunnerName, settings
 from mlx_ep.config.strategies import (
     ALIASES,
     AllToAllMode,
@@ -14,6 +14,7 @@ __all__ = [
     "AllToAllMode",
     "EPConfig",
     "Flag",
+    "OverlapMode",
     "RunnerName",
     "Setting",
     "StrategyName",

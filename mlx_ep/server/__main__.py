@@ -9,10 +9,12 @@ import threading
 from dataclasses import replace
 from types import FrameType
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_ep import cli
-from mlx_ep.comm import Comm, agreed
+from mlx_ep.comm import Comm, GroupComm, agreed, default_cpu_stream
+from mlx_ep.config import EPConfig
 from mlx_ep.cost.shape import ModelShape
 from mlx_ep.loading import (
     checkpoint_weights,
@@ -85,6 +87,7 @@ def main() -> None:
 
 
 def _serve(args: argparse.Namespace, comm: Comm, ending: Ending) -> None:
+    comm = _in_one_stream(comm, args.config)
     config = {"chat_template": args.chat_template} if args.chat_template else {}
     with cli.usage_errors():
         if args.use_default_chat_template:
@@ -119,6 +122,19 @@ def _serve(args: argparse.Namespace, comm: Comm, ending: Ending) -> None:
     print(f"serving {names.names[0]} at http://{host}:{number}/v1", flush=True)
     engine.run()
     listener.stop()
+
+
+def _in_one_stream(comm: Comm, config: EPConfig) -> Comm:
+    """Collectives on the thread that computes, where that is a CPU's.
+
+    On a thread of their own every layer is handed over twice, and a CPU that waits for
+    other ranks has nothing else to compute, unless it was told so. The server has no
+    loop of mlx-lm's, whose stream would be another one.
+    """
+    computes_here = mx.default_device().type == mx.cpu and config.overlap != "single"
+    if not computes_here or not isinstance(comm, GroupComm):
+        return comm
+    return GroupComm(comm.group, stream=default_cpu_stream)
 
 
 def _choose_attention(args: argparse.Namespace, comm: Comm) -> None:

@@ -59,7 +59,7 @@ class SequenceSampler:
     def __post_init__(self) -> None:
         sampling = self.request.sampling
         self._processors = make_logits_processors(
-            sampling.logit_bias or None,
+            None,  # biases of all rows are added at once
             sampling.repetition_penalty,
             sampling.repetition_context_size,
             sampling.presence_penalty,
@@ -83,7 +83,7 @@ class SequenceSampler:
     def change(
         self, logits: Float[mx.array, "1 V"], tokens: list[int]
     ) -> Float[mx.array, "1 V"]:
-        """The logits with penalties, biases and the grammar.
+        """The logits, which have their biases, with penalties and the grammar.
 
         Args:
             tokens: of the sequence so far, with the prompt.
@@ -174,6 +174,7 @@ def draw_all(
         samplers: of every row.
         tokens: so far, of every row.
     """
+    logits = _with_biases(logits, samplers)
     if any(sampler.changes_logits for sampler in samplers):
         rows = [
             sampler.change(logits[row : row + 1], tokens[row])
@@ -189,6 +190,24 @@ def draw_all(
     }
     mx.async_eval(drawn, details)
     return Drawn(drawn, details)
+
+
+def _with_biases(
+    logits: Float[mx.array, "B V"], samplers: Sequence[SequenceSampler]
+) -> Float[mx.array, "B V"]:
+    """Every row's `logit_bias` is added in one operation; mlx-lm has one for each."""
+    rows: list[int] = []
+    tokens: list[int] = []
+    values: list[float] = []
+    for row, sampler in enumerate(samplers):
+        bias = sampler.request.sampling.logit_bias
+        rows += [row] * len(bias)
+        tokens += bias.keys()
+        values += bias.values()
+    if not rows:
+        return logits
+    added = mx.array(values).astype(logits.dtype)
+    return logits.at[mx.array(rows), mx.array(tokens)].add(added)
 
 
 def _draw_groups(logprobs: mx.array, samplers: Sequence[SequenceSampler]) -> mx.array:
