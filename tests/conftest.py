@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import shape_checks
 from tests.support.private import user_folder
 from tests.support.tiers import require
+
+shape_checks.make_cheaper()  # before a test imports this package
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -368,10 +368,10 @@ def _rank_main(directory: Path) -> None:
 
         is_forked = "mlx_ep.api" in sys.modules
         if rank == 0 and os.environ.get("PYTEST_CURRENT_TEST") and not is_forked:
-            from jaxtyping import install_import_hook
+            from tests.support import shape_checks
 
             # On one rank, and not for all rooms, which takes 3 seconds more.
-            install_import_hook(CHECKED, "beartype.beartype")
+            shape_checks.install(CHECKED)
         # Before the test module is imported: what it imports may initialise too,
         # and the first call decides the transport.
         backend = transport if num_ranks > 1 else "ring"
