@@ -310,7 +310,9 @@ def main() -> None:
             packings = chosen_packings(args.packings, args.quick)
             widths = chosen_widths(args.widths, args.quick, packings)
             if (file := args.output) is not None:
-                cli.on_rank_0(lambda: cli.check_output("--output", file), comm)
+                cli.on_rank_0(
+                    lambda: cli.check_output("--output", file), comm, "--output"
+                )
             sizes = _bundle_model(args, comm)
             if args.pin:
                 pin_ranks(comm)

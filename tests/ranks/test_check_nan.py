@@ -40,9 +40,7 @@ main()
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_nan_on_one_rank_ends_all(num_ranks):
     outcomes = run_commands(num_ranks, [sys.executable, "-c", PROGRAM])
-    reason = (
-        f"NaN on rank {num_ranks - 1}, layer 2: in what this rank's experts give"
-    )
+    reason = f"NaN on rank {num_ranks - 1}, layer 2: in what this rank's experts give"
     for outcome in outcomes:
         assert outcome.returncode == 2, outcome
         assert outcome.stderr.count(reason) == 1
