@@ -310,8 +310,10 @@ def main() -> None:
         with cli.usage_errors():
             packings = chosen_packings(args.packings, args.quick)
             widths = chosen_widths(args.widths, args.quick, packings)
-            if args.output is not None and args.output.is_dir():
-                raise ValueError(f"--output must be a file; {args.output} is a folder.")
+            if (file := args.output) is not None:
+                cli.on_rank_0(
+                    lambda: cli.check_output("--output", file), comm, "--output"
+                )
             sizes = _bundle_model(args, comm)
             if args.pin:
                 pin_ranks(comm)

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import shape_checks
 from tests.support.private import user_folder
-from tests.support.shape_memo import keep_apart
 from tests.support.tiers import require
+
+shape_checks.make_cheaper()  # before a test imports this package
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    keep_apart()
     # What warm-up measures is kept for later runs of the tests, not of the user.
     os.environ["XDG_CACHE_HOME"] = str(user_folder("mlx-ep-tests"))
     config.addinivalue_line(

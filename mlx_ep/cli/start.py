@@ -53,7 +53,7 @@ def run(
                 # would take its part of that step's collectives away from the others.
                 comm.barrier()
         except FloatingPointError as error:  # of the only rank
-            parser.exit(1, f"{parser.prog}: error: {error}\n")
+            parser.exit(2, f"{parser.prog}: error: {error}\n")
         except UsageError as error:  # every rank is here, with the same text
             _exit_by_usage(parser, str(error), comm.rank)
 

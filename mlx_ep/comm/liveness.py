@@ -151,12 +151,13 @@ def fail_with(error: BaseException) -> NoReturn:
         channel.fail(f"SystemExit: {error.code}", code)
     reason = shortened(" ".join(f"{type(error).__name__}: {error}".split()))
     details = shortened("".join(traceback.format_exception(error)), MOST_DETAILS)
+    code = 1
     if isinstance(error, FloatingPointError):  # NaN: the model's fault, not the code's
-        details = ""
+        reason, details, code = str(error), "", 2
     # A collective raises RuntimeError when a peer is gone. Word of why that peer went
     # says more than our traceback would.
     grace = ROOT_CAUSE_GRACE if isinstance(error, RuntimeError) else 0.0
-    channel.announce(f"rank {channel.rank} failed: {reason}", 1, details, grace)
+    channel.announce(f"rank {channel.rank} failed: {reason}", code, details, grace)
 
 
 def on_end(say_goodbye: Callable[[str], object] | None) -> None:

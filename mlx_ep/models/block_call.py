@@ -79,6 +79,7 @@ class BlockView:
         reduce: Reduce | None,
     ) -> None:
         self._block, self._stubs, self._reduce = block, stubs, reduce
+        vars(self).update(stubs)  # found without `__getattr__`
         self._call = self._own(block_class.__call__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -90,9 +91,9 @@ class BlockView:
         )
 
     def __getattr__(self, name: str) -> Any:
-        if name in self._stubs:
-            return self._stubs[name]
-        value = getattr(self._block, name)
+        block = self._block
+        # Layers and arrays, which a module is a dictionary of: without its own Python.
+        value = block[name] if name in block else getattr(block, name)
         if isinstance(value, MethodType) and value.__self__ is self._block:
             # Helpers must see the stubs too.
             return MethodType(self._own(value.__func__), self)

@@ -102,6 +102,10 @@ class BlockState:
         is_beside = overlap.wanted != "none" and not form.partial_shared
         return call.view(switch, started if is_beside else None)
 
+    @cached_property
+    def _switch_module(self) -> nn.Module:
+        return self.form.site.switch
+
     def _routed_sum(
         self, x: mx.array, ids: mx.array, gates: mx.array, dtype: mx.Dtype
     ) -> mx.array:
@@ -114,7 +118,7 @@ class BlockState:
             ids,
             gates.reshape(-1, top_k).astype(mx.float32),
         )
-        rows, runner = x.reshape(-1, x.shape[-1]), switch_runner(self.form.site.switch)
+        rows, runner = x.reshape(-1, x.shape[-1]), switch_runner(self._switch_module)
         total = self.group.weighted_sum(rows, routing, runner)
         return total.astype(dtype).reshape(*lead, total.shape[1])
 

@@ -69,7 +69,7 @@ class OutputsStandIn:
         Raises:
             TypeError: it is another sum, or one without gates.
         """
-        if axis not in (-2, self.ndim - 2) or self._gates is None:
+        if self._gates is None or (axis != -2 and axis != self.ndim - 2):
             raise TypeError("experts' outputs are not summed with their gates")
         return self._routed_sum(self._x, self._ids, self._gates, self.dtype)
 

@@ -261,7 +261,10 @@ class ExpertGroup:
     ) -> Any:
         """A stage of a layer, known to the other ranks and timed."""
         note_layer(self.step.layer, name)
-        return self._timings.run(name, function, *args, barrier=barrier)
+        timings = self._timings
+        if not timings.enabled:
+            return function(*args)
+        return timings.run(name, function, *args, barrier=barrier)
 
     def _end(self, output: mx.array) -> None:
         """The layer is built; a prompt is evaluated at the boundary of a group."""
@@ -355,11 +358,12 @@ class ExpertGroup:
         return self.step.tokens
 
     def _used(self, routing: Routing) -> Routing:
-        return self._limited(self._agreed(routing))
+        agreed = self._agreed(routing) if self.share_routing else routing
+        return agreed if self.capacity is None else self._limited(agreed)
 
     def _agreed(self, routing: Routing) -> Routing:
         """Rank 0's routing, where ranks may have rounded to different experts."""
-        if not self.share_routing or self.strategy.is_sharded:
+        if self.strategy.is_sharded:
             return routing
         # Ids are below 2^24, which float32 holds exactly: one collective for both.
         ids = routing.expert_ids.astype(mx.float32)

@@ -83,8 +83,8 @@ class Pools:
     def describe(self, sizes: KvSizes) -> str:
         """For a person, one line a rank."""
         return "\n".join(
-            f"rank {rank}: KV caches of running requests {format_bytes(running)} "
-            f"({running // max(sizes.held(1), 1)} tokens of one), prefix cache "
+            f"rank {rank}: KV caches {format_bytes(running)} (one of "
+            f"{running // max(sizes.held(1), 1)} tokens), prefix cache "
             f"{format_bytes(kept)}"
             for rank, (running, kept) in enumerate(zip(self.running, self.kept))
         )

@@ -196,6 +196,7 @@ CALIBRATE = [
     ("--packings x", "--packings must be some of"),
     ("--widths 100,100", "--widths must be two multiples of 256"),
     ("--output {DIR}", "--output must be a file"),
+    ("--output /no/such/profile.json", "--output must be a file in a folder"),
 ]
 OVERLAY = [
     ("", "required: model"),

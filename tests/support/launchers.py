@@ -69,7 +69,8 @@ def mpirun_command(num_ranks: int) -> tuple[list[str], dict[str, str]]:
         for prefix in ("OMPI", "PRTE")
         for suffix in ("", "_CONFIRM")
     }
-    variables["MLX_MPI_LIBNAME"] = library.name
+    # Whole: a forked rank's dynamic loader does not see LD_LIBRARY_PATH change.
+    variables["MLX_MPI_LIBNAME"] = str(library)
     for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"):
         paths = [str(library.parent), os.environ.get(name, "")]
         variables[name] = os.pathsep.join(path for path in paths if path)

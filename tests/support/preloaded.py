@@ -13,12 +13,9 @@ def import_all(checks_shapes: bool) -> None:
         checks_shapes: as pytest checks them in its own process.
     """
     if checks_shapes:
-        from jaxtyping import install_import_hook
+        from tests.support import shape_checks
 
-        from tests.support.shape_memo import keep_apart
-
-        install_import_hook("mlx_ep", "beartype.beartype")
-        keep_apart()
+        shape_checks.install("mlx_ep")
     import mlx_lm.server  # noqa: F401
     from transformers import AutoTokenizer  # noqa: F401
 

@@ -4,9 +4,9 @@
 a command line on every rank. Neither goes through `mlx.launch`, which returns 0
 even when every rank fails.
 
-In a test, ranks over the ring and commands are forked (`tests/support/forked.py`), and
-ranks of `run_ranks` check all shapes; over MPI they start from nothing, and rank 0
-checks those of the rooms in `CHECKED`.
+In a test, ranks and commands are forked (`tests/support/forked.py`), and ranks of
+`run_ranks` check all shapes. Those that start from nothing cost more: there rank 0
+checks the shapes of the rooms in `CHECKED`.
 
 pytest is not needed here.
 """
@@ -35,6 +35,7 @@ from tests.support.launchers import (
     ring_variables,
 )
 from tests.support.link import Link
+from tests.support.mpi_forks import MPIForks, stand_in_command
 
 __all__ = [
     "RankOutcome",
@@ -250,9 +251,17 @@ def _run_job(
     environment = rank_environment(env)
     if not checks_shapes:
         environment.pop("PYTEST_CURRENT_TEST", None)
-    is_forked = checks_shapes and transport == "ring" and can_fork(command, environment)
+    is_forked = checks_shapes and can_fork(command, environment)
     deadline = time.monotonic() + timeout
-    with (directory / "launcher").open("wb") as log:
+    with (
+        (directory / "launcher").open("wb") as log,
+        Path(os.devnull).open("rb") as nothing,
+    ):
+
+        def fork(variables: Mapping[str, str]) -> ForkedProcess:
+            return ForkedProcess(command, variables, (nothing, log, log), True)
+
+        forks = MPIForks(directory, fork)
         # mlx 0.32.4 under mpirun -n 1 calls MPI_Init and never MPI_Finalize, which
         # mpirun reports as a failure: one rank needs no launcher anyway.
         processes: list[Process]
@@ -262,11 +271,7 @@ def _run_job(
                 ring = link.between(ring, directory)
             environments = [environment | variables for variables in ring]
             if is_forked:
-                with Path(os.devnull).open("rb") as nothing:
-                    processes = [
-                        ForkedProcess(command, variables, (nothing, log, log), True)
-                        for variables in environments
-                    ]
+                processes = [fork(variables) for variables in environments]
             else:
                 processes = [
                     subprocess.Popen(
@@ -280,9 +285,10 @@ def _run_job(
                 ]
         elif transport == "mpi":
             argv, variables = mpirun_command(num_ranks)
+            started = stand_in_command(directory) if is_forked else command
             processes = [
                 subprocess.Popen(
-                    argv + command,
+                    argv + started,
                     env=environment | variables,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -294,6 +300,7 @@ def _run_job(
         problem = None
         try:
             while any(process.poll() is None for process in processes):
+                processes += forks.advance()
                 failed = any(process.poll() for process in processes) or any(
                     (directory / f"failed.{rank}").exists() for rank in range(num_ranks)
                 )
@@ -361,13 +368,10 @@ def _rank_main(directory: Path) -> None:
 
         is_forked = "mlx_ep.api" in sys.modules
         if rank == 0 and os.environ.get("PYTEST_CURRENT_TEST") and not is_forked:
-            from jaxtyping import install_import_hook
-
-            from tests.support.shape_memo import keep_apart
+            from tests.support import shape_checks
 
             # On one rank, and not for all rooms, which takes 3 seconds more.
-            install_import_hook(CHECKED, "beartype.beartype")
-            keep_apart()
+            shape_checks.install(CHECKED)
         # Before the test module is imported: what it imports may initialise too,
         # and the first call decides the transport.
         backend = transport if num_ranks > 1 else "ring"
