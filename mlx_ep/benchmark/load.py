@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_ep.benchmark.wire import Wire
+from mlx_ep.benchmark.wire import EndpointClient
 
 _WORDS = """
 memory cache daemon thread packet kernel socket buffer stack queue worker server client
@@ -109,7 +109,7 @@ class Target:
         chat: bool = True,
     ) -> None:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._wire = Wire(address, headers, connections, seconds)
+        self._wire = EndpointClient(address, headers, connections, seconds)
         self._address, self._model = address.rstrip("/"), model
         self._body, self._chat = dict(body or {}), chat
         # Tokens of a prompt: of its template, and of each word.

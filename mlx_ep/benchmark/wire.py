@@ -17,7 +17,7 @@ import httptools
 
 
 @dataclass
-class Answer:
+class HttpAnswer:
     """What came: the status, and each part of the body with its time, in s."""
 
     status: int = 0
@@ -28,7 +28,7 @@ class Answer:
         return b"".join(part for _, part in self.parts)
 
 
-class Wire:
+class EndpointClient:
     """Connections to one server, kept open between requests.
 
     Args:
@@ -53,7 +53,7 @@ class Wire:
         self._room = asyncio.Semaphore(connections)
         self._idle: list[_Connection] = []
 
-    async def post(self, path: str, body: bytes) -> Answer:
+    async def post(self, path: str, body: bytes) -> HttpAnswer:
         """One request, and its complete answer.
 
         Raises:
@@ -69,7 +69,7 @@ class Wire:
             except TimeoutError:
                 raise TimeoutError(f"no answer within {self._seconds:g} s") from None
 
-    async def _exchange(self, request: bytes) -> Answer:
+    async def _exchange(self, request: bytes) -> HttpAnswer:
         while self._idle:
             answer = await self._over(self._idle.pop(), request)
             if answer is not None:
@@ -84,7 +84,7 @@ class Wire:
             raise ConnectionResetError("the server closed the connection")
         return answer
 
-    async def _over(self, connection: _Connection, request: bytes) -> Answer | None:
+    async def _over(self, connection: _Connection, request: bytes) -> HttpAnswer | None:
         """None where the connection ended before a byte of the answer."""
         try:
             answer = await connection.ask(request)
@@ -107,16 +107,16 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
-        self._answer = Answer()
-        self._done: asyncio.Future[Answer | None] | None = None
+        self._answer = HttpAnswer()
+        self._done: asyncio.Future[HttpAnswer | None] | None = None
         self._ends_with_connection = False
 
     @property
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def ask(self, request: bytes) -> asyncio.Future[Answer | None]:
-        self._answer = Answer()
+    def ask(self, request: bytes) -> asyncio.Future[HttpAnswer | None]:
+        self._answer = HttpAnswer()
         self._done = asyncio.get_running_loop().create_future()
         self._parser = httptools.HttpResponseParser(self)
         self._ends_with_connection = False
@@ -179,7 +179,7 @@ class _Connection(asyncio.Protocol):
             self._transport.close()
         self._end(self._answer)
 
-    def _end(self, result: Answer | Exception | None) -> None:
+    def _end(self, result: HttpAnswer | Exception | None) -> None:
         if self._done is None or self._done.done():
             return
         if isinstance(result, Exception):

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from mlx_ep.benchmark.wire import Answer, Wire
+from mlx_ep.benchmark.wire import EndpointClient, HttpAnswer
 
 CHUNKED = (
     b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -51,12 +51,14 @@ class _Server:
 
 
 def _with_wire(
-    server: _Server, use: Callable[[Wire], Awaitable[None]], seconds: float = 5.0
+    server: _Server,
+    use: Callable[[EndpointClient], Awaitable[None]],
+    seconds: float = 5.0,
 ) -> None:
     async def run() -> None:
         listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
         port = listener.sockets[0].getsockname()[1]
-        wire = Wire(f"http://127.0.0.1:{port}/v1", {"x-a": "b"}, 2, seconds)
+        wire = EndpointClient(f"http://127.0.0.1:{port}/v1", {"x-a": "b"}, 2, seconds)
         await use(wire)
         wire.close()
         await asyncio.gather(*server.tasks)
@@ -66,14 +68,14 @@ def _with_wire(
     asyncio.run(run())
 
 
-def _post(wire: Wire) -> Awaitable[Answer]:
+def _post(wire: EndpointClient) -> Awaitable[HttpAnswer]:
     return wire.post("/completions", b"{}")
 
 
 def test_a_connection_serves_one_request_after_another() -> None:
     server = _Server(CHUNKED, SIZED, CHUNKED)
 
-    async def use(wire: Wire) -> None:
+    async def use(wire: EndpointClient) -> None:
         for status, body in ((200, b"abcde"), (404, b"no"), (200, b"abcde")):
             answer = await _post(wire)
             assert (answer.status, answer.body) == (status, body)
@@ -95,7 +97,7 @@ def test_a_connection_serves_one_request_after_another() -> None:
 def test_a_server_that_closes_gets_a_new_connection(answer: bytes) -> None:
     server = _Server(answer, closes=True)
 
-    async def use(wire: Wire) -> None:
+    async def use(wire: EndpointClient) -> None:
         for _ in range(3):
             assert (await _post(wire)).body == b"abcde"
 
@@ -112,7 +114,7 @@ def test_a_server_that_closes_gets_a_new_connection(answer: bytes) -> None:
     ],
 )
 def test_half_an_answer_is_an_error(answer: bytes, said: str) -> None:
-    async def use(wire: Wire) -> None:
+    async def use(wire: EndpointClient) -> None:
         with pytest.raises(ConnectionError, match=said):
             await _post(wire)
 
@@ -123,7 +125,7 @@ def test_late_answers_and_cancelled_requests_close_their_connections() -> None:
     async def run(seconds: float, cancel: bool) -> None:
         server = _Server(CHUNKED[:-9])
 
-        async def use(wire: Wire) -> None:
+        async def use(wire: EndpointClient) -> None:
             request = asyncio.ensure_future(_post(wire))
             if cancel:
                 await asyncio.sleep(0.05)
