@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 from jaxtyping import Float, Float32, Int32, Shaped, UInt32
 
@@ -203,15 +205,14 @@ def quantize_rows(
     has_codes = is_finite & (largest >= SMALLEST)
     if form == "int8":
         steps = mx.where(has_codes, largest.view(mx.float32) / 127, 0.0)
-        codes = mx.round(values / mx.where(has_codes, steps, 1.0))
-        codes = mx.where(has_codes, codes, 0.0).astype(mx.int8)
+        codes = _int8_codes(values, steps, has_codes)
         scales = mx.where(is_finite, steps, float("nan")).view(mx.uint32)
     else:
         # The smallest power of two that leaves nothing above 448, 1.75 * 2^8.
         exponents = ((largest + 0x1FFFFF) >> 23).astype(mx.int32) - 8
         exponents = mx.where(has_codes, exponents, mx.where(is_finite, 0, 255))
         inverse = mx.where(has_codes, (254 - exponents) << 23, 0).view(mx.float32)
-        codes = mx.where(has_codes, mx.to_fp8(values * inverse), 0).astype(mx.uint8)
+        codes = mx.to_fp8(_products(has_codes, values, inverse))
         scales = exponents.astype(mx.uint8).reshape(num_rows, -1).view(mx.uint32)
     words = codes.reshape(num_rows, -1).view(mx.uint32)[:, : -(-width // 4)]
     return mx.concatenate([words, scales.reshape(num_rows, segments)], axis=1)
@@ -247,11 +248,32 @@ def dequantize_rows(
         exponents = scale_words.view(mx.uint8).astype(mx.int32)
         scales = (exponents << 23).view(mx.float32)
         scales = mx.where(exponents == 255, float("nan"), scales)
-    grouped = values.reshape(num_rows, scales.shape[1], -1) * scales[..., None]
-    rows = grouped.reshape(num_rows, -1)[:, :width]
+    grouped = values.reshape(num_rows, scales.shape[1], -1)
     if dtype == mx.float16:
-        rows = mx.where(mx.abs(rows) > 65504, mx.sign(rows) * 65504, rows)
-    return rows.astype(dtype)
+        rows = grouped * scales[..., None]
+        rows = mx.where(mx.abs(rows) > 65504, mx.sign(rows) * 65504, rows).astype(dtype)
+    else:
+        rows = _scaled(grouped, scales[..., None], mx.zeros((), dtype))
+    return rows.reshape(num_rows, -1)[:, :width]
+
+
+# One pass over the values each, where MLX's operations one by one are five.
+
+
+@partial(mx.compile, shapeless=True)
+def _int8_codes(values: mx.array, steps: mx.array, has_codes: mx.array) -> mx.array:
+    codes = mx.round(values / mx.where(has_codes, steps, 1.0))
+    return mx.where(has_codes, codes, 0.0).astype(mx.int8)
+
+
+@partial(mx.compile, shapeless=True)
+def _products(has_codes: mx.array, values: mx.array, inverse: mx.array) -> mx.array:
+    return mx.where(has_codes, values * inverse, 0.0)
+
+
+@partial(mx.compile, shapeless=True)
+def _scaled(values: mx.array, scales: mx.array, like: mx.array) -> mx.array:
+    return (values * scales).astype(like.dtype)
 
 
 def expert_glu(

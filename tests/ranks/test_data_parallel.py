@@ -235,6 +235,17 @@ def test_the_command(tmp_path: Path) -> None:
     assert others == [records, records]
 
 
+def test_rows_in_8_bits_by_a_flag(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("What is a daemon?\n\nDefine deadlock.\n")
+    command = [*GENERATE, "--max-tokens", "3", "--prompts-file", str(file)]
+    command += ["--attention", "data", "--dispatch-dtype", "int8"]
+    first, second = run_commands(2, command)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr
+    answers = [json.loads(line) for line in first.stdout.splitlines()]
+    assert answers and all(answer["text"] for answer in answers)
+
+
 def test_wrong_usage(tmp_path: Path) -> None:
     contents = {
         "good": "a prompt",

@@ -96,6 +96,8 @@ GENERATE = [
     ("--ranks 7", "the number of ranks asked for must be the number started, got 7"),
     ("--strategy foo", "invalid choice: 'foo'"),
     ("--strategy gathered", "--strategy replicated goes with"),
+    ("--dispatch-dtype int8", "needs rows that travel"),
+    ("--dispatch-dtype fp8", "invalid choice: 'fp8'"),
     ("--strategy normal --mode low_latency", "Give one of the two"),
     ("--attention data", "it needs --prompts-file"),
     ("--attention tensor --strategy gathered", "needs the same tokens on all ranks"),
