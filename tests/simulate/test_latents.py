@@ -35,7 +35,8 @@ def test_sizes_are_those_of_the_model(tmp_path: Path, q_rank: int | None) -> Non
     embedding = sizes.vocabulary * sizes.width
     matrices = sizes.dense_weights - embedding + sizes.expert_weights
     matrices += sizes.gate_weights
-    assert 2 * matrices == shape.num_bytes
+    biases = sizes.num_moe_layers * sizes.num_experts  # of the routers
+    assert 2 * (matrices + biases) == shape.num_bytes
     assert replace(sizes, latents=None).kv_split(4) == 4 and sizes.kv_split(4) == 1
 
 
