@@ -302,7 +302,13 @@ def _bundle_model(args: argparse.Namespace, comm: Comm) -> ModelSizes | None:
     path = find_model(args.model, None, download="ranges")
     folder = Path(args.model).expanduser()
     name = args.model_name or (folder.name if folder.exists() else args.model)
-    return read_model(name, path / "config.json")
+    sizes = read_model(name, path / "config.json")
+    if sizes.latents:
+        raise ValueError(
+            "--bundle needs a model with grouped-query attention: a bundle has no "
+            f"kernels of latents, which {name} has. Measure a profile."
+        )
+    return sizes
 
 
 def main() -> None:

@@ -184,7 +184,8 @@ def _group(
         raise ValueError(
             f"{weights / GIB:.1f} GiB of weights, {limit / GIB:.1f} GiB of memory"
         )
-    token_bytes = sizes.kv_token_bytes(settings.kv_itemsize) / split
+    held = sizes.kv_token_bytes(settings.kv_itemsize)
+    token_bytes = held / sizes.kv_split(split)
     pool: KvPool = kv_blocks(limit, weights, token_bytes, settings, utilization=1.0)
     return tuple(
         Instance(

@@ -171,7 +171,9 @@ class Simulation:
                 self.cluster.instances_link
                 if instance.node == self._decoders[0][0].node
                 else self.cluster.nodes_link,
-                num_bytes * request.asked.input_tokens / instance.tp,
+                num_bytes
+                * request.asked.input_tokens
+                / instance.model.kv_split(instance.tp),
             )
             ready = group.time + round(wait)
             heapq.heappush(self._heap, (ready, next(self._order), request))

@@ -71,7 +71,8 @@ def kv_pool(
             f"{limit / GIB:.2f}GB (of one device, at a utilization of "
             f"{settings.memory_utilization:g}); use more devices or memory",
         )
-    token_bytes = model.kv_token_bytes(settings.kv_itemsize) / (tp * pp)
+    split = model.kv_split(tp) * pp
+    token_bytes = model.kv_token_bytes(settings.kv_itemsize) / split
     try:
         return kv_blocks(
             limit, weights, token_bytes, settings, settings.memory_utilization

@@ -16,8 +16,36 @@ _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Latents:
+    """The attention of DeepSeek (MLA): a token's keys and values come from one latent.
+
+    Attributes:
+        kv_rank, q_rank: of the latents of keys and values, and of queries; 0: queries
+            have none.
+        rope_width: of a key's part with the position, one for all heads.
+        key_width, value_width: of a head, the key without that part.
+    """
+
+    kv_rank: int
+    q_rank: int
+    rope_width: int
+    key_width: int
+    value_width: int
+
+    def weights(self, width: int, heads: int) -> int:
+        """Numbers of the matrices of a layer."""
+        query = heads * (self.key_width + self.rope_width)
+        queries = width * query
+        if self.q_rank:
+            queries = self.q_rank * (width + query)
+        inner = heads * (self.key_width + self.value_width)
+        keys = width * (self.kv_rank + self.rope_width) + self.kv_rank * inner
+        return queries + keys + heads * self.value_width * width
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """A decoder with grouped-query attention and, maybe, routed experts.
+    """A decoder with grouped-query attention or latents and, maybe, routed experts.
 
     Attributes:
         name: as the cluster file calls it.
@@ -31,6 +59,8 @@ class ModelSizes:
         packed_bytes: of a number of a quantized matrix, its scales included; 0: the
             model is not quantized.
         config: all of config.json.
+        latents: of the attention, where it has them; the widths of heads above are then
+            not its own.
     """
 
     name: str
@@ -49,6 +79,7 @@ class ModelSizes:
     is_tied: bool
     packed_bytes: float | int
     config: dict[str, Any]
+    latents: Latents | None = None
 
     @property
     def is_moe(self) -> bool:
@@ -70,6 +101,8 @@ class ModelSizes:
         """Numbers of all matrices but experts and routers."""
         heads = self.num_heads + 2 * self.num_kv_heads
         attention = self.width * self.head_dim * (heads + self.num_heads)
+        if self.latents:
+            attention = self.latents.weights(self.width, self.num_heads)
         without = self.num_layers - self.num_moe_layers
         return (
             self.vocabulary * self.width * (1 if self.is_tied else 2)
@@ -101,8 +134,17 @@ class ModelSizes:
         return round((dense / tp + held + gates) / pp)
 
     def kv_token_bytes(self, itemsize: int) -> int:
-        """Of keys and values of one token, of all layers."""
+        """Of what is kept of one token, of all layers."""
+        if self.latents:
+            kept = self.latents.kv_rank + self.latents.rope_width
+            return self.num_layers * kept * itemsize
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+    def kv_split(self, tp: int) -> int:
+        """How many devices share what is kept of a token: heads are split, latents are
+        whole on each.
+        """
+        return 1 if self.latents else tp
 
 
 def find_model(name: str, folders: Sequence[Path]) -> ModelSizes:
@@ -132,12 +174,12 @@ def read_model(name: str, file: Path) -> ModelSizes:
     if fields.has("text_config"):
         fields = fields.object("text_config")
         content = content["text_config"]
-    for key in ("kv_lora_rank", "linear_num_value_heads", "ssm_cfg"):
+    for key in ("index_topk", "linear_num_value_heads", "ssm_cfg"):
         if fields.has(key):
             raise fields.fail(
                 key,
                 "is of an attention that the simulator does not know; it knows "
-                "grouped-query attention.",
+                "grouped-query attention and latents.",
             )
     layers = fields.integer("num_hidden_layers", least=1)
     heads = fields.integer("num_attention_heads", least=1)
@@ -171,6 +213,17 @@ def read_model(name: str, file: Path) -> ModelSizes:
         is_tied=fields.flag("tie_word_embeddings", False),
         packed_bytes=_packed(fields),
         config=content,
+        latents=_latents(fields) if fields.has("kv_lora_rank") else None,
+    )
+
+
+def _latents(fields: Fields) -> Latents:
+    return Latents(
+        kv_rank=fields.integer("kv_lora_rank", least=1),
+        q_rank=fields.integer("q_lora_rank", 0),
+        rope_width=fields.integer("qk_rope_head_dim", least=1),
+        key_width=fields.integer("qk_nope_head_dim", least=1),
+        value_width=fields.integer("v_head_dim", least=1),
     )
 
 

@@ -144,6 +144,12 @@ def step_times(
     )
     if folder is None:
         return _profile_times(args, cluster, group, folders, note)
+    if first.model.latents:
+        raise ValueError(
+            f"{cluster.file}: {first.where}.hardware: {folder} is a bundle, whose "
+            f"kernels are of grouped-query attention; {first.model.name} has latents. "
+            "Use a profile."
+        )
     note(f"{first.where}: times from {folder}")
     times = BundleTimes(
         cluster,

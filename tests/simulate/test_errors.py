@@ -235,7 +235,8 @@ def test_bad_flags(case: int, folder: Path) -> None:
     [
         ({"hidden_size": None}, "hidden_size: is missing"),
         ({"num_experts_per_tok": 17}, "num_experts_per_tok: must be at most the 16"),
-        ({"kv_lora_rank": 8}, "kv_lora_rank: is of an attention that the simulator"),
+        ({"kv_lora_rank": 8}, "qk_rope_head_dim: is missing"),
+        ({"index_topk": 8}, "index_topk: is of an attention that the simulator"),
     ],
 )
 def test_bad_models(change: dict[str, Any], text: str, folder: Path) -> None:

@@ -99,6 +99,20 @@ def test_weights_take_turns_until_no_cache_holds_them(monkeypatch: Any) -> None:
     assert used == [0, 1, 2, 0]
 
 
+def test_a_slow_phase_does_not_fall_on_one_amount() -> None:
+    """The first time that 2 is measured something else runs; the fast half counts."""
+
+    class Disturbed(Timer):
+        def typical(self, call: Any) -> float:
+            assert self.seconds == 0.5
+            return float(next(given[call]))
+
+    calls: list[Any] = [object(), object()]
+    given = {calls[0]: iter([1.0, 1.0]), calls[1]: iter([9.0, 2.0])}
+    timer = Disturbed(init(), seconds=1.0, longest=1e9, quantile=0.0)
+    assert timer.series(list(zip((1.0, 2.0), calls))) == [(1.0, 1.0), (2.0, 2.0)]
+
+
 def test_attention_counts_what_was_measured() -> None:
     """MODEL: 200 multiply-adds and 4 scores of a query and a key."""
     model = replace(MODEL, attention_scores=4)
