@@ -131,9 +131,8 @@ def _measure_size(
             start = time.perf_counter()
             step()
             samples[mode].append(time.perf_counter() - start)
-        longest = max(times[0] for times in samples.values())
-        is_first = size == SIZES[kind][0]
-        if turn == 0 and not is_first:
+        if turn == 0 and size > SIZES[kind][0]:
+            longest = max(times[0] for times in samples.values())
             if max(gather_objects(comm, longest)) > MOST_SECONDS:
                 return None
     # The first one builds kernels and makes room.
