@@ -47,8 +47,8 @@ QUICK_TOKENS = (1, 16)
 LEAST_SHARE = 0.9
 LAYERS = 4
 SIZES = (
-    *(("decode", 1), ("decode", 2), ("decode", 8), ("decode", 32)),
-    *(("prompt", 16), ("prompt", 64), ("prompt", 256)),
+    *(("decode", 1), ("decode", 4), ("decode", 16)),
+    *(("prompt", 32), ("prompt", 128)),
 )
 QUICK_SIZES = (("decode", 8), ("prompt", 64))
 MODEL = tiny.QWEN2_MOE | {
@@ -238,7 +238,7 @@ def main():
     ]
     print(markdown_table(headers, lines) + "\n")
     sizes = QUICK_SIZES if args.quick else SIZES
-    samples = max(samples // 4, 5)
+    samples = max(samples // 6, 5)
     free = run_pinned(2, measure_steps, sizes, samples, timeout=300)
     with Link(LATENCY, BANDWIDTH) as link:
         slow = run_pinned(2, measure_steps, sizes, samples, timeout=300, link=link)

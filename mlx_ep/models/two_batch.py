@@ -186,7 +186,7 @@ class TwoBatch:
             inside = part
 
         try:
-            if self._num_timed % 2:
+            if is_timed and self._num_timed % 2:
                 outputs = []
                 for part, build in enumerate(builds):
                     enter(part)

@@ -58,6 +58,11 @@ def make_overlay(
             "mlx-lm's commands give every rank the same tokens: an overlay goes with "
             f"--strategy replicated only, got {config.strategy}."
         )
+    if config.overlap in ("two", "auto"):
+        raise ValueError(
+            "An overlay's model keeps its class, and steps in two need one of their "
+            f"own: it goes with --overlap none or single, got {config.overlap}."
+        )
     if (Path(model).expanduser() / OVERLAY_FILE).exists():
         raise ValueError(f"{model} is an overlay already; give the model itself.")
     source = find_model(model, revision).resolve()

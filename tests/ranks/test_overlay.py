@@ -346,6 +346,8 @@ def test_wrong_usage(tmp_path: Path) -> None:
     overlay = str(make_overlay(model, tmp_path / "overlay"))
     with pytest.raises(ValueError, match="no routed experts"):
         make_overlay(str(dense), tmp_path / "new")
+    with pytest.raises(ValueError, match="--overlap none or single, got two"):
+        make_overlay(model, tmp_path / "new", config=EPConfig(overlap="two"))
     with pytest.raises(ValueError, match="is an overlay already"):
         make_overlay(overlay, tmp_path / "new")
     with pytest.raises(ValueError, match="new or empty folder, or an overlay"):

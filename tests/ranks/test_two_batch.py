@@ -177,7 +177,7 @@ def peaks(group):
         config = EPConfig(overlap=overlap, runner="gather", warmup=False)
         mlx_ep.parallelize(model, group, config)
         mx.eval(model.parameters())
-        prompt = mx.random.randint(2, 300, (1, 1024), key=mx.random.key(0))
+        prompt = mx.random.randint(2, 300, (1, 512), key=mx.random.key(0))
         cache = make_prompt_cache(model)
         mx.clear_cache()
         mx.reset_peak_memory()

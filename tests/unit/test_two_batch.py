@@ -23,6 +23,7 @@ from mlx_ep.config import EPConfig
 from mlx_ep.exchange import InFlight
 from mlx_ep.models.halved_cache import HalvedCache, why_not_halved
 from mlx_ep.models.two_batch import LEAST_PROMPT, cut_step
+from mlx_ep.moe import MixtureOfExperts, RebalanceRule
 from mlx_ep.moe.overlap import Operation, Turns
 from tests.support import tiny
 from tests.support.architectures import ARCHITECTURES, make_model
@@ -185,6 +186,14 @@ def test_caches_that_cannot_be_cut_are_named(monkeypatch) -> None:
     model.make_cache = lambda: [ConcatenateKVCache() for _ in model.layers]
     with pytest.raises(ValueError, match=r"ConcatenateKVCache cannot .*single"):
         mlx_ep.parallelize(model, config=EPConfig(overlap="two", warmup=False))
+
+
+@pytest.mark.parametrize("overlap", ["two", "auto"])
+def test_what_it_does_not_go_with(overlap) -> None:
+    with pytest.raises(ValueError, match="two passes of a step, between which"):
+        RebalanceRule.of(EPConfig(overlap=overlap, rebalance_every=3), 2)
+    with pytest.raises(ValueError, match="MixtureOfExperts takes none or single"):
+        MixtureOfExperts(32, 32, 4, 2, config=EPConfig(overlap=overlap))
 
 
 def test_halves_are_made_anew_only_where_the_batch_changed() -> None:
