@@ -13,7 +13,11 @@ from mlx_ep.server.__main__ import _in_one_stream
 
 @pytest.mark.parametrize(
     ("overlap", "stream"),
-    [("none", default_cpu_stream), ("single", communication_stream)],
+    [
+        ("none", default_cpu_stream),
+        ("single", communication_stream),
+        ("two", communication_stream),
+    ],
 )
 def test_a_cpu_computes_and_talks_on_one_stream(overlap: str, stream: object) -> None:
     assert mx.default_device().type == mx.cpu
