@@ -131,7 +131,7 @@ def _in_one_stream(comm: Comm, config: EPConfig) -> Comm:
     other ranks has nothing else to compute, unless it was told so. The server has no
     loop of mlx-lm's, whose stream would be another one.
     """
-    computes_here = mx.default_device().type == mx.cpu and config.overlap != "single"
+    computes_here = mx.default_device().type == mx.cpu and config.overlap == "none"
     if not computes_here or not isinstance(comm, GroupComm):
         return comm
     return GroupComm(comm.group, stream=default_cpu_stream)
