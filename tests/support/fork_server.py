@@ -87,8 +87,8 @@ def _become(request: dict[str, Any], files: list[int]) -> list[str]:
         os.dup2(file, number)
     for file in files:
         os.close(file)
-    # At its end everything goes, as in a process of its own: MPI wants a farewell, which
-    # is said when the last object that holds its group is gone.
+    # At its end everything goes, as in a process of its own: MPI wants a farewell, and
+    # it is said when the last object that holds its group is gone.
     atexit.register(gc.unfreeze)
     os.environ.clear()
     os.environ.update(request["environment"])
