@@ -62,7 +62,7 @@ def test_all_end_soon_and_say_why(
     is_told_to_all: bool,
 ) -> None:
     argv = [sys.executable, "-m", *commands[name]]
-    with start_commands(2, argv, stdin=WORDS * 600) as started:
+    with start_commands(2, argv, stdin=WORDS * 400) as started:
         until = time.monotonic() + 60
         while SAYS[name] not in _said(started.outcome(0)):
             assert time.monotonic() < until, started.outcome(0)
