@@ -84,9 +84,10 @@ def _cache_prompt(args: argparse.Namespace, comm: Comm) -> None:
                 )
             prepared.tokenizer.eos_token = args.eos_token
         cli.check_cache(args, prepared)
-    model, tokenizer = prepared.load()
+        tokens = _tokens(text, prepared.tokenizer)
+        cli.check_context([tokens], prepared, "--prompt")
+    model, _ = prepared.load()
     cli.print_reports(model, comm, args.config)
-    tokens = _tokens(text, tokenizer)
     cache = make_prompt_cache(model, args.max_kv_size)
     with tqdm(total=len(tokens), unit="token", disable=comm.rank != 0) as progress:
 

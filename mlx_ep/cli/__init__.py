@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mlx_ep.cli.checks import (
         check_cache,
         check_cache_flags,
+        check_context,
         check_for_model,
         check_sampling,
     )
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "check_cache": "checks",
+    "check_context": "checks",
     "check_cache_flags": "checks",
     "check_for_model": "checks",
     "check_sampling": "checks",
@@ -140,6 +142,7 @@ __all__ = [
     "seed_ranks",
     "shared_sampler",
     "check_cache",
+    "check_context",
     "check_cache_flags",
     "check_for_model",
     "check_sampling",

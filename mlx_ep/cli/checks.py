@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -78,6 +79,42 @@ def check_cache(args: argparse.Namespace, prepared: PreparedModel) -> None:
         # Behind a token more than a group, so that there is something to quantize.
         quantization = CacheQuantization(args.kv_bits, args.kv_group_size, 0)
         cache_bytes(prepared.weights.outline(), 64, quantization)  # tells by raising
+
+
+def check_context(
+    prompts: Sequence[Sequence[int]], prepared: PreparedModel, flag: str
+) -> None:
+    """Whether prompts fit the positions that a model was made for.
+
+    Args:
+        prompts: their tokens.
+        flag: that names them.
+
+    Raises:
+        ValueError: one has more tokens; what follows would be garbage.
+    """
+    most = most_tokens(prepared.weights.outline())
+    longest = max(map(len, prompts), default=0)
+    if most is not None and longest > most:
+        raise ValueError(
+            f"{flag} must fit the model's context of {most} tokens; got {longest}. "
+            "Shorten it."
+        )
+
+
+def most_tokens(model: nn.Module) -> int | None:
+    """The tokens of context that a model was made for; None: its config does not say.
+
+    Where the positions are scaled (``rope_scaling``), as many times more.
+    """
+    for part in (model, getattr(model, "language_model", None)):
+        args = getattr(part, "args", None)
+        found = getattr(args, "max_position_embeddings", None)
+        if found:
+            scaling = getattr(args, "rope_scaling", None) or {}
+            original = scaling.get("original_max_position_embeddings") or found
+            return max(int(found), int(original * (scaling.get("factor") or 1)))
+    return None
 
 
 def check_sampling(

@@ -128,7 +128,7 @@ def prepare_model(
             not on a rank.
     """
     agreed(comm, lambda: check_here(args))
-    return prepare(
+    prepared = prepare(
         args.model,
         comm,
         args.config,
@@ -139,6 +139,11 @@ def prepare_model(
         revision=args.revision,
         dummy_weights=args.dummy_weights,
     )
+    # transformers warns on every rank of more tokens than the model has positions, also
+    # of texts that are cut into pieces; prompts are refused by `check_context`.
+    said = getattr(prepared.tokenizer, "deprecation_warnings", {})
+    said["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return prepared
 
 
 def print_reports(

@@ -41,6 +41,7 @@ def _one(args: argparse.Namespace, comm: Comm) -> None:
         draft = find_draft(args, prepared.tokenizer, comm)
         tokens_of = prompt_tokens if cache is None else tokens_after_cache
         prompt = tokens_of(args, prepared.tokenizer, [user_message(text)])
+        cli.check_context([prompt], prepared, "--prompt")
         # A template may name the day, and midnight falls between the ranks.
         prompt = broadcast_object(comm, prompt)
         model, tokenizer = prepared.load()

@@ -67,6 +67,7 @@ class PromptBatch:
             prompt_tokens(args, prepared.tokenizer, self.prompts[i].messages)
             for i in self.todo
         ]
+        cli.check_context(self.tokens, prepared, "--prompts-file")
 
     def write(self, answer: Answer, tokenizer: TokenizerWrapper) -> None:
         """Write an answer to a prompt of `todo`, on rank 0, so that it stays.

@@ -25,7 +25,7 @@ from mlx_lm.utils import _get_classes
 from mlx_ep import cli
 from mlx_ep.api import prepare
 from mlx_ep.comm import GroupComm, default_cpu_stream
-from mlx_ep.comm.liveness import Liveness
+from mlx_ep.comm.liveness import Liveness, fail_with
 from mlx_ep.config import EPConfig
 from mlx_ep.loading import OVERLAY_FILE, read_config
 
@@ -190,8 +190,7 @@ def _end_together(comm: GroupComm) -> None:
         return
 
     def fail(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        sys.__excepthook__(kind, error, trace)
-        liveness.fail(f"{kind.__name__}: {error}")
+        fail_with(error)  # with the traceback; an interruption has none
 
     def leave() -> None:
         # mlx-lm begins the step after the last token too: a rank that left now would

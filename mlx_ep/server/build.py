@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_ep.cli.checks import most_tokens
 from mlx_ep.comm import Comm
 from mlx_ep.comm.symmetry import check_alike
 from mlx_ep.data_parallel import can_batch
@@ -94,7 +95,7 @@ def build_engine(
         pools=pools,
         options=options,
         attention=attention,
-        context=options.context or _context(model),
+        context=options.context or most_tokens(model) or NO_LIMIT,
         vocabulary=vocabulary,
         grammars=grammars,
         notes=tuple(notes),
@@ -111,13 +112,3 @@ def _probe(model: nn.Module, comm: Comm, own_attention: bool) -> tuple[list[Any]
     # sync: once, at the start.
     mx.eval(logits, [cache.state for cache in caches])
     return caches, logits.shape[-1]
-
-
-def _context(model: nn.Module) -> int:
-    """The most tokens that the model was made for."""
-    for part in (model, getattr(model, "language_model", None)):
-        args = getattr(part, "args", None)
-        found = getattr(args, "max_position_embeddings", None)
-        if found:
-            return int(found)
-    return NO_LIMIT

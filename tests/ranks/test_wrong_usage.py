@@ -35,6 +35,8 @@ GENERATE = [
     ("--prompt ' '", "must not be empty"),
     ("--prompt-file /no/such", "--prompt-file: [Errno 2] No such file"),
     ("--prompt-file {DIR}", "--prompt-file: [Errno 21] Is a directory"),
+    ("--prompt-file {DIR}/long", "--prompt must fit the model's context of 4096"),
+    ("--prompts-file {DIR}/long.jsonl", "--prompts-file must fit the model's context"),
     ("--prompt-file {DIR}/latin", "--prompt-file must be text in UTF-8"),
     ("--prompt-file {DIR}/empty", "must not be empty"),
     ("-p a --prompt-file {DIR}/text", "got --prompt and --prompt-file"),
@@ -149,11 +151,13 @@ PERPLEXITY = [
     ("--strategy gathered", "--strategy replicated goes with"),
     ("--json /no/such/x", "--json must be a file"),
 ]
+LONG = "kludge " * 5000
 CACHE_PROMPT = [
     ("--prompt x", "required: --prompt-cache-file"),
     ("--prompt-cache-file {DIR}/x", "required: --prompt"),
     ("--prompt-cache-file {DIR}/x --prompt ''", "must not be empty"),
     ("--prompt-cache-file {DIR} --prompt x", "must be a file in a folder"),
+    (f"--prompt-cache-file {{DIR}}/x --prompt '{LONG}'", "context of 4096 tokens"),
     ("--prompt-cache-file /no/such/x --prompt x", "must be a file in a folder"),
     ("--prompt-cache-file {DIR}/x --prompt x --eos-token no", "a token of the model"),
     ("--prompt-cache-file {DIR}/x --prompt x --attention tensor", "replicated"),
@@ -246,6 +250,8 @@ PROMPT = {"prompt": "x"}
 _FILES = {
     "text": "a prompt",
     "empty": "\n",
+    "long": LONG,
+    "long.jsonl": [PROMPT, {"prompt": LONG}],
     "key.jsonl": [PROMPT, {**PROMPT, "foo": 1}],
     "id.jsonl": [{**PROMPT, "id": "a"}, {**PROMPT, "id": "a"}],
     "both.jsonl": [{**PROMPT, "messages": []}],
@@ -292,9 +298,17 @@ def test_one_rank(command: str, folder: Path) -> None:
     check(1, command, 1, folder)
 
 
-@pytest.mark.parametrize("command", ["mlx_ep.generate", "mlx_ep.perplexity"])
-def test_two_ranks(command: str, folder: Path) -> None:
-    check(2, command, 7, folder)
+@pytest.mark.parametrize(
+    ("command", "step"),
+    [
+        ("mlx_ep.generate", 7),
+        ("mlx_ep.perplexity", 4),
+        ("mlx_ep.cache_prompt", 4),
+        ("mlx_ep.calibrate", 3),
+    ],
+)
+def test_two_ranks(command: str, step: int, folder: Path) -> None:
+    check(2, command, step, folder)
 
 
 def test_backends_of_the_environment() -> None:

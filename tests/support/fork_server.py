@@ -8,6 +8,7 @@ end. No thread runs here, and no random number has been drawn.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -22,6 +23,7 @@ from typing import Any
 
 HEADER = struct.Struct("!I")  # bytes of the request that follows
 NUM_FILES = 4
+READY = b"r"  # its first word
 
 
 def serve(control: socket.socket) -> list[str]:
@@ -85,6 +87,9 @@ def _become(request: dict[str, Any], files: list[int]) -> list[str]:
         os.dup2(file, number)
     for file in files:
         os.close(file)
+    # At its end everything goes, as in a process of its own: MPI wants a farewell, and
+    # it is said when the last object that holds its group is gone.
+    atexit.register(gc.unfreeze)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["directory"])
@@ -119,4 +124,6 @@ if __name__ == "__main__":
     import_all(checks_shapes=sys.argv[1] == "checked")
     gc.collect()
     gc.freeze()  # no collection in a child touches, and copies, what is imported
-    run(serve(socket.socket(fileno=int(sys.argv[2]))))
+    control = socket.socket(fileno=int(sys.argv[2]))
+    control.sendall(READY)
+    run(serve(control))

@@ -22,7 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO
 
-from tests.support.fork_server import HEADER
+from tests.support.fork_server import HEADER, READY
 from tests.support.launchers import rank_environment
 
 # Read where they are used, not when a module is imported: they may differ by process.
@@ -123,6 +123,14 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
+def prepare_forks(checks_shapes: bool = False) -> None:
+    """Wait until a process can be forked: the first time, while everything is imported.
+
+    A time limit of what is forked should begin behind it.
+    """
+    _server("checked" if checks_shapes else "plain")
+
+
 def can_fork(argv: Sequence[str], environment: Mapping[str, str]) -> bool:
     """Whether a command line with these variables can run in a fork.
 
@@ -154,4 +162,5 @@ def _server(kind: str) -> tuple[socket.socket, subprocess.Popen[bytes]]:
         stdin=subprocess.DEVNULL,
     )
     theirs.close()
+    assert ours.recv(1) == READY, "it could not import everything"
     return ours, process

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from tests.support.forked import ForkedProcess, can_fork
+from tests.support.forked import ForkedProcess, can_fork, prepare_forks
 from tests.support.launchers import (
     mpirun_command,
     rank_environment,
@@ -252,6 +252,8 @@ def _run_job(
     if not checks_shapes:
         environment.pop("PYTEST_CURRENT_TEST", None)
     is_forked = checks_shapes and can_fork(command, environment)
+    if is_forked:
+        prepare_forks(checks_shapes=True)
     deadline = time.monotonic() + timeout
     with (
         (directory / "launcher").open("wb") as log,
