@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -62,6 +63,16 @@ class MPIForks:
         return new
 
 
+def _code(ended: str, parent: int) -> int:
+    """How the forked rank ended; 1 where mpirun is gone, which nobody tells."""
+    pipe = os.open(ended, os.O_RDONLY | os.O_NONBLOCK)
+    while not (data := os.read(pipe, 16)):
+        if os.getppid() != parent:
+            return 1
+        time.sleep(0.005)
+    return int(data)
+
+
 def _stand_in(directory: str) -> None:
     rank = os.environ["OMPI_COMM_WORLD_RANK"]
     ended = f"{directory}/ended.{rank}"
@@ -69,8 +80,7 @@ def _stand_in(directory: str) -> None:
     with open(f"{directory}/part.{rank}", "w") as file:
         json.dump(dict(os.environ), file)
     os.rename(file.name, f"{directory}/given.{rank}")
-    with open(ended) as pipe:
-        code = int(pipe.read())
+    code = _code(ended, os.getppid())
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
