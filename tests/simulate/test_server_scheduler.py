@@ -169,7 +169,7 @@ def test_steps_are_those_of_the_server(tmp_path: Path, look_ahead: bool) -> None
     }
     group = mx.distributed.init()
     engine = load_engine(group, str(find_model("jargon-moe")), {}, options)
-    requests = _requests(16)
+    requests = _requests(24)
     served = _serve(engine, requests)
     flag = "--async-scheduling" if look_ahead else "--no-async-scheduling"
     ours, simulation = _simulate(tmp_path, requests, served.came, flag)

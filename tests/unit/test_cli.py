@@ -77,6 +77,8 @@ def test_each_field_has_a_flag(setting, parser: Parser) -> None:
         choices = parser._option_string_actions[setting.flag_name].choices
         text = value = next(choice for choice in choices if choice != by_default)
     line = [setting.flag_name, *([] if text is None else [text])]
+    if setting.name == "dispatch_dtype":  # rows travel with it
+        line += ["--strategy", "gathered"]
     found = getattr(parser.parse_args(line).config, setting.name)
     assert found == value != by_default
 

@@ -107,7 +107,7 @@ def test_a_slow_phase_does_not_fall_on_one_amount() -> None:
             assert self.seconds == 0.5
             return float(next(given[call]))
 
-    calls: list[Any] = [object(), object()]
+    calls: list[Any] = [lambda: 1, lambda: 2]
     given = {calls[0]: iter([1.0, 1.0]), calls[1]: iter([9.0, 2.0])}
     timer = Disturbed(init(), seconds=1.0, longest=1e9, quantile=0.0)
     assert timer.series(list(zip((1.0, 2.0), calls))) == [(1.0, 1.0), (2.0, 2.0)]

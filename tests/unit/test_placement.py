@@ -47,10 +47,15 @@ def test_contiguous_needs_experts_and_ranks(num_experts: int, num_ranks: int) ->
         Placement.contiguous(num_experts, num_ranks)
 
 
-@pytest.mark.parametrize("rank_experts", [(), ((),), ((0, 0), (1,)), ((0,), (2,))])
+@pytest.mark.parametrize("rank_experts", [(), ((0, 0), (1,)), ((0,), (2,))])
 def test_each_expert_is_held(rank_experts: tuple[tuple[int, ...], ...]) -> None:
     with pytest.raises(ValueError, match="none twice on a rank"):
         Placement(rank_experts)
+
+
+def test_a_dense_model_has_no_experts_to_place() -> None:
+    assert Placement(((), ())).is_dense
+    assert not Placement(((0,), ())).is_dense
 
 
 def test_maps_of_an_explicit_placement() -> None:
