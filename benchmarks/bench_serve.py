@@ -36,6 +36,7 @@ import httpx
 from benchmarks.harness import Target, arguments, finish, heading
 from mlx_ep.benchmark import load
 from mlx_ep.benchmark.serve import summary
+from mlx_ep.cli import at_least
 from mlx_ep.loading import find_model
 from mlx_ep.metrics import markdown_table
 from mlx_ep.overlay.make import make_overlay
@@ -174,7 +175,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--long-tokens",
-        type=int,
+        type=at_least(0),
         help="Of the long prompt; 0: none, for a run of some minutes less.",
     )
     args = parser.parse_args()
@@ -253,10 +254,10 @@ def report(
         "at once", "ours, tokens/s", OVERLAY, ALONE, "over overlay", "over one rank",
         "TTFT p50, ms",
     ]  # fmt: skip
-    print(markdown_table(headers, rows))
+    print(markdown_table(headers, rows) + "\n")
     if firsts:
         print(
-            f"\nTTFT of a short request beside a prompt of {long_tokens} tokens: "
+            f"TTFT of a short request beside a prompt of {long_tokens} tokens: "
             + ", ".join(f"{arm} {s * 1e3:.0f} ms" for arm, s in firsts.items())
             + "\n"
         )
