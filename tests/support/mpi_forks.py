@@ -66,11 +66,14 @@ class MPIForks:
 def _code(ended: str, parent: int) -> int:
     """How the forked rank ended; 1 where mpirun is gone, which nobody tells."""
     pipe = os.open(ended, os.O_RDONLY | os.O_NONBLOCK)
-    while not (data := os.read(pipe, 16)):
+    while True:
+        # Nothing: nobody writes yet; an error: who does has not written.
+        with suppress(BlockingIOError):
+            if data := os.read(pipe, 16):
+                return int(data)
         if os.getppid() != parent:
             return 1
         time.sleep(0.005)
-    return int(data)
 
 
 def _stand_in(directory: str) -> None:
