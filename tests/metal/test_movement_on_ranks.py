@@ -236,9 +236,9 @@ def logits_by_kernels(group):
         state.counters.reset()
         execute_on_cpu()
         mover = Mover(lambda job, tokens: kernel)
-        group = replace(state.group, strategy=STRATEGIES.create(config, mover))
+        moved = replace(state.group, strategy=STRATEGIES.create(config, mover))
         for block in state.blocks:
-            block.group = group
+            block.group = moved
             install_runner(block.form.site.switch, lambda rows: kernel, mover)
         got = np.array(model(tokens))
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
