@@ -307,11 +307,15 @@ def test_a_rank_that_is_late_ends_all() -> None:
 
 @needs_ranks
 def test_a_rank_that_holds_the_gil_for_good_is_ended_too() -> None:
-    with ring(2, "hold-gil", 0) as started:
-        check_ended(started, "the interpreter of rank 0 has not answered for 2 s")
-        report = started.outcome(0).stderr
+    report = "(no answer)"
+    for _ in range(3):  # on a loaded host a stack may take longer than it is waited for
+        if "(no answer)" not in report:
+            break
+        with ring(2, "hold-gil", 0) as started:
+            check_ended(started, "the interpreter of rank 0 has not answered for 2 s")
+            report = started.outcome(0).stderr
         assert "rank 0: running, for" in report and "interpreter silent for" in report
-        assert "in program" in report  # the stack of the thread that holds it
+    assert "in program" in report  # the stack of the thread that holds it
 
 
 @needs_ranks
