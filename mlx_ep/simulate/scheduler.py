@@ -45,6 +45,16 @@ class StepBatch:
     def num_tokens(self) -> int:
         return self.prefill_tokens + len(self.decodes)
 
+    def make_token(self, request: ServedRequest, step: int) -> None:
+        """The request gets its next token at the end of this step."""
+        request.made += 1
+        request.emit(step)
+        self.making.append(request)
+        if request.made == 1:
+            self.firsts.append(request)
+        if request.made >= request.wanted:
+            self.lasts.append(request)
+
 
 class Scheduler:
     """The queues of one instance.
@@ -214,14 +224,8 @@ class Scheduler:
         self._name_blocks(request)
         if request.computed < request.total:
             return
-        request.made += 1
         request.total += 1
-        request.emit(step)
-        batch.making.append(request)
-        if request.made == 1:
-            batch.firsts.append(request)
-        if request.made >= request.wanted:
-            batch.lasts.append(request)
+        batch.make_token(request, step)
 
     def _name_blocks(self, request: ServedRequest) -> None:
         """Blocks that are full of known tokens can be found by others from now on."""

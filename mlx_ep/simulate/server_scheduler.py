@@ -276,13 +276,7 @@ def _draw(batch: StepBatch, served: ServedRequest, step: int) -> None:
     if served.made >= served.wanted:
         return  # it has ended, and nobody knows yet
     served.computed += 1
-    served.made += 1
-    served.emit(step)
-    batch.making.append(served)
-    if served.made == 1:
-        batch.firsts.append(served)
-    if served.made >= served.wanted:
-        batch.lasts.append(served)
+    batch.make_token(served, step)
 
 
 def request_of(asked: TraceRequest, name: str) -> Request:

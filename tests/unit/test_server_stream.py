@@ -7,7 +7,7 @@ import pytest
 
 from mlx_ep.comm import GroupComm, default_cpu_stream
 from mlx_ep.comm.group import communication_stream
-from mlx_ep.config import EPConfig
+from mlx_ep.config import EPConfig, OverlapMode
 from mlx_ep.server.__main__ import _in_one_stream
 
 
@@ -19,9 +19,11 @@ from mlx_ep.server.__main__ import _in_one_stream
         ("two", communication_stream),
     ],
 )
-def test_a_cpu_computes_and_talks_on_one_stream(overlap: str, stream: object) -> None:
+def test_a_cpu_computes_and_talks_on_one_stream(
+    overlap: OverlapMode, stream: object
+) -> None:
     assert mx.default_device().type == mx.cpu
-    comm = _in_one_stream(GroupComm(), EPConfig(overlap=overlap))  # type: ignore[arg-type]
+    comm = _in_one_stream(GroupComm(), EPConfig(overlap=overlap))
     assert isinstance(comm, GroupComm)
     assert comm._stream is stream
     with mx.stream(mx.new_thread_local_stream(mx.cpu)):
