@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 
 import mlx.core as mx
 import pytest
@@ -11,6 +11,7 @@ from mlx_ep.comm import GroupComm
 from mlx_ep.experts import blas_threads
 from mlx_ep.tune import BlasThreads, ExpertsProblem, share_cores, threads
 from mlx_ep.tune.threads import choose_threads, decide_threads
+from mlx_ep.tune.timing import in_turn
 from tests.support.switches import E, make_layer, make_switch
 
 pytestmark = [
@@ -43,18 +44,25 @@ def test_more_threads_have_to_be_half_again_as_fast(one, more, expected) -> None
     assert decide_threads({1: one, 4: more}) == expected
 
 
-def solved_in(seconds, calls):
-    """Stands for runner blas: a call takes so long with the threads that are set."""
+class Stub:
+    """Stands for runner blas: a call takes so long with the threads that are set.
+
+    The clock is its own: what else the machine does is no matter.
+    """
+
+    def __init__(self, seconds) -> None:
+        self.seconds, self.calls, self.now = seconds, [], 0.0
+
+    def clock(self) -> float:
+        return self.now
 
     def solver(self, option):
         def solve(size):
-            calls.append(blas_threads())
-            time.sleep(next(seconds[calls[-1]]))
+            self.calls.append(blas_threads())
+            self.now += next(self.seconds[self.calls[-1]])
             return [mx.zeros(1)]
 
         return solve
-
-    return solver
 
 
 def forever(*values):
@@ -74,9 +82,12 @@ def forever(*values):
 def test_threads_that_lose_under_load_are_not_taken(
     more, expected, most_calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[int] = []
-    seconds = {1: forever(0.01), 2: forever(*more)}
-    monkeypatch.setattr(ExpertsProblem, "solver", solved_in(seconds, calls))
+    stub = Stub({1: forever(0.01), 2: forever(*more)})
+    calls = stub.calls
+    monkeypatch.setattr(
+        ExpertsProblem, "solver", lambda self, option: stub.solver(option)
+    )
+    monkeypatch.setattr(threads, "in_turn", partial(in_turn, clock=stub.clock))
     found = choose_threads(problem(), 1, True)
     assert found.count == blas_threads() == expected
     assert calls == [1, 2] * (most_calls // 2)
