@@ -166,7 +166,8 @@ class StartedRanks:
             found["MLX_RANK"] = str(number)
         for name, content in self._files.items():
             path = Path(self._folder.name) / name
-            path.write_text(content)
+            if not path.exists():  # once: a rank that runs already may be reading it
+                path.write_text(content)
             found[name] = str(path)
         return found
 
