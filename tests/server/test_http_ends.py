@@ -15,17 +15,25 @@ import httpx
 import pytest
 
 from mlx_ep.server.listener import PortLimits
-from tests.support.http_serving import Serving, end_token, ids, serving
+from mlx_ep.server.requests import Request
+from tests.support.http_serving import Endless, Serving, serving
+from tests.support.waiting import until
 
 CHAT = "/v1/chat/completions"
 HI = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5000}
-LONG = [*ids("word " * 3000), end_token()]
+# What nobody ends would be said for longer than anybody waits here.
+LONG = HI | {"max_tokens": 90_000}
+SLOWLY: dict[str, Any] = {"step_seconds": 0.002, "context": 10**5}
+
+
+def _endless(request: Request) -> Endless:
+    return Endless("word word ")
 
 
 def _send(server: Serving, **fields: Any) -> socket.socket:
     """A request whose answer nobody reads yet."""
     parts = urlsplit(server.address)
-    body = json.dumps({**HI, **fields}).encode()
+    body = json.dumps({**LONG, **fields}).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
     found = socket.create_connection((parts.hostname or "", parts.port or 0))
     found.sendall(head.encode() + body)
@@ -33,16 +41,14 @@ def _send(server: Serving, **fields: Any) -> socket.socket:
 
 
 def _wait_for(server: Serving, running: int) -> None:
-    deadline = time.monotonic() + 5
-    while server.engine.state().running != running:
-        assert time.monotonic() < deadline, server.engine.state()
-        time.sleep(0.005)
+    state = server.engine.state
+    until(lambda: state().running == running, state)
 
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True}, {"n": 3}])
 def test_a_client_that_goes_away_frees_its_places(fields: dict[str, Any]) -> None:
     count = fields.get("n", 1)
-    with serving(lambda _: LONG, step_seconds=0.002, context=10**5) as server:
+    with serving(_endless, **SLOWLY) as server:
         connection = _send(server, **fields)
         _wait_for(server, count)
         connection.close()
@@ -53,21 +59,18 @@ def test_a_client_that_goes_away_frees_its_places(fields: dict[str, Any]) -> Non
 
 
 def test_a_full_queue_is_429() -> None:
-    with serving(
-        lambda _: LONG, places=1, queue=1, step_seconds=0.002, context=10**5
-    ) as server:
+    with serving(_endless, places=1, queue=1, **SLOWLY) as server:
+        state = server.engine.state
         first = _send(server)
         _wait_for(server, 1)
         second = _send(server)
-        while server.engine.state().waiting != 1:
-            time.sleep(0.005)
+        until(lambda: state().waiting == 1, state)
         found = server.post(CHAT, **HI)
         assert (found.status_code, found.headers["retry-after"]) == (429, "7")
         assert found.json()["error"]["code"] == "queue_full"
         # Of several answers the first had room: it is not left behind.
         second.close()
-        while server.engine.state().waiting:
-            time.sleep(0.005)
+        until(lambda: state().waiting == 0, state)
         assert server.post(CHAT, **HI, n=2).status_code == 429
         first.close()
         server.engine.wait_until_idle()
@@ -75,13 +78,13 @@ def test_a_full_queue_is_429() -> None:
 
 def test_a_failed_rank_is_told_to_everybody() -> None:
     reason = "rank 1 was killed (SIGKILL)"
-    with serving(lambda _: LONG, step_seconds=0.002, context=10**5) as server:
+    with serving(_endless, **SLOWLY) as server:
         stream = {"stream": True}
         bodies = [
-            (CHAT, HI),
-            (CHAT, HI | stream),
-            ("/v1/responses", {"input": "x", "max_output_tokens": 5000} | stream),
-            ("/v1/messages", HI | stream),
+            (CHAT, LONG),
+            (CHAT, LONG | stream),
+            ("/v1/responses", {"input": "x", "max_output_tokens": 90_000} | stream),
+            ("/v1/messages", LONG | stream),
         ]
         with ThreadPoolExecutor(4) as pool:
             posts = [
@@ -90,7 +93,7 @@ def test_a_failed_rank_is_told_to_everybody() -> None:
             ]
             _wait_for(server, 4)
             server.engine.fail(reason)
-            whole, *streams = [post.result(5) for post in posts]
+            whole, *streams = [post.result() for post in posts]
         assert whole.status_code == 503
         assert reason in whole.json()["error"]["message"]
         for found in streams:
@@ -104,7 +107,7 @@ def test_a_failed_rank_is_told_to_everybody() -> None:
 
 
 def test_draining() -> None:
-    with serving("Hello there.", step_seconds=0.05) as server:
+    with serving("Hello there.", held=True) as server:
         answers: list[httpx.Response] = []
         thread = threading.Thread(
             target=lambda: answers.append(server.post(CHAT, **HI))
@@ -116,6 +119,7 @@ def test_draining() -> None:
         assert (found.status_code, found.json()["reason"]) == (503, "the server drains")
         refused = server.post(CHAT, **HI)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+        server.engine.go()
         thread.join()
         assert answers[0].json()["choices"][0]["finish_reason"] == "stop"
 
@@ -147,12 +151,11 @@ def _mixed_client(server: Serving, number: int) -> str:
 
 @pytest.mark.parametrize("count", [200])
 def test_many_clients_of_all_kinds(count: int) -> None:
-    with serving(
-        lambda _: LONG, step_seconds=0.001, context=10**5, places=16, queue=300
-    ) as server:
+    options = SLOWLY | {"step_seconds": 0.001, "places": 16, "queue": 300}
+    with serving(_endless, **options) as server:
         with ThreadPoolExecutor(16) as pool:
             found = list(pool.map(lambda i: _mixed_client(server, i), range(count)))
-        server.engine.wait_until_idle(10)
+        server.engine.wait_until_idle()
         assert found.count("200") > count / 3
         assert set(found) == {"200", "gone", "bad"}
         assert len(server.engine.cancelled) <= found.count("gone")

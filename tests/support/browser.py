@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tests.support.waiting import LONG, until
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _READS, _WRITES = 3, 4  # the browser's ends of --remote-debugging-pipe
@@ -74,13 +75,9 @@ class Tab:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def wait_for(self, code: str, seconds: float = 15.0) -> Any:
+    def wait_for(self, code: str, seconds: float = LONG) -> Any:
         """The value of an expression, once it is something."""
-        deadline = time.monotonic() + seconds
-        while not (found := self.run(code)):
-            assert time.monotonic() < deadline, (code, self.log[-20:])
-            time.sleep(0.05)
-        return found
+        return until(lambda: self.run(code), lambda: (code, self.log[-20:]), seconds)
 
     def picture(self, file: Path, width: int, height: int) -> None:
         self.call(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from mlx_ep.server.requests import Request
 from mlx_ep.server.service import Access, Service
 from mlx_ep.server.texts import Texts
 from tests.support.text_engine import TextEngine
+from tests.support.waiting import LONG, until
 
 # Says what it is given, so that a test can read a prompt: tools, thoughts, calls.
 TEMPLATE = """\
@@ -60,6 +62,19 @@ def end_token() -> int:
 
 def ids(text: str) -> list[int]:
     return tokenizer().encode(text, add_special_tokens=False)
+
+
+class Endless(Sequence[int]):
+    """A text again and again: an answer that only its limit or its client ends."""
+
+    def __init__(self, text: str) -> None:
+        self._ids = ids(text)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._ids[index % len(self._ids)]
 
 
 def saying(text: str) -> Callable[[Request], Sequence[int]]:
@@ -120,9 +135,9 @@ def serving(
     listener = Listener(make_app(make_service, access), port, limits or PortLimits())
     listener.start()
     try:
-        with httpx.Client(base_url=address, headers=headers, timeout=20) as client:
+        with httpx.Client(base_url=address, headers=headers, timeout=LONG) as client:
             yield Serving(engine, address, client)
     finally:
         listener.stop()
         engine.stop()
-    assert not listener.is_alive
+    until(lambda: not listener.is_alive)

@@ -7,16 +7,24 @@ Also which tiers of tests this host can run; what pytest makes of them is in
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import itertools
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
+from typing import IO
+
+from tests.support.private import user_folder
 
 ROOT = Path(__file__).resolve().parents[2]
+_FIRST_PORT, _END_OF_PORTS, _PORTS = 11_000, 31_000, 500
+_locked: list[IO[str]] = []  # until this process ends
 # Variables a launcher sets: the ranks started here must only see ours.
 LAUNCHER_PREFIXES = ("MLX_RANK", "MLX_HOSTFILE", "MLX_JACCL", "MLX_IBV", "OMPI_", "PMI")
 
@@ -41,15 +49,41 @@ def rank_environment(extra: Mapping[str, str] | None) -> dict[str, str]:
     return environment | dict(extra or {})
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports at which ranks will listen, which nobody takes until they do.
+
+    They are below those that a system gives by itself, and of a block that this
+    process has locked against other processes of tests.
+    """
+    found: list[int] = []
+    for port in _block():
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError("unreachable")
+
+
+@cache
+def _block() -> Iterator[int]:
+    folder = user_folder("mlx-ep-ports")
+    for first in range(_FIRST_PORT, _END_OF_PORTS, _PORTS):
+        file = (folder / str(first)).open("w")
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _locked.append(file)
+            # Not one soon after another: what has ended lingers at its port.
+            return itertools.cycle(range(first, first + _PORTS))
+        file.close()
+    raise RuntimeError(f"too many tests at once: all of {folder} is locked")
+
+
 def ring_variables(num_ranks: int, directory: Path) -> list[dict[str, str]]:
     """The variables of every rank of a TCP ring, as `mlx.launch` sets them."""
     if num_ranks == 1:
         return [{}]
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(num_ranks)]
-        for listener in sockets:
-            listener.bind(("127.0.0.1", 0))
-        hosts = [[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]
+    hosts = [[f"127.0.0.1:{port}"] for port in free_ports(num_ranks)]
     hostfile = directory / "hostfile"
     hostfile.write_text(json.dumps(hosts))
     return [

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import fcntl
 import os
 import pickle
 import signal
@@ -24,7 +25,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +38,7 @@ from tests.support.launchers import (
 )
 from tests.support.link import Link
 from tests.support.mpi_forks import MPIForks, stand_in_command
+from tests.support.waiting import LONG, until
 
 __all__ = [
     "RankOutcome",
@@ -50,6 +53,8 @@ __all__ = [
 # A rank that failed leaves its peers waiting for it; they get this long to end on
 # their own (a peer that notices says more than a stack does) before being stopped.
 GRACE_SECONDS = 1.5
+# For the stacks of ranks that are stopped; they end by themselves when they are out.
+STACK_SECONDS = 20.0
 
 
 # The rooms whose arrays travel between ranks: their shapes are checked over MPI too.
@@ -78,9 +83,8 @@ class StartedCommands:
 
     processes: list[Process]
     directory: Path
-    _files: list[IO[bytes]] = field(default_factory=list)
 
-    def wait(self, timeout: float = 60.0) -> list[RankOutcome]:
+    def wait(self, timeout: float = LONG) -> list[RankOutcome]:
         """Wait for every rank to end; a rank that failed does not stop the others.
 
         Raises:
@@ -100,7 +104,18 @@ class StartedCommands:
                     )
                 )
             time.sleep(0.01)
+        for rank in range(len(self.processes)):
+            until(partial(self._is_silent, rank), lambda: "a watch does not end")
         return [self.outcome(rank) for rank in range(len(self.processes))]
+
+    def _is_silent(self, rank: int) -> bool:
+        """Whether nobody can print for a rank: its watch does after its end, too."""
+        with (self.directory / f"stderr.{rank}").open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
 
     def outcome(self, rank: int) -> RankOutcome:
         """What a rank printed so far, and its exit code (None while it runs)."""
@@ -116,7 +131,7 @@ def run_ranks(
     function: Callable[..., Any],
     *args: Any,
     transport: str = "ring",
-    timeout: float = 60.0,
+    timeout: float = LONG,
     env: Mapping[str, str] | None = None,
     checks_shapes: bool = True,
     link: Link | None = None,
@@ -174,7 +189,7 @@ def run_commands(
     num_ranks: int,
     argv: Sequence[str],
     transport: str = "ring",
-    timeout: float = 60.0,
+    timeout: float = LONG,
     env: Mapping[str, str] | None = None,
     stdin: str | None = None,
     forks: bool = True,
@@ -212,29 +227,34 @@ def start_commands(
         (directory / "stdin").write_text(stdin or "")
         try:
             for rank, variables in enumerate(ring_variables(num_ranks, directory)):
-                files: list[IO[bytes]] = [(directory / "stdin").open("rb")]
-                files += [
-                    (directory / f"{stream}.{rank}").open("wb")
-                    for stream in ("stdout", "stderr")
-                ]
-                started._files += files
                 environment = rank_environment(env) | variables
-                started.processes.append(
-                    ForkedProcess(argv, environment, files)
-                    if forks and can_fork(argv, environment)
-                    else subprocess.Popen(
-                        list(argv),
-                        env=environment,
-                        stdin=files[0],
-                        stdout=files[1],
-                        stderr=files[2],
+                with _files_of(rank, directory) as files:
+                    started.processes.append(
+                        ForkedProcess(argv, environment, files)
+                        if forks and can_fork(argv, environment)
+                        else subprocess.Popen(
+                            list(argv),
+                            env=environment,
+                            stdin=files[0],
+                            stdout=files[1],
+                            stderr=files[2],
+                        )
                     )
-                )
             yield started
         finally:
             _stop([], started.processes)
-            for file in started._files:
-                file.close()
+
+
+@contextlib.contextmanager
+def _files_of(rank: int, directory: Path) -> Iterator[list[IO[bytes]]]:
+    with (
+        (directory / "stdin").open("rb") as stdin,
+        (directory / f"stdout.{rank}").open("wb") as stdout,
+        (directory / f"stderr.{rank}").open("wb") as stderr,
+    ):
+        # Until the last process that has this very file open closes it.
+        fcntl.flock(stderr, fcntl.LOCK_EX)
+        yield [stdin, stdout, stderr]
 
 
 def _run_job(
@@ -327,13 +347,24 @@ def _stop(pids: Sequence[int], processes: Sequence[Process]) -> None:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGABRT)
-        until = time.monotonic() + (1.0 if pids else 0.0)
-        while time.monotonic() < until and any(p.poll() is None for p in processes):
+        limit = time.monotonic() + STACK_SECONDS
+        while time.monotonic() < limit and any(_runs(pid, processes) for pid in pids):
             time.sleep(0.01)
     for process in processes:
         if process.poll() is None:
             process.kill()
         process.wait()
+
+
+def _runs(pid: int, processes: Sequence[Process]) -> bool:
+    for process in processes:
+        if process.pid == pid:
+            return process.poll() is None
+    try:
+        os.kill(pid, 0)  # a rank of mpirun, which takes leave of it
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _result(directory: Path, rank: int) -> Any:

@@ -21,6 +21,7 @@ from mlx_ep.server.build import build_engine
 from mlx_ep.server.engine import ServingEngine
 from mlx_ep.server.pools import EngineOptions
 from mlx_ep.server.requests import Request, Sampling, Token
+from tests.support.waiting import LONG, until
 
 TERMS = ["bug", "daemon", "deadlock", "worm", "zombie", "patch", "cookie"]
 DATA = {"strategy": "auto"}
@@ -171,7 +172,7 @@ def with_client(
     return given[0]
 
 
-def play(engine: ServingEngine, script: Script, timeout: float = 120.0) -> Outcome:
+def play(engine: ServingEngine, script: Script, timeout: float = LONG) -> Outcome:
     """Ask as a script says; returns when every request has ended."""
     rng, start = random.Random(script.seed), time.monotonic()
     open_ones = threading.Semaphore(script.at_once)
@@ -195,10 +196,8 @@ def play(engine: ServingEngine, script: Script, timeout: float = 120.0) -> Outco
             engine.cancel(request.id)
         time.sleep(rng.choice([0, 0, 0.002, 0.01]))
     assert all_done.wait(timeout), f"without an end: {sorted(left)}"
-    worker, deadline = engine._worker, time.monotonic() + timeout
-    while engine.state().running or worker.running:
-        assert time.monotonic() < deadline, "a place is still taken"
-        time.sleep(0.001)
+    worker = engine._worker
+    until(lambda: not (engine.state().running or worker.running), engine.state, timeout)
     seconds = time.monotonic() - start
     return Outcome(
         events, engine.state(), len(worker.running), worker.kv_bytes, seconds

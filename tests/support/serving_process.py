@@ -1,12 +1,13 @@
 """A rank that serves two long answers, as a command: ``KIND`` is what goes wrong.
 
-Rank 0 prints each event that ends a request. Rank 1 raises in a step (``raise``) or
-prints its process id, for whoever kills it (``wait``). On one rank, rank 0 raises.
+Rank 0 prints each event that ends a request. In a step, the last rank raises
+(``raise``), or kills or stops itself (``SIGKILL``, ``SIGSTOP``).
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Any
 
@@ -23,12 +24,10 @@ def main() -> None:
     comm: GroupComm = init()
     with guard(comm.group):
         engine = load_engine(comm.group, str(find_model("jargon-moe")), {}, {})
-        if kind == "raise" and comm.rank == comm.size - 1:
-            _fail_later(engine._worker)
+        if comm.rank == comm.size - 1:
+            _fail_later(engine._worker, kind)
         if comm.rank == 0:
             _ask(engine)
-        elif kind == "wait":
-            print(os.getpid(), flush=True)
         engine.run()
 
 
@@ -41,17 +40,17 @@ def _ask(engine: Any) -> None:
 def _say(event: Token) -> None:
     if event.finish_reason is not None:
         print(event.request, event.finish_reason, event.message, flush=True)
-    elif event.request == "second":
-        print(".", flush=True)
 
 
-def _fail_later(worker: Any) -> None:
+def _fail_later(worker: Any, kind: str) -> None:
     step, count = worker.step, 0
 
     def fail(*arguments: Any) -> None:
         nonlocal count
         count += 1
-        if count == FAILS_AT:
+        if count == FAILS_AT and kind.startswith("SIG"):
+            os.kill(os.getpid(), getattr(signal, kind))
+        elif count == FAILS_AT:
             raise ZeroDivisionError("a step went wrong")
         step(*arguments)
 

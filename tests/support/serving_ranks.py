@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.support.ranks import StartedCommands, start_commands
+from tests.support.ranks import RankOutcome, StartedCommands, start_commands
+from tests.support.waiting import until
 
 _SAYS = re.compile(r"serving .* at (http://\S+)/v1")
 
@@ -20,14 +20,17 @@ def serving_ranks(
     """Ranks over the ring that serve, and the address of rank 0.
 
     Raises:
-        AssertionError: they do not serve within a minute.
+        AssertionError: they do not come to serve.
     """
     argv = [sys.executable, "-m", "mlx_ep.server", "--port", "0", *flags]
     with start_commands(num_ranks, argv, env=env) as started:
-        deadline = time.monotonic() + 60
-        while not (found := _SAYS.search(started.outcome(0).stdout)):
-            said = [started.outcome(rank) for rank in range(num_ranks)]
-            assert all(one.returncode is None for one in said), said
-            assert time.monotonic() < deadline, said
-            time.sleep(0.02)
-        yield started, found[1]
+
+        def said() -> list[RankOutcome]:
+            return [started.outcome(rank) for rank in range(num_ranks)]
+
+        def address() -> str:
+            assert all(one.returncode is None for one in said()), said()
+            found = _SAYS.search(started.outcome(0).stdout)
+            return found[1] if found else ""
+
+        yield started, until(address, said)

@@ -22,6 +22,7 @@ from mlx_ep.server.requests import (
     Stopping,
     Token,
 )
+from tests.support.waiting import until
 
 _CLOSING = (b"}", b"]", b'"', b":", b",")
 
@@ -44,6 +45,7 @@ class TextEngine:
             first is drawn.
         places: requests at once; `queue` more may wait.
         step_seconds: between two tokens.
+        held: it takes requests in, but says nothing until `go`.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class TextEngine:
         places: int = 64,
         queue: int = 64,
         step_seconds: float = 0.0,
+        held: bool = False,
     ) -> None:
         self.context = context
         self.step_seconds = step_seconds
@@ -69,6 +72,7 @@ class TextEngine:
         self._waiting: list[_Running] = []
         self._steps = self._generated = self._prompted = 0
         self._is_draining = self._is_stopped = False
+        self._is_held = held
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()
 
@@ -95,6 +99,7 @@ class TextEngine:
                 self.cancelled.append(request)
             self._running.pop(request, None)
             self._waiting = [w for w in self._waiting if w.request.id != request]
+            self._lock.notify()
 
     def state(self) -> EngineState:
         with self._lock:
@@ -141,24 +146,30 @@ class TextEngine:
             self._lock.notify()
         self._thread.join()
 
-    def wait_until_idle(self, timeout: float = 5.0) -> None:
+    def go(self) -> None:
+        """Say what was held."""
+        with self._lock:
+            self._is_held = False
+            self._lock.notify()
+
+    def wait_until_idle(self) -> None:
         """Nothing runs or waits."""
-        deadline = time.monotonic() + timeout
-        while (state := self.state()).running or state.waiting:
-            assert time.monotonic() < deadline, state
-            time.sleep(0.01)
+
+        def is_idle() -> bool:
+            state = self.state()
+            return not (state.running or state.waiting)
+
+        until(is_idle, self.state)
 
     def _loop(self) -> None:
         while True:
             with self._lock:
-                while not (self._running or self._waiting or self._is_stopped):
+                self._take_in()
+                while not self._is_stopped and (self._is_held or not self._running):
                     self._lock.wait()
+                    self._take_in()
                 if self._is_stopped:
                     return
-                while self._waiting and len(self._running) < self._places:
-                    one = self._waiting.pop(0)
-                    self._prompted += len(one.request.tokens)
-                    self._running[one.request.id] = one
                 self._steps += 1
                 running = list(self._running.values())
                 events = [(one, self._next(one)) for one in running]
@@ -168,6 +179,12 @@ class TextEngine:
             for one, event in events:
                 one.deliver(event)
             time.sleep(self.step_seconds)
+
+    def _take_in(self) -> None:
+        while self._waiting and len(self._running) < self._places:
+            one = self._waiting.pop(0)
+            self._prompted += len(one.request.tokens)
+            self._running[one.request.id] = one
 
     def _next(self, one: _Running) -> Token:
         request, count = one.request, len(one.said)

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from mlx_ep.benchmark.wire import EndpointClient, HttpAnswer
+from tests.support.waiting import LONG
 
 CHUNKED = (
     b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -53,7 +54,7 @@ class _Server:
 def _with_wire(
     server: _Server,
     use: Callable[[EndpointClient], Awaitable[None]],
-    seconds: float = 5.0,
+    seconds: float = LONG,
 ) -> None:
     async def run() -> None:
         listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
@@ -135,9 +136,9 @@ def test_late_answers_and_cancelled_requests_close_their_connections() -> None:
             else:
                 with pytest.raises(TimeoutError, match=r"within 0\.05 s"):
                     await request
-            await asyncio.wait_for(server.gone.wait(), 5)
+            await asyncio.wait_for(server.gone.wait(), LONG)
 
         await asyncio.to_thread(_with_wire, server, use, seconds)
 
     asyncio.run(run(0.05, cancel=False))
-    asyncio.run(run(5.0, cancel=True))
+    asyncio.run(run(LONG, cancel=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 
 import mlx.core as mx
 import pytest
@@ -221,10 +220,8 @@ def test_one_launched_rank_does_not_wait_for_itself(ring, hosts):
 
 @pytest.mark.requires("ranks")
 def test_a_rank_that_never_starts_ends_the_wait(ring):
-    start = time.monotonic()
     command = [sys.executable, "-c", INIT, "2", "2"]
     (outcome,) = run_commands(1, command, env=ring(rank="0"))
     assert outcome.returncode == 1
     assert "of 2 ranks, [1] did not come within 2 s" in outcome.stderr
     assert "in wait_ready" in outcome.stderr  # where rank 0 was
-    assert time.monotonic() - start < 10

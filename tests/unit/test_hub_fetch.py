@@ -41,6 +41,7 @@ from mlx_ep.loading.hub.sparse import Journal
 from mlx_ep.placement import Placement
 from tests.support import tiny
 from tests.support.hub_server import HubServer, Repository, locked_elsewhere, use_cache
+from tests.support.waiting import LONG
 
 LAYOUTS = {
     "stacked": {},
@@ -217,7 +218,7 @@ def test_what_another_process_fetches_is_left_to_it(
             with blob.open("r+b") as stream:
                 stream.write((folders["stacked"] / file.name).read_bytes())
             Journal(blob).append(Span(0, file.size))
-        fetching.result(timeout=30)
+        fetching.result(timeout=LONG)
     assert _sent(hub) == 0
     _assert_same(weights, checkpoint_weights(folders["stacked"], 0, 2))
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from contextlib import closing
 
 import pytest
@@ -156,7 +155,8 @@ sys.stdin.read()
 
 
 def test_who_holds_a_lock_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sparse, "SECONDS_OF_SILENCE", 0.1)
+    clock = [0.0]
+    monkeypatch.setattr(sparse.time, "monotonic", lambda: clock[0])
     blob = tmp_path / "blob"
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(blob)],
@@ -171,7 +171,7 @@ def test_who_holds_a_lock_is_said(tmp_path, monkeypatch, capsys):
             waiting = sparse.Waiting(file, Span(0, 10))
             waiting.say()
             assert capsys.readouterr().err == ""
-            time.sleep(0.15)
+            clock[0] = 1.1 * sparse.SECONDS_OF_SILENCE
             waiting.say()
         assert f"process {process.pid}" in capsys.readouterr().err
         process.stdin.close()

@@ -179,19 +179,17 @@ def test_errors_say_what_to_do(hub: HubServer, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_one_failure_ends_all_connections() -> None:
-    retries = Retries(first_wait=60.0)
+    retries = Retries(first_wait=3600.0, longest_wait=3600.0)
     started: list[int] = []
 
     def work(item: int) -> None:
         started.append(item)
         if item == 3:
             raise HubError("the reason")
-        retries.failed(ConnectionError("cut"), 1)  # would wait for a minute
+        retries.failed(ConnectionError("cut"), 1)  # would wait for an hour
 
-    start = time.monotonic()
     with pytest.raises(HubError, match="the reason"):
         retries.for_each(work, range(1000))
-    assert time.monotonic() - start < 30
     assert len(started) < 1000
     with pytest.raises(Stopped):
         retries.pause()
