@@ -18,6 +18,7 @@ from mlx_ep.config import EPConfig
 from mlx_ep.loading import checkpoint_weights
 from mlx_ep.loading.identity import model_facts
 from tests.support import tiny
+from tests.support.waiting import LONG
 
 UP = "model.layers.1.mlp.switch_mlp.up_proj.weight"
 ROUTER = "model.layers.1.mlp.gate.weight"
@@ -253,7 +254,7 @@ def test_some_mutations(capfd: pytest.CaptureFixture[str]) -> None:
 
     code = subprocess.run(
         [sys.executable, "-m", fuzz_checkpoints.__name__, "--cases", "120"],
-        timeout=120,
+        timeout=LONG,
         check=False,
     ).returncode
     assert code == 0, capfd.readouterr().out

@@ -27,7 +27,6 @@ def test_two_ranks_write_one_profile(tmp_path: Path) -> None:
     ranks = run_commands(
         2,
         [*COMMAND, "--quick", "--ranks", "2"],
-        timeout=180.0,
         env={"XDG_CACHE_HOME": str(tmp_path)},
     )
     assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr
@@ -82,7 +81,6 @@ def test_one_rank_writes_to_the_cache_folder(tmp_path: Path) -> None:
     (rank,) = run_commands(
         1,
         [*COMMAND, "--packings", "affine4", "--widths", "256,256"],
-        timeout=120.0,
         env={"XDG_CACHE_HOME": str(tmp_path)},
     )
     assert rank.returncode == 0, rank.stderr

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import tiny
+from tests.support.waiting import LONG
 
 pytestmark = pytest.mark.requires("ranks")
 
@@ -33,7 +34,7 @@ class Terminal:
         )
         os.close(child)
 
-    def wait_for(self, text: str, seconds: float = 90) -> str:
+    def wait_for(self, text: str, seconds: float = LONG) -> str:
         """Read until `text` comes; what came before it."""
         deadline = time.monotonic() + seconds
         while text not in self.said:
@@ -45,11 +46,17 @@ class Terminal:
         before, _, self.said = self.said.partition(text)
         return before
 
+    def wait_for_more(self, count: int) -> None:
+        """Until it has said so many characters more."""
+        wanted = len(self.said) + count
+        while len(self.said) < wanted:
+            self.said += os.read(self._file, 4096).decode(errors="replace")
+
     def type(self, text: str) -> None:
         os.write(self._file, text.encode())
 
     def close(self) -> int:
-        code = self.process.wait(timeout=30)
+        code = self.process.wait(timeout=LONG)
         os.close(self._file)
         return code
 
@@ -65,7 +72,8 @@ def test_ctrl_c_stops_the_answer_only(num_ranks: int, tmp_path: Path) -> None:
     terminal = Terminal([sys.executable, *launch, *flags], tmp_path / "home")
     terminal.wait_for(">> ")
     terminal.type("hello there\n")
-    time.sleep(2)
+    terminal.wait_for("hello there")  # the echo
+    terminal.wait_for_more(200)
     # As the terminal does it: to rank 0 and the launcher, which share its group.
     os.killpg(terminal.process.pid, signal.SIGINT)
     said = terminal.wait_for("tokens-per-sec")
@@ -74,7 +82,7 @@ def test_ctrl_c_stops_the_answer_only(num_ranks: int, tmp_path: Path) -> None:
     terminal.wait_for(">> ")
     terminal.type("\x1b[A\n")  # the line before, out of the history
     assert "hello there" in terminal.wait_for("\n")
-    time.sleep(1)
+    terminal.wait_for_more(200)
     os.killpg(terminal.process.pid, signal.SIGINT)
     terminal.wait_for("tokens-per-sec")
     terminal.wait_for(">> ")

@@ -20,6 +20,7 @@ from mlx_ep.loading import find_model
 from tests.support import tiny
 from tests.support.ranks import run_commands, start_commands
 from tests.support.usage import assert_usage_errors
+from tests.support.waiting import LONG, until
 
 pytestmark = pytest.mark.requires("ranks")
 
@@ -54,7 +55,7 @@ def _launch(
         [str(BIN / "mlx.launch"), *argv],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LONG,
         env=environment,
         input=stdin or "",
     )
@@ -258,15 +259,10 @@ def test_a_rank_that_is_killed_ends_all(
     model = str(tiny.save_checkpoint(tmp_path, tiny.QWEN3_MOE))
     command = [*GENERATE, "--max-tokens", "100000", "--model", model]
     with start_commands(3, command) as started:
-        deadline = time.monotonic() + 60
-        while "=====" not in started.outcome(0).stdout:
-            assert time.monotonic() < deadline, started.outcome(0)
-            time.sleep(0.05)
+        until(lambda: "=====" in started.outcome(0).stdout, lambda: started.outcome(0))
         time.sleep(0.5)
         started.processes[victim].send_signal(number)
-        killed = time.monotonic()
-        outcomes = started.wait(timeout=15)
-    assert time.monotonic() - killed < 10
+        outcomes = started.wait()
     assert all(outcome.returncode != 0 for outcome in outcomes)
     said = "interrupted" if number == signal.SIGINT else f"rank {victim} ended without"
     for rank in {0, 1, 2} - {victim}:
@@ -294,9 +290,7 @@ sys.argv = ["mlx_ep.generate", "--model", f"./{{rank}}"]
 from mlx_ep.generate import main
 main()
 """
-    start = time.monotonic()
     outcomes = run_commands(3, [sys.executable, "-c", program])
-    assert time.monotonic() - start < 30
     assert [outcome.returncode for outcome in outcomes] == [1, 1, 1]
     for outcome in outcomes:
         assert "rank 1 failed: RuntimeError: [load_safetensors]" in outcome.stderr

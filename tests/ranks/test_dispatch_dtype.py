@@ -225,4 +225,4 @@ def check_all(group, small):
     ],
 )
 def test_rows_in_another_dtype(transport, num_ranks, small):
-    run_ranks(num_ranks, check_all, small, transport=transport, timeout=150)
+    run_ranks(num_ranks, check_all, small, transport=transport)

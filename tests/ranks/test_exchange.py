@@ -387,7 +387,7 @@ def check_replicated(comm):
     ],
 )
 def test_strategies(transport, num_ranks, small):
-    run_ranks(num_ranks, check_all, transport, small, transport=transport, timeout=150)
+    run_ranks(num_ranks, check_all, transport, small, transport=transport)
 
 
 @pytest.mark.requires("mpi")

@@ -143,7 +143,7 @@ def test_ranks_fetch_what_they_hold(
 ) -> None:
     """Two hosts, each with a cache of its own; tokens and logits of one process."""
     env = {"HF_ENDPOINT": hub.endpoint}
-    ranks = run_ranks(2, _load, str(tmp_path), REPOSITORIES, env=env, timeout=120)
+    ranks = run_ranks(2, _load, str(tmp_path), REPOSITORIES, env=env)
     _check(ranks, expected)
     for name, folder in folders.items():
         headers = _header_bytes(folder)
@@ -162,10 +162,10 @@ def test_the_next_start_is_offline(
 ) -> None:
     """After a first start on two hosts there is no request at all."""
     env = {"HF_ENDPOINT": hub.endpoint}
-    run_ranks(2, _load, str(tmp_path), REPOSITORIES, env=env, timeout=120)
+    run_ranks(2, _load, str(tmp_path), REPOSITORIES, env=env)
     hub.forget()
     env["HF_HUB_OFFLINE"] = "1"
-    again = run_ranks(2, _load, str(tmp_path), REPOSITORIES, env=env, timeout=120)
+    again = run_ranks(2, _load, str(tmp_path), REPOSITORIES, env=env)
     _check(again, expected)
     assert hub.requests == [] and hub.other_requests == []
 
@@ -263,7 +263,7 @@ def test_one_ranks_failure_ends_all(hub: HubServer, tmp_path: Path) -> None:
     hub.faults.wrong_total = 1
     argv = [sys.executable, "-c", _ALONE, str(tmp_path), "--model", "me/stacked"]
     env = {"HF_ENDPOINT": hub.endpoint}
-    outcomes = run_commands(2, argv, env=env, timeout=60)
+    outcomes = run_commands(2, argv, env=env)
     assert all(outcome.returncode for outcome in outcomes)
     for outcome in outcomes:
         assert "me/stacked: " in outcome.stderr

@@ -11,6 +11,7 @@ import pytest
 
 from mlx_ep.overlay.make import make_overlay
 from tests.support.ranks import RankOutcome, start_commands
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.requires("ranks"), pytest.mark.slow]
 
@@ -63,16 +64,15 @@ def test_all_end_soon_and_say_why(
 ) -> None:
     argv = [sys.executable, "-m", *commands[name]]
     with start_commands(2, argv, stdin=WORDS * 400) as started:
-        until = time.monotonic() + 60
-        while SAYS[name] not in _said(started.outcome(0)):
-            assert time.monotonic() < until, started.outcome(0)
-            time.sleep(0.01)
+        until(
+            lambda: SAYS[name] in _said(started.outcome(0)), lambda: started.outcome(0)
+        )
         time.sleep(0.3)
         assert [process.poll() for process in started.processes] == [None, None]
         told = time.monotonic()
         for process in started.processes[0 if is_told_to_all else 1 :]:
             process.send_signal(number)
-        outcomes = started.wait(20)
+        outcomes = started.wait()
         seconds = time.monotonic() - told
     assert seconds < SECONDS
     words = "interrupted (Ctrl-C)" if number == signal.SIGINT else "told to end"

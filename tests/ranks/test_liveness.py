@@ -11,15 +11,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import pytest
 
 from tests.support.launchers import mpirun_command, rank_environment
 from tests.support.ranks import StartedCommands, run_commands, start_commands
+from tests.support.waiting import LONG, until
 
-END_WITHIN = 10.0  # seconds from the failure until every process has ended
+# Seconds from the failure until every process has ended, on a host that may be busy:
+# the 5 of the promise are what `make fault` shows.
+END_WITHIN = 60.0
 
 needs_ranks = pytest.mark.requires("ranks")
 
@@ -85,9 +87,9 @@ def program(transport: str, case: str, bad_rank: int) -> None:
         if case == "leave-first" and rank == 0:
             return
         if case == "leave-first" and rank == 1:
-            time.sleep(60)
+            time.sleep(600)
         if case == "sleep" and is_bad:
-            time.sleep(60)
+            time.sleep(600)
         if is_bad and case not in ("loop", "nohup", "freeze", "pause", "diverge"):
             time.sleep(0.2)  # the others wait in a collective
             now()
@@ -95,11 +97,11 @@ def program(transport: str, case: str, bad_rank: int) -> None:
             note_step(number if number < 20 or not is_bad else 0)
             add()
         if case == "diverge":
-            time.sleep(60)
+            time.sleep(600)
         if case in ("late", "pause"):
             note_progress("decode", 7)
         if case == "late" and is_bad:
-            time.sleep(60)
+            time.sleep(600)
         if is_bad and case in ("raise", "meet-late", "meet-secret"):
             raise ValueError("boom\nin two lines")
         if is_bad and case == "exit":
@@ -109,7 +111,7 @@ def program(transport: str, case: str, bad_rank: int) -> None:
         if is_bad and case in ("kill", "leave-first"):
             os.kill(os.getpid(), signal.SIGKILL)
         if is_bad and case == "hold-gil":
-            ctypes.PyDLL(None).sleep(60)
+            ctypes.PyDLL(None).sleep(600)
         step = 7
         while True:
             add()
@@ -135,18 +137,9 @@ def ring(
     return start_commands(num_ranks, argv("ring", case, bad_rank), env=buffered)
 
 
-def wait_until(holds: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.005)
-
-
 def wait_ready(started: StartedCommands) -> float:
     ranks = range(len(started.processes))
-    wait_until(
-        lambda: all("ready" in started.outcome(rank).stdout for rank in ranks), 30
-    )
+    until(lambda: all("ready" in started.outcome(rank).stdout for rank in ranks))
     time.sleep(0.2)
     return time.time()
 
@@ -158,7 +151,7 @@ def check_ended(
     silent: int | None = None,
 ) -> list[int | None]:
     """Every rank ends in time and in failure, and all but `silent` say why."""
-    outcomes = started.wait(30)
+    outcomes = started.wait()
     end = time.time()
     for rank, outcome in enumerate(outcomes):
         print(f"--- rank {rank}: {outcome}")
@@ -328,7 +321,7 @@ def test_an_exit_code_reaches_all(case: str, bad_rank: int, code: int) -> None:
 @needs_ranks
 def test_a_normal_end_is_no_failure() -> None:
     with ring(3, "leave", 0) as started:  # rank 0 returns, the others sys.exit(0)
-        outcomes = started.wait(30)
+        outcomes = started.wait()
     assert [(o.returncode, o.stderr) for o in outcomes] == [(0, "")] * 3
 
 
@@ -364,7 +357,7 @@ main()
 )
 def test_wrong_usage_on_one_rank_ends_all(flag: str, text: str) -> None:
     command = [sys.executable, "-c", WRONG_ON_ONE.format(flag=flag)]
-    outcomes = run_commands(2, command, timeout=60)
+    outcomes = run_commands(2, command)
     assert [outcome.returncode for outcome in outcomes] == [2, 2]
     for outcome in outcomes:
         (line,) = outcome.stderr.strip().splitlines()
@@ -388,7 +381,7 @@ def test_over_mpi(case: str, reason: str | None) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LONG,
     )
     end = time.time()
     print(done)

@@ -31,6 +31,7 @@ import mlx_ep
 from tests.support import tiny
 from tests.support.ranks import run_commands, run_ranks
 from tests.support.usage import assert_usage_errors
+from tests.support.waiting import LONG
 
 pytestmark = pytest.mark.requires("ranks")
 
@@ -172,7 +173,7 @@ SHORT = ["--max-tokens", "16", "--prompt", "What is a hacker?"]
 def _mlx_lm(*argv: str) -> str:
     """A command of mlx-lm, as it comes, in one process."""
     command = [sys.executable, "-m", "mlx_lm", *argv]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

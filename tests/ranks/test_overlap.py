@@ -17,6 +17,7 @@ from tests.support import tiny
 from tests.support.graphs import Graph
 from tests.support.link import Link
 from tests.support.ranks import run_ranks
+from tests.support.waiting import LONG, until
 
 pytestmark = pytest.mark.requires("ranks")
 
@@ -55,14 +56,11 @@ def both_ways(group, names, strategies):
     ],
 )
 def test_the_numbers_are_the_same(num_ranks, names, strategies):
-    run_ranks(num_ranks, both_ways, names, strategies, timeout=150)
+    run_ranks(num_ranks, both_ways, names, strategies)
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 20
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path.name} never came"
-        time.sleep(0.005)
+    until(path.exists, lambda: f"{path.name} never came", LONG / 2)
 
 
 def shared_first(group, folder):
@@ -86,7 +84,7 @@ def shared_first(group, folder):
 
 
 def test_shared_experts_run_while_the_sum_is_under_way(tmp_path):
-    run_ranks(2, shared_first, str(tmp_path), timeout=60)
+    run_ranks(2, shared_first, str(tmp_path))
 
 
 COLLECTIVES = ("AllReduce", "AllGather", "ReduceScatter")
@@ -147,7 +145,7 @@ def graph_orders(group):
 
 
 def test_the_graph_of_mlx_has_the_collective_first():
-    run_ranks(2, graph_orders, timeout=100)
+    run_ranks(2, graph_orders)
 
 
 def seconds_through(group, num_bytes):
@@ -162,7 +160,7 @@ def seconds_through(group, num_bytes):
 def test_a_link_has_latency_and_bandwidth():
     """Both directions at once, each at the bandwidth."""
     with Link(latency=0.05, bandwidth=20e6) as link:
-        seconds = run_ranks(2, seconds_through, 2_000_000, link=link, timeout=60)
+        seconds = run_ranks(2, seconds_through, 2_000_000, link=link)
     assert link.num_bytes >= 2 * 2_000_000
     # Of the rank that began first: the other's bytes left after that.
     assert max(seconds) >= 0.05 + 2_000_000 / 20e6

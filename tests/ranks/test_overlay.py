@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,7 +26,9 @@ from mlx_ep.config import EPConfig
 from mlx_ep.loading import find_model
 from mlx_ep.overlay.make import MODEL_FILE, make_overlay
 from tests.support import tiny
+from tests.support.launchers import free_ports
 from tests.support.ranks import StartedCommands, run_commands, run_ranks, start_commands
+from tests.support.waiting import LONG, until
 
 pytestmark = pytest.mark.requires("ranks")
 
@@ -80,20 +82,18 @@ def test_generate(overlays: dict[str, str]) -> None:
 @contextmanager
 def _server(overlay: str, num_ranks: int) -> Iterator[tuple[StartedCommands, str]]:
     """mlx_lm.server on ranks, once it answers, and its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     command = [*MLX_LM, "server", "--model", overlay, "--trust-remote-code"]
     with start_commands(num_ranks, [*command, "--port", str(port)]) as started:
         address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5).read()
-                break
-            except OSError:
-                assert time.monotonic() < deadline, started.outcome(0).stderr
-                time.sleep(0.1)
+
+        def answers() -> bool:
+            assert started.outcome(0).returncode is None, started.outcome(0)
+            with contextlib.suppress(OSError):
+                return bool(urllib.request.urlopen(f"{address}/health", timeout=LONG))
+            return False
+
+        until(answers, lambda: started.outcome(0).stderr)
         yield started, address
 
 
@@ -108,7 +108,7 @@ def _ask(address: str, question: str, max_tokens: int, **options: Any) -> str:
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request, timeout=LONG) as response:
         return json.loads(response.read())["choices"][0]["message"]["content"]
 
 
@@ -151,7 +151,7 @@ def test_a_server_whose_worker_is_gone_ends(
         start = time.monotonic()
         with pytest.raises(OSError):
             _ask(address, QUESTIONS[1], 4)
-        first, _ = started.wait(timeout=15)
+        first, _ = started.wait()
         assert time.monotonic() - start < 10
     assert first.returncode not in (0, None)
     said = "rank 1 stopped" if number == signal.SIGSTOP else "rank 1 ended without"
@@ -163,7 +163,7 @@ def test_a_server_that_is_interrupted_ends_all(overlays: dict[str, str]) -> None
     with _server(overlays["jargon-moe-ep"], 2) as (started, address):
         _ask(address, QUESTIONS[0], 4)
         started.processes[0].send_signal(signal.SIGINT)
-        _, second = started.wait(timeout=15)
+        _, second = started.wait()
     assert second.returncode not in (0, None)
     assert "rank 0 has ended its server" in second.stderr
 
@@ -299,13 +299,10 @@ def test_a_rank_that_is_killed_ends_all(overlays: dict[str, str]) -> None:
     command = [*MLX_LM, "generate", "--model", overlays["mixtral-ep"]]
     command += ["--trust-remote-code", "--max-tokens", "100000", "--prompt", "x"]
     with start_commands(2, command) as started:
-        deadline = time.monotonic() + 60
-        while "=====" not in started.outcome(0).stdout:
-            assert time.monotonic() < deadline, started.outcome(0)
-            time.sleep(0.05)
+        until(lambda: "=====" in started.outcome(0).stdout, lambda: started.outcome(0))
         time.sleep(0.5)
         started.processes[1].kill()
-        first, _ = started.wait(timeout=15)
+        first, _ = started.wait()
     assert first.returncode == 1
     assert "rank 1 ended without a word" in first.stderr
 

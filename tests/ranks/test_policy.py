@@ -145,9 +145,7 @@ def explain_a_model(group):
 
 
 def test_a_model_explains_movement_and_exchange(tmp_path: Path) -> None:
-    first, second = run_ranks(
-        2, explain_a_model, env={"XDG_CACHE_HOME": str(tmp_path)}, timeout=120
-    )
+    first, second = run_ranks(2, explain_a_model, env={"XDG_CACHE_HOME": str(tmp_path)})
     for text in (first, second):
         for line in (
             "Movement of 64 float32, top 3, 2 ranks; an all-to-all's rows: plan, pack",

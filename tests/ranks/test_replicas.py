@@ -212,7 +212,7 @@ def test_record_and_place_by_it(tmp_path: Path) -> None:
         ("8 copies on all ranks", ["--record", str(file)]),
         ("36 copies in all layers", ["--placement", str(file)]),
     ):
-        ranks = run_commands(2, [*ask, *more], timeout=120)
+        ranks = run_commands(2, [*ask, *more])
         assert [rank.returncode for rank in ranks] == [0, 0], ranks
         report = ranks[0].stdout
         assert copies in report
@@ -231,7 +231,7 @@ def test_chat_records_too(tmp_path: Path) -> None:
     file = tmp_path / "r.npz"
     chat = [sys.executable, "-m", "mlx_ep.chat", "--ranks", "2", "--no-warmup"]
     chat += ["--max-tokens", "4", "--record", str(file)]
-    ranks = run_commands(2, chat, timeout=120, stdin="What is a hacker?\n/quit\n")
+    ranks = run_commands(2, chat, stdin="What is a hacker?\n/quit\n")
     assert [rank.returncode for rank in ranks] == [0, 0], ranks
     described = json.loads(file.with_suffix(".json").read_text())
     assert described["num_tokens"] > 4

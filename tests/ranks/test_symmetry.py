@@ -106,7 +106,7 @@ def test_models_that_differ_are_refused(tmp_path):
         folder = tmp_path / name
         shutil.copytree(find_model("jargon-moe"), folder)
         change(folder)
-    answers, others = run_ranks(2, load_each, str(tmp_path), timeout=120)
+    answers, others = run_ranks(2, load_each, str(tmp_path))
     assert answers == others
     for name, (_, text) in CHANGES.items():
         assert (text in answers[name]) if text else answers[name] == "", answers[name]

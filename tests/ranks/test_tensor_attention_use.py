@@ -80,7 +80,7 @@ GENERATE = [sys.executable, "-m", "mlx_ep.generate", "--ranks", "2"]
 CHAT = [sys.executable, "-m", "mlx_ep.chat", "--ranks", "2"]
 ASK = ["--prompt", "What is a hacker?", "--max-tokens", "12"]
 
-run_two = partial(run_commands, 2, timeout=120)
+run_two = partial(run_commands, 2)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,6 +25,7 @@ from mlx_ep.placement import Placement
 from mlx_ep.types import Routing, TokenCounts
 from tests.support import tiny
 from tests.support.ranks import run_commands, run_ranks
+from tests.support.waiting import LONG, until
 
 pytestmark = pytest.mark.requires("ranks")
 
@@ -75,15 +75,16 @@ def tokens_of(group, strategies):
 )
 def test_tokens_are_the_same(num_ranks, strategies):
     transport = "ring" if num_ranks == 2 else "mpi"
-    run_ranks(num_ranks, tokens_of, strategies, transport=transport, timeout=170)
+    run_ranks(num_ranks, tokens_of, strategies, transport=transport)
 
 
 def one_by_one(rank, path, start):
     """What rank 1 starts only when rank 0's own start has returned."""
-    deadline = time.monotonic() + 20
-    while rank == 1 and not path.exists():
-        assert time.monotonic() < deadline, f"{path.name}: rank 0 waits for rows"
-        time.sleep(0.005)
+    until(
+        lambda: rank == 0 or path.exists(),
+        lambda: f"{path.name}: rank 0 waits for rows",
+        LONG / 2,
+    )
     result = start()
     path.touch()
     return result
@@ -124,7 +125,7 @@ def all_starts(group, folder):
 
 
 def test_dispatch_and_combine_return_before_rows_arrive(tmp_path):
-    run_ranks(2, all_starts, str(tmp_path), timeout=60)
+    run_ranks(2, all_starts, str(tmp_path))
 
 
 def uneven(group, strategy):
@@ -167,7 +168,7 @@ def unevens(group, strategies):
 
 
 def test_ranks_with_other_numbers_of_tokens_agree():
-    run_ranks(2, unevens, ("gathered", "normal"), timeout=100)
+    run_ranks(2, unevens, ("gathered", "normal"))
 
 
 def peaks(group):
@@ -201,7 +202,7 @@ def peaks(group):
 
 
 def test_peak_memory_is_no_higher():
-    for found in run_ranks(2, peaks, timeout=100, checks_shapes=False):
+    for found in run_ranks(2, peaks, checks_shapes=False):
         prefill, decode = zip(found["none"], found["two"], strict=True)
         assert prefill[1] <= prefill[0], found
         assert decode[1] <= decode[0], found
@@ -218,7 +219,7 @@ def test_commands_give_the_same_answers(tmp_path, attention):
         argv = [sys.executable, "-m", "mlx_ep.generate", "--model", model]
         argv += ["--prompts-file", str(prompts), "--max-tokens", "8"]
         argv += ["--attention", attention, "--overlap", overlap, "--verbose", "F"]
-        outcomes = run_commands(2, argv, timeout=170)
+        outcomes = run_commands(2, argv)
         assert [one.returncode for one in outcomes] == [0, 0], outcomes
         texts.append(sorted(outcomes[0].stdout.splitlines()))
     assert len(texts[0]) == 4 and texts[0] == texts[1] == texts[2]

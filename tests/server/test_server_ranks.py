@@ -26,7 +26,7 @@ from mlx_ep.loading import find_model
 from mlx_ep.server.flags import make_parser
 from tests.support.ranks import StartedCommands, run_commands
 from tests.support.serving_ranks import serving_ranks
-from tests.support.waiting import LONG, until
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.requires("ranks"), pytest.mark.timeout(240)]
 
@@ -143,9 +143,9 @@ def _client(address: str, number: int) -> str:
             return "gone"
         return "200"
     if rng.random() < 0.1:
-        bad = httpx.post(f"{address}{CHAT}", content=b"{", timeout=LONG)
+        bad = httpx.post(f"{address}{CHAT}", content=b"{")
         return str(bad.status_code)
-    found = httpx.post(f"{address}{CHAT}", json=body, timeout=LONG)
+    found = httpx.post(f"{address}{CHAT}", json=body)
     if body["stream"]:
         assert found.text.endswith("data: [DONE]\n\n"), found.text[-300:]
     return str(found.status_code)
@@ -160,7 +160,7 @@ def _many_clients(server: Server, count: int) -> list[int]:
     assert found.count("200") > count / 2
 
     def state() -> dict[str, Any]:
-        return httpx.get(f"{address}/v1/state", timeout=LONG).json()
+        return httpx.get(f"{address}/v1/state").json()
 
     until(lambda: not state()["running"], state)
     assert state()["waiting"] == 0
@@ -188,7 +188,7 @@ def _ask_long(address: str, answers: list[Any], stream: bool) -> None:
         "stream": stream,
     }
     try:
-        answers.append(httpx.post(f"{address}{CHAT}", json=body, timeout=LONG))
+        answers.append(httpx.post(f"{address}{CHAT}", json=body))
     except httpx.HTTPError as error:
         answers.append(error)
 
@@ -243,7 +243,7 @@ def test_being_told_to_end(signals: int) -> None:
         thread.join(20)
         seconds = time.monotonic() - start
         assert seconds < 1.5 if signals == 2 else 1.2 < seconds < 10
-        assert [o.returncode for o in started.wait(20)] == [0, 0]
+        assert [o.returncode for o in started.wait()] == [0, 0]
         reason = "at once" if signals == 2 else "grace of 1.5 s is over"
         assert reason in answers[0].text
 

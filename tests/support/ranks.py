@@ -18,7 +18,6 @@ import faulthandler
 import fcntl
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import tempfile
@@ -38,6 +37,7 @@ from tests.support.launchers import (
 )
 from tests.support.link import Link
 from tests.support.mpi_forks import MPIForks, stand_in_command
+from tests.support.processes import Process, stop
 from tests.support.waiting import LONG, until
 
 __all__ = [
@@ -53,15 +53,8 @@ __all__ = [
 # A rank that failed leaves its peers waiting for it; they get this long to end on
 # their own (a peer that notices says more than a stack does) before being stopped.
 GRACE_SECONDS = 1.5
-# For the stacks of ranks that are stopped; they end by themselves when they are out.
-STACK_SECONDS = 20.0
-
-
 # The rooms whose arrays travel between ranks: their shapes are checked over MPI too.
 CHECKED = [f"mlx_ep.{room}" for room in ("types", "rows", "experts", "exchange", "moe")]
-
-
-Process = subprocess.Popen[bytes] | ForkedProcess
 
 
 class RanksError(RuntimeError):
@@ -95,7 +88,7 @@ class StartedCommands:
         while any(process.poll() is None for process in self.processes):
             if time.monotonic() > deadline:
                 hung = [r for r, p in enumerate(self.processes) if p.poll() is None]
-                _stop([process.pid for process in self.processes], self.processes)
+                stop([process.pid for process in self.processes], self.processes)
                 raise RanksError(
                     f"ranks {hung} did not end within {timeout} s\n"
                     + "\n".join(
@@ -242,7 +235,7 @@ def start_commands(
                     )
             yield started
         finally:
-            _stop([], started.processes)
+            stop([], started.processes)
 
 
 @contextlib.contextmanager
@@ -335,36 +328,10 @@ def _run_job(
                 time.sleep(0.01)
         finally:
             pids = [int(_read(path)) for path in directory.glob("pid.*")]
-            _stop(pids, processes)
+            stop(pids, processes)
         if problem is None and any(process.returncode for process in processes):
             problem = f"exit codes {[process.returncode for process in processes]}"
     return problem
-
-
-def _stop(pids: Sequence[int], processes: Sequence[Process]) -> None:
-    """Ask the ranks among `pids` for their stacks, then kill what still runs."""
-    if any(process.poll() is None for process in processes):
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGABRT)
-        limit = time.monotonic() + STACK_SECONDS
-        while time.monotonic() < limit and any(_runs(pid, processes) for pid in pids):
-            time.sleep(0.01)
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-
-
-def _runs(pid: int, processes: Sequence[Process]) -> bool:
-    for process in processes:
-        if process.pid == pid:
-            return process.poll() is None
-    try:
-        os.kill(pid, 0)  # a rank of mpirun, which takes leave of it
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _result(directory: Path, rank: int) -> Any:

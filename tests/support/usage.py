@@ -57,7 +57,7 @@ def outcomes_of(
     argv = [sys.executable, "-c", _PROGRAM, command, module or command, lines]
     argv += [] if reads else ["no weights"]
     ranks = []
-    for outcome in run_commands(num_ranks, argv, timeout=120, env=env):
+    for outcome in run_commands(num_ranks, argv, env=env):
         assert outcome.returncode == 0, outcome.stderr
         ranks.append(json.loads(outcome.stdout.splitlines()[-1]))
     return [[tuple(rank[i]) for rank in ranks] for i in range(len(command_lines))]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 # Seconds in which whatever has to come comes, on any machine.
-LONG = 120.0
+LONG = 200.0
 _BETWEEN_LOOKS = 0.005
 
 Found = TypeVar("Found")

@@ -18,6 +18,7 @@ from mlx_ep.plan.build import Plan, make_plan
 from mlx_ep.plan.flags import make_parser
 from mlx_ep.plan.launch_line import memory_of
 from tests.support import tiny
+from tests.support.waiting import LONG
 
 STEP = 256
 
@@ -102,7 +103,7 @@ def test_the_launch_line_runs(more: list[str], tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=120,
+        timeout=LONG,
     )
     assert done.returncode == 0, done.stderr
     for need in found.needs:
