@@ -26,7 +26,7 @@ from mlx_ep.loading import find_model
 from mlx_ep.server.flags import make_parser
 from tests.support.ranks import StartedCommands, run_commands
 from tests.support.serving_ranks import serving_ranks
-from tests.support.waiting import until
+from tests.support.waiting import LONG, until
 
 pytestmark = [pytest.mark.requires("ranks"), pytest.mark.timeout(240)]
 
@@ -143,9 +143,9 @@ def _client(address: str, number: int) -> str:
             return "gone"
         return "200"
     if rng.random() < 0.1:
-        bad = httpx.post(f"{address}{CHAT}", content=b"{")
+        bad = httpx.post(f"{address}{CHAT}", content=b"{", timeout=LONG)
         return str(bad.status_code)
-    found = httpx.post(f"{address}{CHAT}", json=body)
+    found = httpx.post(f"{address}{CHAT}", json=body, timeout=LONG)
     if body["stream"]:
         assert found.text.endswith("data: [DONE]\n\n"), found.text[-300:]
     return str(found.status_code)
@@ -160,7 +160,7 @@ def _many_clients(server: Server, count: int) -> list[int]:
     assert found.count("200") > count / 2
 
     def state() -> dict[str, Any]:
-        return httpx.get(f"{address}/v1/state").json()
+        return httpx.get(f"{address}/v1/state", timeout=LONG).json()
 
     until(lambda: not state()["running"], state)
     assert state()["waiting"] == 0
@@ -188,7 +188,7 @@ def _ask_long(address: str, answers: list[Any], stream: bool) -> None:
         "stream": stream,
     }
     try:
-        answers.append(httpx.post(f"{address}{CHAT}", json=body))
+        answers.append(httpx.post(f"{address}{CHAT}", json=body, timeout=LONG))
     except httpx.HTTPError as error:
         answers.append(error)
 
@@ -234,9 +234,10 @@ def test_being_told_to_end(signals: int) -> None:
         for process in started.processes:
             process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
-        health = httpx.get(f"{address}/health")
+        health = httpx.get(f"{address}/health", timeout=LONG)
         assert (health.status_code, "drains" in health.text) == (503, True)
-        refused = httpx.post(f"{address}{CHAT}", json={"messages": QUESTION})
+        body = {"messages": QUESTION}
+        refused = httpx.post(f"{address}{CHAT}", json=body, timeout=LONG)
         assert refused.status_code == 503
         if signals == 2:
             started.processes[0].send_signal(signal.SIGTERM)
