@@ -94,7 +94,12 @@ def test_the_loop_is_counted_per_step_and_sequence(tmp_path: Path) -> None:
 
 def test_scores_are_those_of_the_cost_model(tmp_path: Path) -> None:
     """Of single queries and of prompts, with numbers that only a measurement has."""
-    measured = {"query_seconds": 1e-6, "unseen_seconds": 2e-6, "score_seconds": 1e-4}
+    measured = {
+        "query_seconds": 1e-6,
+        "unseen_seconds": 2e-6,
+        "score_seconds": 1e-4,
+        "prompt_score_seconds": 3e-4,
+    }
     profile = overridden(PROFILE, measured)
     times = _times(tmp_path, profile)
 
