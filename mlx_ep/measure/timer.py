@@ -13,7 +13,6 @@ from mlx_ep.comm import Comm, broadcast_object
 from mlx_ep.tune.timing import Clock, Name, Timed, in_turn
 
 LONGER = 4  # times the samples of other calls
-Samples = Mapping[Any, list[float]]  # s, by the name of a call
 
 
 @dataclass
@@ -34,7 +33,7 @@ class Rounds:
         """The next samples are those of the first calls again."""
         self._place = self._series = 0
 
-    def add(self, samples: Samples) -> dict[Any, list[float]]:
+    def add(self, samples: Mapping[Any, list[float]]) -> dict[Any, list[float]]:
         """The means of the next calls in this round and in those before.
 
         Raises:
@@ -96,7 +95,9 @@ class Timer:
         """
         for call in calls.values():
             call()
-        samples: Samples = in_turn(calls, before=self.comm.barrier, clock=self.clock)
+        samples: Mapping[Any, list[float]] = in_turn(
+            calls, before=self.comm.barrier, clock=self.clock
+        )
         longest = max(seconds for (seconds,) in samples.values())
         wanted = int(self.seconds / max(longest, 1e-6))
         count = self.agreed(min(self.most, max(self.least, wanted)))

@@ -108,8 +108,6 @@ def test_scores_are_those_of_the_cost_model(tmp_path: Path) -> None:
 
     decode = _seconds(times, StepBatch(decodes=[31, 31]))
     assert decode == pytest.approx(cost(tokens=2, phase="decode", context=30), rel=1e-6)
-    profile = overridden(profile, {"query_seconds": 0.0})
-    times = _times(tmp_path / "prompts", profile)
     prompt = _seconds(times, StepBatch(prefills=[(16, 5)]))
     wanted = cost(tokens=16, phase="prefill", context=5, logits=0)
     assert prompt == pytest.approx(wanted, rel=1e-3)
