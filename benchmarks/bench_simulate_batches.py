@@ -9,17 +9,18 @@ Two predictions of their throughput and time per token stand beside them:
 - by step costs that `mlx_ep.simulate calibrate` fits to some batches, for others of
   other sizes and lengths.
 
-Calibrations and batches take turns, in rounds: what a round measures is predicted from
-the profile of the same round, and the median round counts.
+A calibration times all it measures in rounds, and all batches run after each of them: a
+machine that is slow for seconds (the one of the results is, by up to 2.3 times, for up
+to 8 s) is so for some rounds of either. Of the rounds the fast tenth counts, of a
+calibration's times as of a batch's first token and of the rest of its tokens. All of
+that is repeated, and the median of the repetitions counts.
 
 Everything runs on one core, and seconds, of the batches and of the calibration, are
 those that the core spent on this process: as many as the clock on the wall shows where
 nothing else runs there, and the same where other programs take turns. The scheduler is
 told that this is a batch job (SCHED_BATCH on Linux). Otherwise the thread that computes
 interrupts the one that hands it work, hundreds of times a step, and how often changes
-what a step takes. Batches run in turn, several times a round, and of each step the fast
-tenth of its runs counts, as in a calibration. Target: 10 % for throughput and time per
-token.
+what a step takes. Target: 10 % for throughput and time per token.
 
     python -m benchmarks.bench_simulate_batches --check
 """
@@ -32,7 +33,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ import numpy as np
 from mlx_lm.generate import BatchGenerator
 
 from benchmarks.harness import Target, arguments, finish, heading, own_cores, pin
-from mlx_ep.calibrate import FAST, calibrate
+from mlx_ep.calibrate import FAST, ROUNDS, calibrate
 from mlx_ep.comm import init
 from mlx_ep.cost.profile import write_profile
 from mlx_ep.loading import find_model
@@ -57,7 +58,7 @@ from mlx_ep.simulate.settings import EngineSettings
 # Prompts, tokens of each, tokens of each answer.
 FITTED = ((4, 64, 80), (10, 96, 64), (16, 64, 64), (8, 256, 48))
 PREDICTED = ((6, 128, 96), (12, 48, 72), (3, 200, 64), (16, 80, 48))
-ROUNDS = 3
+REPEATS = 3
 POOL = 1 << 24
 GAP = 1e3  # s between batches of one recording, so that they do not meet
 LIMIT = 10.0
@@ -90,10 +91,13 @@ def run_batch(model: Any, shape: tuple[int, int, int]) -> np.ndarray:
     return np.diff(times)
 
 
-def fast(samples: Sequence[np.ndarray], count: int) -> np.ndarray:
-    """``[prompts, 2]`` s to the first and the last token, each step's fast tenth."""
-    steps = np.quantile(samples, FAST, axis=0)
-    return np.tile([steps[0], steps.sum()], (count, 1))
+def fast(rounds: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """``[prompts, 2]`` s to the first and the last token, from the steps of rounds: the
+    fast tenth of the first step and of all others together.
+    """
+    first = float(np.quantile([steps[0] for steps in rounds], FAST))
+    rest = float(np.quantile([steps[1:].sum() for steps in rounds], FAST))
+    return np.tile([first, first + rest], (count, 1))
 
 
 def recording(
@@ -165,23 +169,36 @@ def by_profile(
     return simulated_with(measured, engine)
 
 
-def own_profile() -> Path:
-    """A profile that is measured now."""
+def own_profile(between: Callable[[], None], quick: bool) -> Path:
+    """A profile that is measured now, in turn with what is `between` its rounds."""
     file = Path(tempfile.mkdtemp()) / "profile.json"
-    profile = calibrate(init(), ["plain"], (128, 64), clock=time.process_time)
+    profile = calibrate(init(), ["plain"], (128, 64), quick, time.process_time, between)
     write_profile(profile, file)
     return file
 
 
-def timed_in_turn(
-    model: Any, shapes: Sequence[tuple[int, int, int]], samples: int
-) -> list[np.ndarray]:
-    """See `fast`, of each shape."""
+def in_turn_with_profile(
+    model: Any,
+    shapes: Sequence[tuple[int, int, int]],
+    samples: int,
+    given: Path | None,
+    quick: bool,
+) -> tuple[Path, list[np.ndarray]]:
+    """A profile, the `given` one or measured, and `fast` of each shape."""
     found: list[list[np.ndarray]] = [[] for _ in shapes]
-    for _ in range(samples):
-        for place, shape in enumerate(shapes):
-            found[place].append(run_batch(model, shape))
-    return [fast(steps, shape[0]) for steps, shape in zip(found, shapes)]
+
+    def run_all() -> None:
+        for mine, shape in zip(found, shapes):
+            runs = [run_batch(model, shape) for _ in range(samples)]
+            mine.append(np.mean(runs, axis=0))
+
+    if given is None:
+        profile = own_profile(run_all, quick)
+    else:
+        profile = given
+        for _ in range(ROUNDS):
+            run_all()
+    return profile, [fast(steps, shape[0]) for steps, shape in zip(found, shapes)]
 
 
 def predictions(
@@ -213,7 +230,7 @@ def errors_of(both: Sequence[float]) -> tuple[float, float]:
 
 
 def spread_of(errors: np.ndarray) -> str:
-    """The median of the rounds, and from where to where they are."""
+    """The median of the repetitions, and from where to where they are."""
     text = f"{np.median(errors):+.1f} %"
     if len(errors) > 1:
         text += f" ({errors.min():+.1f} to {errors.max():+.1f})"
@@ -221,7 +238,7 @@ def spread_of(errors: np.ndarray) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = arguments(__doc__ or "", samples=3)
+    parser = arguments(__doc__ or "", samples=1)
     parser.add_argument(
         "--profile", type=Path, metavar="FILE", help="Instead of measuring one."
     )
@@ -232,21 +249,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = find_model("jargon-moe", None, download="ranges")
     model, _ = mlx_lm.load(str(path))
     shapes = [*FITTED, *PREDICTED]
-    rounds, samples = (1, 2) if args.quick else (ROUNDS, args.samples)
+    repeats, samples = (1, 2) if args.quick else (REPEATS, args.samples)
     for shape in shapes:  # warm-up
         run_batch(model, shape)
     config = read_config(path)
     found: dict[tuple[Any, str], list[tuple[float, ...]]] = {}
-    for _ in range(rounds):
-        profile = args.profile or own_profile()
-        times = timed_in_turn(model, shapes, samples)
+    for _ in range(repeats):
+        profile, times = in_turn_with_profile(
+            model, shapes, samples, args.profile, args.quick
+        )
         predicted = predictions(profile, config, shapes, times)
         for key, both in predicted.items():
             found.setdefault(key, []).append(both)
     rows, records, targets = [], [], []
-    for (shape, way), of_rounds in found.items():
-        rate, tpot, our_rate, our_tpot = np.median(of_rounds, axis=0)
-        errors = np.array([errors_of(both) for both in of_rounds])
+    for (shape, way), of_repeats in found.items():
+        rate, tpot, our_rate, our_tpot = np.median(of_repeats, axis=0)
+        errors = np.array([errors_of(both) for both in of_repeats])
         wrong = np.median(errors, axis=0)
         rows.append(
             [

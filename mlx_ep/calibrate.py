@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ from mlx_ep.cost.records import Link, MatrixCost
 from mlx_ep.loading import find_model, memory_limit
 from mlx_ep.measure.costs import (
     PACKINGS,
-    Timer,
     collective_tables,
     crossing_seconds,
     dense_cost,
@@ -43,6 +42,7 @@ from mlx_ep.measure.experts import expert_costs
 from mlx_ep.measure.layers import layer_times
 from mlx_ep.measure.machine import pin_ranks
 from mlx_ep.measure.steps import fixed_times, loop_times
+from mlx_ep.measure.timer import Rounds, Timer
 from mlx_ep.rows import uses_metal
 from mlx_ep.simulate.measure_bundle import write_bundle
 from mlx_ep.simulate.model import ModelSizes, read_model
@@ -54,7 +54,8 @@ SIZES = (256, 4096, 65536, 1 << 20, 1 << 23)
 QUICK_SIZES = (256, 65536)
 WIDTH, EXPERT_WIDTH = 2048, 768  # of Qwen3-30B-A3B
 QUICK_WIDTHS = (512, 256)
-FAST = 0.1  # the quantile of samples that computations are taken to need
+FAST = 0.1  # the quantile that computations are taken to need: of rounds, or samples
+ROUNDS = 4  # in which all is timed: a machine can be slow for seconds
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -164,21 +165,55 @@ def calibrate(
     widths: tuple[int, int],
     quick: bool = False,
     clock: Clock = time.perf_counter,
+    between: Callable[[], object] = lambda: None,
 ) -> Profile:
     """The profile of this cluster, the same on every rank. Every rank must call it.
+
+    All is timed in `ROUNDS` rounds; see `Rounds`.
 
     Args:
         packings: names in `PACKINGS`.
         widths: D and F of the measured experts, see `chosen_widths`.
-        quick: few and short samples.
+        quick: few and short samples, in one round.
         clock: of the samples, see `Timer`.
+        between: called after each round.
     """
     started = time.perf_counter()
-    sharing = share_cores(comm)
-    timer = Timer(comm, clock=clock)
+    memory = float(memory_limit(None) // share_cores(comm))
+    # A call has as many samples in each round as there is time for in its part of it.
+    timer = Timer(comm, 0.25 / ROUNDS, most=25 // ROUNDS, least=1, clock=clock)
     if quick:
         timer = Timer(comm, seconds=0.01, longest=0.02, most=5, clock=clock)
-    between = timer  # collectives vary by themselves: their medians count
+    else:
+        timer = replace(timer, rounds=Rounds())
+    for _ in range(1 if quick else ROUNDS):
+        if timer.rounds is not None:
+            timer.rounds.begin()
+        mine = _of_this_rank(timer, packings, widths, QUICK_SIZES if quick else SIZES)
+        between()
+    ranks = gather_objects(comm, to_json(replace(mine, memory_bytes=memory)))
+    profiles = [from_json(rank) for rank in ranks]
+    found = slowest(profiles)
+    seconds = time.perf_counter() - started
+    note = (
+        f"Measured by mlx_ep.calibrate on {comm.size} ranks in {seconds:.0f} s: "
+        f"the fast tenth of {'samples' if quick else 'rounds'}, of collectives the "
+        f"median; the slowest rank counts; experts of {widths[0]} x {widths[1]}"
+        f"{', --quick: do not rely on it' if quick else ''}."
+    )
+    return measured(replace(found, note=note))
+
+
+def _of_this_rank(
+    timer: Timer, packings: Sequence[str], widths: tuple[int, int], sizes: Sequence[int]
+) -> Profile:
+    """One round, and what is known behind it; memory is not looked at.
+
+    Args:
+        sizes: bytes of the collectives.
+    """
+    comm = timer.comm
+    of_links = timer  # collectives vary by themselves: their medians count
     timer = replace(timer, quantile=FAST)
     dtype = mx.bfloat16 if uses_metal() else mx.float32
     experts: dict[str, MatrixCost] = {}
@@ -198,25 +233,14 @@ def calibrate(
     per_weight = dense[plain].seconds[0]
     values |= fixed_times(timer, dtype, per_weight, max(0.0, call))
     values |= loop_times(timer, dtype) | rates(experts, dense)
-    values["memory_bytes"] = float(memory_limit(None) // sharing)
-    mine = Profile(
+    return Profile(
         name=f"{comm.size} x {chip()}, {comm.transport}",
-        links=links(between, QUICK_SIZES if quick else SIZES),
+        links=links(of_links, sizes),
         experts=experts,
         dense=dense,
+        memory_bytes=1.0,
         **values,  # type: ignore[arg-type]
     )
-    ranks = gather_objects(comm, to_json(mine))
-    profiles = [from_json(rank) for rank in ranks]
-    found = slowest(profiles)
-    seconds = time.perf_counter() - started
-    note = (
-        f"Measured by mlx_ep.calibrate on {comm.size} ranks in {seconds:.0f} s: "
-        f"the fast tenth of samples, of collectives the median; the slowest rank "
-        f"counts; experts of {widths[0]} x {widths[1]}"
-        f"{', --quick: do not rely on it' if quick else ''}."
-    )
-    return measured(replace(found, note=note))
 
 
 def measured(profile: Profile) -> Profile:

@@ -76,6 +76,9 @@ class Profile:
     score_seconds: float = quantity(
         "s", "each score of a query and a key, beside its multiply-adds", 0.0
     )
+    prompt_score_seconds: float = quantity(
+        "s", "and of a prompt, with the mask; 0: as score_seconds", 0.0
+    )
     element_seconds: float = quantity(
         "s", "norms and sums of a layer, per number of the tokens"
     )
@@ -115,7 +118,7 @@ class Profile:
 # Numbers that nobody publishes: 0, and not in `sources`, where a profile has none.
 MEASURED_ONLY = (
     "loop_seconds", "loop_layer_seconds", "sequence_seconds", "query_seconds",
-    "unseen_seconds", "score_seconds",
+    "unseen_seconds", "score_seconds", "prompt_score_seconds",
 )  # fmt: skip
 
 # What stands for a runner in `Profile.experts` where mlx-lm's own block runs.

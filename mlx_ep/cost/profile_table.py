@@ -26,6 +26,7 @@ def profile_table(profile: Profile) -> str:
         "query_seconds": ("ns", 1e9),
         "unseen_seconds": ("ns", 1e9),
         "score_seconds": ("ns", 1e9),
+        "prompt_score_seconds": ("ns", 1e9),
         "element_seconds": ("ns", 1e9),
         "route_seconds": ("ns", 1e9),
     }

@@ -222,16 +222,17 @@ def mac_seconds(profile: Profile, model: ModelShape) -> tuple[float, float, floa
         s of a single query's, of a prompt's, and of one with a key that a query of a
         prompt does not see.
     """
-    of_score = 0.0
+    share = 0.0
     if model.attention_macs:
         share = model.attention_scores / model.attention_macs
-        of_score = profile.score_seconds * share
+    of_score = profile.score_seconds * share
+    of_prompt = (profile.prompt_score_seconds or profile.score_seconds) * share
     computed = 2 / profile.attention_rate
     unseen = profile.unseen_seconds
     return (
         (profile.query_seconds or computed) + of_score,
-        computed + of_score,
-        unseen + of_score if unseen else 0.0,
+        computed + of_prompt,
+        unseen + of_prompt if unseen else 0.0,
     )
 
 

@@ -7,26 +7,23 @@ are its own times.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-from mlx_ep.comm import Comm, broadcast_object
 from mlx_ep.cost.records import CollectiveTable, MatrixCost
+from mlx_ep.measure.timer import Timer
 from mlx_ep.rows import uses_metal
-from mlx_ep.tune.timing import Clock, Name, Timed, in_turn
+from mlx_ep.tune.timing import Timed
 from mlx_ep.types import MXFP4, Packing
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TINY = 64  # width of what costs nothing to compute: what is left is the call
-LONGER = 4  # times the samples of other calls
 Made = TypeVar("Made")
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
@@ -62,81 +59,6 @@ ON_METAL = Amounts(64, 64, 1 << 28, 4096, 1024, 4032, 1 << 28)  # not tried yet
 def sizes() -> Amounts:
     """For the device that MLX computes on."""
     return ON_METAL if uses_metal() else ON_CPU
-
-
-@dataclass(frozen=True)
-class Timer:
-    """Times calls by samples that begin together on all ranks.
-
-    Attributes:
-        seconds: for all samples of a call; at least three are taken.
-        longest: a series of growing calls stops before one would take longer.
-        quantile: which sample counts, from the fastest, 0, over the median to the
-            slowest, 1. What else a machine does only adds to what a computation takes,
-            and can double the median of steps whose threads wait for each other.
-    """
-
-    comm: Comm
-    seconds: float = 0.25
-    longest: float = 0.4
-    most: int = 25
-    quantile: float = 0.5
-    clock: Clock = time.perf_counter
-
-    def typical(self, call: Timed) -> float:
-        """Seconds of a call that returns when its work is done."""
-        return self.together({"": call})[""]
-
-    def together(self, calls: Mapping[Name, Timed]) -> dict[Name, float]:
-        """Seconds of calls whose differences matter: samples of them in turn, equally
-        many, so that a change of the machine's speed falls on all of them.
-        """
-        for call in calls.values():
-            call()
-        first = in_turn(calls, before=self.comm.barrier, clock=self.clock)
-        longest = max(seconds for (seconds,) in first.values())
-        wanted = int(self.seconds / max(longest, 1e-6))
-        count = self.agreed(min(self.most, max(3, wanted)))
-        samples = in_turn(
-            calls, rounds=count, before=self.comm.barrier, clock=self.clock
-        )
-        return {
-            name: float(np.quantile(found, self.quantile))
-            for name, found in samples.items()
-        }
-
-    def series(self, calls: Sequence[tuple[float, Timed]]) -> list[tuple[float, float]]:
-        """Amounts with their seconds, as long as the next one is not too long.
-
-        Measured twice, one time after the other: a slow phase of the machine should
-        not fall on one amount alone. Of the two the quantile counts again.
-        """
-        half = replace(self, seconds=self.seconds / 2)
-        first = half._once(calls)
-        again = [half.typical(call) for _, (_, call) in zip(first, calls)]
-        return [
-            (size, float(np.quantile([seconds, second], self.quantile)))
-            for (size, seconds), second in zip(first, again, strict=True)
-        ]
-
-    def _once(self, calls: Sequence[tuple[float, Timed]]) -> list[tuple[float, float]]:
-        found: list[tuple[float, float]] = []
-        for size, call in calls:
-            # At worst a call takes as much longer as it is larger; the best of such
-            # guesses, so that one disturbed sample does not end the series.
-            expected = min((t * size / done for done, t in found), default=0.0)
-            if len(found) >= 2 and self.agreed(expected > self.longest):
-                break
-            found.append((size, self.typical(call)))
-        return found
-
-    def longer(self) -> Timer:
-        """With more samples: for differences that count once for every layer."""
-        return replace(self, seconds=LONGER * self.seconds, most=LONGER * self.most)
-
-    def agreed(self, value: Any) -> Any:
-        """Rank 0's value."""
-        return broadcast_object(self.comm, value)
 
 
 # While they are timed; scales and plain numbers have the dtype that models have.

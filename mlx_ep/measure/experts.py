@@ -16,7 +16,8 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_ep.cost.profile import OWN_BLOCK, cost_key
 from mlx_ep.cost.records import MatrixCost
 from mlx_ep.experts import RUNNERS, expert_weights, options
-from mlx_ep.measure.costs import ROWS, TINY, Timer, in_groups, sizes
+from mlx_ep.measure.costs import ROWS, TINY, in_groups, sizes
+from mlx_ep.measure.timer import Timer
 from mlx_ep.metrics import Counters
 from mlx_ep.tune.timing import Timed
 from mlx_ep.types import Packing, Rows

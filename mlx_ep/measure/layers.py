@@ -15,7 +15,8 @@ import mlx.nn as nn
 from mlx_lm.models import qwen3
 from mlx_lm.models.cache import BatchKVCache
 
-from mlx_ep.measure.costs import Timer, sizes
+from mlx_ep.measure.costs import sizes
+from mlx_ep.measure.timer import Timer
 
 LAYERS = 4  # one after another, each with a cache of its own
 SEQUENCES = 16  # with a single query each
@@ -58,15 +59,16 @@ class _First(nn.Module):
 
 
 def layer_times(timer: Timer, width: int, dtype: mx.Dtype) -> dict[str, float]:
-    """`attention_rate`, `unseen_seconds`, `query_seconds`, `score_seconds` and
-    `element_seconds` of a profile.
+    """`attention_rate`, `unseen_seconds`, `query_seconds`, `score_seconds`,
+    `prompt_score_seconds` and `element_seconds` of a profile.
 
     A layer takes, for its queries, pairs of a query and a key, and H heads,
 
         call + queries * D * element + pairs * (2 * D * mac + H * score)
 
     where a mac of a single query, of a prompt, and with a key that is not seen take
-    times of their own. Cases of which two differ in one of these tell them apart.
+    times of their own, and a score of a single query and of a prompt, which is masked.
+    Cases of which two differ in one of these tell them apart.
 
     Args:
         width: D, a multiple of 64.
@@ -77,10 +79,13 @@ def layer_times(timer: Timer, width: int, dtype: mx.Dtype) -> dict[str, float]:
     few = {head: _Case(head, SEQUENCES, 1, FEW_KEYS) for head in (narrow, wide)}
     many = {head: _Case(head, SEQUENCES, 1, amounts.keys) for head in (narrow, wide)}
     length = amounts.queries
-    prompt, behind = _Case(wide, 1, length, 0), _Case(wide, 1, length, length)
+    prompts = {head: _Case(head, 1, length, 0) for head in (narrow, wide)}
+    behind = {head: _Case(head, 1, length, length) for head in (narrow, wide)}
+    prompt = prompts[wide]
     parts = _Case(wide, PARTS, length // PARTS, 0)
     short = _Case(wide, SEQUENCES, length // SEQUENCES, 0)
-    cases = [*few.values(), *many.values(), prompt, behind, parts, short]
+    pairs_of = (few, many, prompts, behind)
+    cases = [case for pair in pairs_of for case in pair.values()] + [parts, short]
     layers = {head: bare_layers(width, head, dtype) for head in (narrow, wide)}
     steps = timer.longer().together(
         {case: _step(layers[case.head], case, dtype) for case in cases}
@@ -91,25 +96,30 @@ def layer_times(timer: Timer, width: int, dtype: mx.Dtype) -> dict[str, float]:
         return max(0.0, found[more] - found[less]) / (more.seen - less.seen)
 
     single = {head: per_pair(many[head], few[head]) for head in (narrow, wide)}
+    seen_by = {head: per_pair(behind[head], prompts[head]) for head in (narrow, wide)}
     # Both heads multiply as many numbers; narrow ones have more scores.
     heads = width // wide
-    score = max(0.0, single[narrow] - single[wide]) / (width // narrow - heads)
-    seen = per_pair(behind, prompt)
+    score, prompt_score = (
+        max(0.0, found_by[narrow] - found_by[wide]) / (width // narrow - heads)
+        for found_by in (single, seen_by)
+    )
+    seen = seen_by[wide]
     hidden = found[prompt] - found[parts] - (prompt.seen - parts.seen) * seen
     hidden = max(0.0, hidden) / (prompt.unseen - parts.unseen)
     # Short prompts and single queries differ in how many there are.
     pairs = short.seen * seen + short.unseen * hidden
     rows = found[short] - pairs - found[few[wide]] + few[wide].seen * single[wide]
 
-    def per_mac(seconds: float) -> float:
+    def per_mac(seconds: float, score: float) -> float:
         # Noise must not leave nothing.
         return max(seconds - heads * score, seconds / 10, 1e-15) / (2 * width)
 
     return {
-        "attention_rate": 2 / per_mac(seen),
-        "unseen_seconds": per_mac(hidden),
-        "query_seconds": per_mac(single[wide]),
+        "attention_rate": 2 / per_mac(seen, prompt_score),
+        "unseen_seconds": per_mac(hidden, prompt_score),
+        "query_seconds": per_mac(single[wide], score),
         "score_seconds": score,
+        "prompt_score_seconds": prompt_score,
         "element_seconds": max(0.0, rows) / (length - SEQUENCES) / width,
     }
 

@@ -14,7 +14,8 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models import qwen3, qwen3_moe
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_ep.measure.costs import TINY, Timer
+from mlx_ep.measure.costs import TINY
+from mlx_ep.measure.timer import Timer
 
 FEW_LAYERS, MANY_LAYERS = 2, 10
 SEQUENCES = 16  # the second batch, which tells apart what grows with sequences

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mlx_ep.measure.costs import Timer
+from mlx_ep.measure.timer import Timer
 from mlx_ep.simulate.model import ModelSizes
 from mlx_ep.simulate.times.bundle import VARIANTS
 

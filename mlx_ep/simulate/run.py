@@ -19,6 +19,7 @@ from mlx_ep.simulate.memory import kv_blocks
 from mlx_ep.simulate.model import find_model
 from mlx_ep.simulate.placed import most_slots
 from mlx_ep.simulate.routing import ExpertRouting, make_routing
+from mlx_ep.simulate.settings import EngineSettings
 from mlx_ep.simulate.times.bundle import find_bundle, read_bundle
 from mlx_ep.simulate.times.bundle_times import BundleTimes
 from mlx_ep.simulate.times.linear_times import (
@@ -40,7 +41,7 @@ def open_cluster(args: argparse.Namespace) -> Cluster:
         ValueError: which field of which file is wrong.
     """
     folders = search_folders(args.model_dir, "models", args.cluster_config)
-    return read_cluster(
+    cluster = read_cluster(
         args.cluster_config,
         replace(
             settings_of(args),
@@ -49,6 +50,28 @@ def open_cluster(args: argparse.Namespace) -> Cluster:
         ),
         lambda name: find_model(name, folders),
     )
+    _warn_of_unused(cluster)
+    return cluster
+
+
+def _warn_of_unused(cluster: Cluster) -> None:
+    """Settings that were given and that this package's server does not have."""
+    defaults = EngineSettings()
+    for instance in cluster.instances:
+        if instance.settings.scheduler != "mlx_ep":
+            continue
+        for name in ("max_num_batched_tokens", "reserve_full_isl"):
+            value = getattr(instance.settings, name)
+            if value != getattr(defaults, name):
+                _log.warning(
+                    "%s: %s: %s %s has no effect with scheduler mlx_ep: the server "
+                    "has prefill_step (%d) and admits by bytes",
+                    cluster.file,
+                    instance.where,
+                    name,
+                    value,
+                    instance.settings.prefill_step,
+                )
 
 
 def search_folders(given: Path | None, name: str, file: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_ep.comm import init
-from mlx_ep.measure.costs import Timer
+from mlx_ep.measure.timer import Timer
 from mlx_ep.simulate.measure_bundle import write_bundle
 from mlx_ep.simulate.model import read_model
 from mlx_ep.simulate.times.bundle import read_bundle

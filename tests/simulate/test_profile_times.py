@@ -94,7 +94,12 @@ def test_the_loop_is_counted_per_step_and_sequence(tmp_path: Path) -> None:
 
 def test_scores_are_those_of_the_cost_model(tmp_path: Path) -> None:
     """Of single queries and of prompts, with numbers that only a measurement has."""
-    measured = {"query_seconds": 1e-6, "unseen_seconds": 2e-6, "score_seconds": 1e-4}
+    measured = {
+        "query_seconds": 1e-6,
+        "unseen_seconds": 2e-6,
+        "score_seconds": 1e-4,
+        "prompt_score_seconds": 3e-4,
+    }
     profile = overridden(PROFILE, measured)
     times = _times(tmp_path, profile)
 
@@ -103,8 +108,6 @@ def test_scores_are_those_of_the_cost_model(tmp_path: Path) -> None:
 
     decode = _seconds(times, StepBatch(decodes=[31, 31]))
     assert decode == pytest.approx(cost(tokens=2, phase="decode", context=30), rel=1e-6)
-    profile = overridden(profile, {"query_seconds": 0.0})
-    times = _times(tmp_path / "prompts", profile)
     prompt = _seconds(times, StepBatch(prefills=[(16, 5)]))
     wanted = cost(tokens=16, phase="prefill", context=5, logits=0)
     assert prompt == pytest.approx(wanted, rel=1e-3)

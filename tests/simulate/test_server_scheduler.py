@@ -266,3 +266,16 @@ def test_a_request_that_never_fits_is_refused(tmp_path: Path) -> None:
     outcome = run_command([*argv, "--dataset", trace, "--scheduler", "mlx_ep"])
     assert outcome.code == 2 and "line 1 of the trace" in outcome.err
     assert "1000001 tokens must fit" in outcome.err
+
+
+def test_a_token_budget_is_said_to_have_no_effect(tmp_path: Path) -> None:
+    """The server has none: one line for each instance that is given one."""
+    given = instance(hardware="m3-ultra", max_num_batched_tokens=512)
+    make_folder(tmp_path, c=cluster(given))
+    trace = write_trace(tmp_path / "t.jsonl", trace_lines(1))
+    argv = ["--cluster-config", tmp_path / "c.json", "--dataset", trace]
+    served = run_command([*argv, "--scheduler", "mlx_ep"])
+    (line,) = (line for line in served.err.splitlines() if "no effect" in line)
+    assert served.code == 0
+    assert "nodes[0].instances[0]: max_num_batched_tokens 512 has no effect" in line
+    assert "no effect" not in run_command(argv).err

@@ -14,12 +14,12 @@ from mlx_ep.comm import init
 from mlx_ep.cost.profile import Profile
 from mlx_ep.cost.step import step_cost
 from mlx_ep.measure import costs, experts, layers
-from mlx_ep.measure.costs import Timer
+from mlx_ep.measure.timer import Timer
 from mlx_ep.types import Packing
 from tests.support.round_numbers import MODEL, PROFILE
 
 WIDTH = 256
-CALL, ELEMENT, SCORE = 3e-4, 2e-8, 3e-8
+CALL, ELEMENT, SCORE, MASKED_SCORE = 3e-4, 2e-8, 3e-8, 5e-8
 SINGLE, PROMPT, UNSEEN = 9e-10, 5e-10, 4e-10
 
 
@@ -31,8 +31,9 @@ class Given(Timer):
 
     def given(self, case: Any) -> float:
         rows = case.sequences * case.queries
-        per_pair = 2 * WIDTH, WIDTH // case.head * SCORE
-        mac = SINGLE if case.queries == 1 else PROMPT
+        is_single = case.queries == 1
+        mac, score = (SINGLE, SCORE) if is_single else (PROMPT, MASKED_SCORE)
+        per_pair = 2 * WIDTH, WIDTH // case.head * score
         pairs = case.seen * (per_pair[0] * mac + per_pair[1])
         pairs += case.unseen * (per_pair[0] * UNSEEN + per_pair[1])
         return CALL + rows * WIDTH * ELEMENT + pairs
@@ -46,6 +47,7 @@ def test_parts_of_a_layer_are_told_apart() -> None:
             "unseen_seconds": UNSEEN,
             "query_seconds": SINGLE,
             "score_seconds": SCORE,
+            "prompt_score_seconds": MASKED_SCORE,
             "element_seconds": ELEMENT,
         }
     )
@@ -135,6 +137,10 @@ def test_attention_counts_what_was_measured() -> None:
     single = replace(slow, query_seconds=3e-6, score_seconds=1e-4)
     more = attention(single, "decode", 2, 9) - attention(slow, "decode", 2, 9)
     assert more == pytest.approx(20 * (200 * 2e-6 + 4e-4))
+    masked = replace(single, prompt_score_seconds=3e-4)
+    more = attention(masked, "prefill", 4, 6) - attention(single, "prefill", 4, 6)
+    assert more == pytest.approx(34 * 4 * 2e-4)
+    assert attention(masked, "decode", 2, 9) == attention(single, "decode", 2, 9)
     prompts = replace(single, unseen_seconds=5e-6)
     more = attention(prompts, "prefill", 4, 6) - attention(slow, "prefill", 4, 6)
     unseen = 6 * (200 * 5e-6 + 4 * 1e-4)

@@ -163,6 +163,8 @@ class ProfileTimes:
         unseen = queries * (length - 1) / 2 * shape.attention_macs
         single, prompt, beyond = self._mac_seconds
         computing = queries * macs * (single if length == 1 else prompt)
+        if length > 1:  # `_body` takes a token's own key for one of a single query
+            computing = computing + queries * shape.attention_macs * (prompt - single)
         computing = (computing + unseen * beyond) / self._heads_over
         reading = caches * num_bytes / profile.memory_bandwidth
         return np.asarray(np.maximum(computing, reading))  # on host
