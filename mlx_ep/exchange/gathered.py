@@ -23,7 +23,7 @@ from mlx_ep.rows import (
     pad_routing,
     routing_from_words,
     routing_words,
-    serving_slots,
+    serving_local_slots,
     split_rows,
 )
 from mlx_ep.types import Rows
@@ -62,8 +62,8 @@ def gather_rows(
         routing = routing_from_words(words)
     everyone = form.arrive(everyone, x.shape[1], x.dtype)
     placement, levels = request.placement, request.levels_rows
-    served = serving_slots(routing.expert_ids, placement, levels)
-    slot_ids = placement.slots.local_slots(served, comm.rank)
+    ids = routing.expert_ids
+    slot_ids = serving_local_slots(ids, placement, comm.rank, levels)
     return depends_on(Rows(everyone, slot_ids, routing.gates), everyone)
 
 

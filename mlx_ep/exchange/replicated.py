@@ -14,7 +14,7 @@ from mlx_ep.exchange.base import (
     ExchangeShape,
     ExchangeTraffic,
 )
-from mlx_ep.rows import serving_slots
+from mlx_ep.rows import serving_local_slots
 from mlx_ep.types import CompleteRouting, CompleteRows, Rows
 
 
@@ -57,9 +57,8 @@ class Replicated:
         placement, comm, routing = request.placement, request.comm, request.routing
         is_complete = isinstance(routing, CompleteRouting)
         slots, levels = placement.slots, request.levels_rows
-        served = serving_slots(routing.expert_ids, placement, levels)
         return ReplicatedExchange(
-            slots.local_slots(served, comm.rank),
+            serving_local_slots(routing.expert_ids, placement, comm.rank, levels),
             routing.gates,
             is_complete and slots.has_all_in_order(comm.rank),
             comm,

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int32, Integer
 
 from mlx_ep.metrics import Counters
-from mlx_ep.rows import OPS, Movement, with_zero_row
+from mlx_ep.rows import OPS, Movement, uses_metal, weighted_slots, with_zero_row
 from mlx_ep.types import Rows, to_host
 
 # [N, D] rows and the [N] slot each one visits, ascending -> [N, D] unweighted outputs.
@@ -91,6 +91,11 @@ def sum_pairs(
     if not len(pairs.rows):
         return mx.zeros(rows.x.shape, mx.float32)
     outputs = _run_pairs(rows.x, pairs, runner)
+    if len(pairs.position) == 1 and not uses_metal():
+        # One row visits all pairs, in slot order: nothing to look up or to mask. Where
+        # there is a choice of movements, the one that was measured sums instead.
+        order = mx.array(np.argsort(pairs.position[0], kind="stable")[: len(outputs)])
+        return weighted_slots(outputs[None], rows.gates[:, order])
     # Pairs ascend by slot and the foreign ones come last, so that sorting puts each
     # row's own pairs first and in slot order; the columns behind are all "none".
     columns = np.argsort(pairs.position, axis=1, kind="stable")

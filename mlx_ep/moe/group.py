@@ -31,7 +31,7 @@ from mlx_ep.metrics import Counters, StageTimings
 from mlx_ep.moe.overlap import Operation, Overlap
 from mlx_ep.moe.step import Step
 from mlx_ep.placement import Placement
-from mlx_ep.rows import Mover, limit_to_capacity, serving_slots
+from mlx_ep.rows import Mover, limit_to_capacity, serving_local_slots
 from mlx_ep.types import DispatchDtype, Routing, Rows, TokenCounts, to_host
 
 # A call with more of them is one of a prompt; the default of `low_latency_tokens`.
@@ -332,8 +332,8 @@ class ExpertGroup:
         return outputs
 
     def _own_slots(self, expert_ids: mx.array) -> mx.array:
-        served = serving_slots(expert_ids, self.placement, self.levels_rows)
-        return self.placement.slots.local_slots(served, self.comm.rank)
+        rank, levels = self.comm.rank, self.levels_rows
+        return serving_local_slots(expert_ids, self.placement, rank, levels)
 
     def sum_parts(self, part: Shaped[mx.array, ...]) -> Shaped[mx.array, ...]:
         """The sum of the ranks' parts; ends the layer that `local_slot_outputs` began.

@@ -314,6 +314,13 @@ class Placement:
             return expert_ids
         return self._slot_tables[rank][expert_ids]
 
+    def local_slots_on_host(
+        self, expert_ids: Int32[np.ndarray, "T K"], rank: int
+    ) -> Int32[np.ndarray, "T K"]:
+        """`local_slots` of ids that the host has."""
+        assert not self.has_replicas, "every copy would be counted"
+        return self._host_slot_tables[rank][expert_ids]
+
     def has_all_in_order(self, rank: int) -> bool:
         """Whether `rank` holds every expert, in the slot of its number."""
         return self._in_order[rank]
@@ -325,6 +332,10 @@ class Placement:
 
     @cached_property
     def _slot_tables(self) -> list[mx.array]:
+        return [mx.array(table) for table in self._host_slot_tables]
+
+    @cached_property
+    def _host_slot_tables(self) -> Int32[np.ndarray, "P more"]:
         """Per rank, the slot of each expert or -1.
 
         Entry E answers for the id -1, which as an index means "the last one".
@@ -332,7 +343,7 @@ class Placement:
         tables = np.full((self.num_ranks, self.num_experts + 1), -1, np.int32)
         for table, experts in zip(tables, self.rank_experts):
             table[list(experts)] = np.arange(len(experts))
-        return [mx.array(table) for table in tables]
+        return tables
 
     def describe(self, rank: int) -> str:
         """For a person: ``experts 32..63 (32 of 64 per layer)``.

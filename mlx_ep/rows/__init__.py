@@ -28,7 +28,7 @@ from mlx_ep.rows.pack import (
     routing_words,
     split_rows,
 )
-from mlx_ep.rows.serve import serving_slots
+from mlx_ep.rows.serve import serving_local_slots, serving_slots
 from mlx_ep.rows.sums import weighted_slots, with_zero_row
 from mlx_ep.rows.words import join, with_zeros
 
@@ -59,6 +59,7 @@ __all__ = [
     "pad_routing",
     "routing_from_words",
     "routing_words",
+    "serving_local_slots",
     "serving_slots",
     "split_rows",
     "weighted_slots",

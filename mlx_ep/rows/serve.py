@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Int32, Integer
 
 from mlx_ep.kernels import ReplicaTables, metal
 from mlx_ep.placement import DECODE_TOKENS, Placement
@@ -36,14 +36,50 @@ def serving_slots(
     """
     if not placement.has_replicas:
         return expert_ids
-    in_decode = expert_ids.shape[0] <= DECODE_TOKENS
-    if in_decode and not levels_rows and uses_metal():
-        tables = _checked_tables(placement, expert_ids.shape[1])
-        if tables is not None:
-            return metal.choose_replicas(expert_ids.astype(mx.int32), tables)
+    tables = _tables(expert_ids, placement, levels_rows)
+    if tables is not None:
+        return metal.choose_replicas(expert_ids.astype(mx.int32), tables)
+    return mx.array(_served_on_host(expert_ids, placement, levels_rows))
+
+
+def serving_local_slots(
+    expert_ids: Integer[mx.array, "T K"],
+    placement: Placement,
+    rank: int,
+    levels_rows: bool = False,
+) -> Integer[mx.array, "T K"]:
+    """The slots on `rank` that serve routed experts; -1 where another rank does.
+
+    ``placement.slots.local_slots(serving_slots(...), rank)``. Where the host chooses
+    the copy it looks up the slot too: what it gives is there, and a runner that reads
+    it does not wait for the device a second time.
+
+    Args:
+        expert_ids, levels_rows: see `serving_slots`.
+    """
+    if not placement.has_replicas or _tables(expert_ids, placement, levels_rows):
+        served = serving_slots(expert_ids, placement, levels_rows)
+        return placement.slots.local_slots(served, rank)
+    slots = _served_on_host(expert_ids, placement, levels_rows)
+    return mx.array(placement.slots.local_slots_on_host(slots, rank))
+
+
+def _served_on_host(
+    expert_ids: Integer[mx.array, "T K"], placement: Placement, levels_rows: bool
+) -> Int32[np.ndarray, "T K"]:
     # sync: which copy serves an expert depends on all the ids of the step.
-    ids = to_host(expert_ids.astype(mx.int32))
-    return mx.array(placement.serve(ids, levels_rows))
+    ids = to_host(expert_ids).astype(np.int32, copy=False)
+    return placement.serve(ids, levels_rows)
+
+
+def _tables(
+    expert_ids: Integer[mx.array, "T K"], placement: Placement, levels_rows: bool
+) -> ReplicaTables | None:
+    """What the kernel chooses by; None: the host chooses."""
+    in_decode = expert_ids.shape[0] <= DECODE_TOKENS
+    if levels_rows or not in_decode or not uses_metal():
+        return None
+    return _checked_tables(placement, expert_ids.shape[1])
 
 
 def replica_tables(placement: Placement) -> ReplicaTables:

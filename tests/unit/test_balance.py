@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 
 import mlx.core as mx
@@ -21,7 +22,7 @@ from mlx_ep.placement import (
     rebalance_experts,
 )
 from mlx_ep.placement.level import level_rows
-from mlx_ep.rows import serving_slots
+from mlx_ep.rows import serving_local_slots, serving_slots
 
 # The example in EPLB's documentation, with what it prints.
 WEIGHT = np.array(
@@ -395,3 +396,19 @@ def test_copies_stop_where_they_do_not_pay() -> None:
     assert placed.num_copies == 4 * 3 * (len(expected) - 2)
     none, _ = balance_while_it_pays([LayerLoad.uniform(64, 8)], [RankRoom(32)] * 2, [1])
     assert none.num_copies == 0
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 80])
+def test_local_slots_of_copies_are_looked_up_on_the_host(num_tokens: int) -> None:
+    """As by MLX's ops; nothing is left to compute, so that no layer waits twice."""
+    placement = Placement(((0, 1, 2, 5), (2, 3, 4, 0), (4, 1)))
+    random = np.random.default_rng(num_tokens)
+    ids = mx.array(random.integers(-1, 6, (num_tokens, 3)).astype(np.int32))
+    served = serving_slots(ids, placement)
+    for rank in range(3):
+        found = serving_local_slots(ids, placement, rank)
+        expected = placement.slots.local_slots(served, rank)
+        assert found.tolist() == expected.tolist()
+        graph = io.StringIO()
+        mx.export_to_dot(graph, serving_local_slots(ids, placement, rank))
+        assert "shape=rectangle" not in graph.getvalue()
