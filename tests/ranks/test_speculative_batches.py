@@ -32,7 +32,7 @@ def _answers(
     file = folder / "prompts.jsonl"
     file.write_text("\n".join(map(json.dumps, PROMPTS)))
     command = [*GENERATE, "--prompts-file", str(file), "-m", "20", "--seed", "1"]
-    outcomes = run_commands(num_ranks, [*command, *flags], timeout=150)
+    outcomes = run_commands(num_ranks, [*command, *flags])
     assert [o.returncode for o in outcomes] == [0] * num_ranks, outcomes[0].stderr
     lines = map(json.loads, outcomes[0].stdout.splitlines())
     return sorted(lines, key=lambda line: line["index"]), outcomes[0].stderr
