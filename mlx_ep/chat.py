@@ -196,6 +196,7 @@ class Conversation:
         self._end = min(tokenizer.eos_token_ids)
         self._options = cli.cache_options(args)
         self._max_kv_size = self._options.pop("max_kv_size")
+        self._most_tokens = cli.most_tokens(model)
         self._messages: list[dict[str, str]] = []
         self._cache: list[Any] = []
         self._cached: list[int] = []
@@ -211,11 +212,24 @@ class Conversation:
         self._forget_cache()
 
     def answer(self, text: str) -> None:
-        """Print the model's answer to the user's text, as it comes."""
+        """Print the model's answer to the user's text, as it comes.
+
+        A conversation that is longer than the model's context is not answered, and
+        goes on without that text.
+        """
         self._messages.append({"role": "user", "content": text})
         prompt = self._tokenizer.apply_chat_template(
             self._messages, add_generation_prompt=True
         )
+        if self._most_tokens is not None and len(prompt) > self._most_tokens:
+            self._messages.pop()
+            _say(
+                self._comm,
+                f"(the conversation must fit the model's context of "
+                f"{self._most_tokens} tokens; with this it has {len(prompt)}. Say "
+                "less, or begin anew with /reset)",
+            )
+            return
         reply, last = "", None
         responses = stream_generate(
             self._model,

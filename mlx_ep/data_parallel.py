@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -30,6 +31,9 @@ from tqdm import tqdm
 from mlx_ep.comm import Comm, gather_objects, note_progress, note_step
 from mlx_ep.types import Sampler, TokenCounts, to_host
 
+# What the last token of an answer says where there is a draft.
+_DRAFT_COUNTS = ("num_drafted", "num_accepted")
+
 
 class Answer(NamedTuple):
     """What was generated for one prompt.
@@ -38,11 +42,15 @@ class Answer(NamedTuple):
         prompt: its number.
         tokens: without the one that ended it.
         finish_reason: ``stop`` or ``length``.
+        num_drafted: tokens that a draft proposed for it; None: there is no draft.
+        num_accepted: those of them that it took.
     """
 
     prompt: int
     tokens: list[int]
     finish_reason: str
+    num_drafted: int | None = None
+    num_accepted: int | None = None
 
 
 class BatchResult(NamedTuple):
@@ -148,6 +156,7 @@ def generate_sharded(
     max_tokens: int | Sequence[int],
     sampler: Sampler | Sequence[Sampler],
     on_answer: Callable[[Answer], Any] | None = None,
+    make_generator: Callable[..., Any] = BatchGenerator,
     **options: Any,
 ) -> BatchResult:
     """Answer every prompt, each on one rank. All ranks call it alike.
@@ -159,7 +168,8 @@ def generate_sharded(
         sampler: of this rank's sequences; of all or of each, whatever rank runs it.
         on_answer: called on every rank with each answer when it has ended, at the next
             step of any rank.
-        **options: of mlx-lm's BatchGenerator.
+        make_generator: mlx-lm's BatchGenerator, or what stands for it.
+        **options: of `make_generator`.
     """
     most = _of_each(max_tokens, len(prompts))
     lengths = [len(p) + m for p, m in zip(prompts, most, strict=True)]
@@ -181,7 +191,7 @@ def generate_sharded(
             lock_step.finished,
             most,
             _of_each(sampler, len(prompts)),
-            options,
+            partial(make_generator, **options),
         )
         lock_step.serve()
     return BatchResult(sorted(answers), gather_objects(comm, cache_bytes))
@@ -196,6 +206,7 @@ def generate_replicated(
     max_tokens: int | Sequence[int],
     sampler: Sampler | Sequence[Sampler],
     on_answer: Callable[[Answer], Any] | None = None,
+    make_generator: Callable[..., Any] = BatchGenerator,
     **options: Any,
 ) -> BatchResult:
     """Answer every prompt on every rank; arguments as `generate_sharded`.
@@ -220,7 +231,7 @@ def generate_replicated(
             collect,
             _of_each(max_tokens, len(prompts)),
             _of_each(sampler, len(prompts)),
-            options,
+            partial(make_generator, **options),
         )
     return BatchResult(sorted(answers), gather_objects(comm, cache_bytes))
 
@@ -241,7 +252,7 @@ def _generate(
     on_answer: Callable[[Answer], Any],
     max_tokens: Sequence[int],
     samplers: Sequence[Sampler],
-    options: dict[str, Any],
+    make_generator: Callable[..., Any],
 ) -> int:
     """Answer the prompts of this rank; the most bytes that its KV caches held.
 
@@ -252,7 +263,7 @@ def _generate(
     """
     cache_bytes = num_answers = 0
     stop_tokens = [[token] for token in tokenizer.eos_token_ids]
-    generator = BatchGenerator(model, stop_tokens=stop_tokens, **options)
+    generator = make_generator(model, stop_tokens=stop_tokens)
     uids = generator.insert(
         list(prompts.values()),
         [max_tokens[number] for number in prompts],
@@ -274,7 +285,8 @@ def _generate(
             if response.finish_reason is not None:
                 uid, reason = response.uid, response.finish_reason
                 num_answers += 1
-                on_answer(Answer(number_of[uid], tokens.pop(uid), reason))
+                drafted = [getattr(response, name, None) for name in _DRAFT_COUNTS]
+                on_answer(Answer(number_of[uid], tokens.pop(uid), reason, *drafted))
     generator.close()
     return cache_bytes
 

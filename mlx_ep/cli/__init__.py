@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         check_context,
         check_for_model,
         check_sampling,
+        most_tokens,
     )
     from mlx_ep.cli.flags import (
         PLACEMENT,
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "check_cache": "checks",
     "check_context": "checks",
+    "most_tokens": "checks",
     "check_cache_flags": "checks",
     "check_for_model": "checks",
     "check_sampling": "checks",
@@ -143,6 +145,7 @@ __all__ = [
     "shared_sampler",
     "check_cache",
     "check_context",
+    "most_tokens",
     "check_cache_flags",
     "check_for_model",
     "check_sampling",

@@ -38,7 +38,7 @@ def _one(args: argparse.Namespace, comm: Comm) -> None:
         extra = cache.tokenizer_config if cache else None
         prepared = cli.prepare_model(args, comm, extra)
         cli.check_for_model(args, prepared, args.extra_eos_token)
-        draft = find_draft(args, prepared.tokenizer, comm)
+        draft = find_draft(args, prepared, comm)
         tokens_of = prompt_tokens if cache is None else tokens_after_cache
         prompt = tokens_of(args, prepared.tokenizer, [user_message(text)])
         cli.check_context([prompt], prepared, "--prompt")
@@ -66,13 +66,15 @@ def _many(args: argparse.Namespace, comm: Comm) -> None:
             return
         prepared = cli.prepare_model(args, comm)
         batch.check(args, prepared)
+        draft = find_draft(args, prepared, comm)
         model, tokenizer = prepared.load()
+        draft_model = draft.load() if draft else None
     cli.seed_ranks(args.seed, prepared)
     model.expert_parallel.group.timings.enabled = args.timings
     if args.verbose:
         cli.print_reports(model, comm, args.config, sys.stderr)
     with cli.recorded(args.record, model, comm):
-        answer_all(args, comm, model, tokenizer, batch)
+        answer_all(args, comm, model, tokenizer, batch, draft_model)
     if args.timings:
         _print_timings(model, comm, sys.stderr)
 

@@ -9,10 +9,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import mlx.nn as nn
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_ep import cli
@@ -24,7 +26,9 @@ from mlx_ep.data_parallel import (
     generate_replicated,
     generate_sharded,
 )
+from mlx_ep.generate.draft import draft_report
 from mlx_ep.generate.prompts import Prompt, read_prompts
+from mlx_ep.generate.speculative import Drafting, SpeculativeGenerator
 from mlx_ep.generate.tokens import prompt_tokens
 from mlx_ep.metrics import format_bytes
 from mlx_ep.types import Sampler
@@ -89,6 +93,9 @@ class PromptBatch:
             "generation_tokens": len(answer.tokens),
             "finish_reason": answer.finish_reason,
         }
+        if answer.num_drafted is not None:
+            record["draft_tokens"] = answer.num_drafted
+            record["accepted_draft_tokens"] = answer.num_accepted
         try:
             self.output.write(json.dumps(record, ensure_ascii=False) + "\n")
             self.output.flush()
@@ -188,18 +195,36 @@ def answer_all(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     batch: PromptBatch,
+    draft: nn.Module | None = None,
 ) -> None:
-    """Answer every prompt that has no answer; rank 0 writes."""
-    start = time.perf_counter()
+    """Answer every prompt that has no answer; rank 0 writes.
+
+    Args:
+        draft: a draft model, read; None: none.
+    """
     flags = [batch.prompts[number].flags(args) for number in batch.todo]
+    samplers = _samplers(args, flags, tokenizer, comm, shared=not args.data)
+    make_generator: Any = BatchGenerator
+    if draft is not None:
+        own = _samplers(args, flags, tokenizer, comm, shared=False)
+        # The proposals of a turn travel together, not each as it is drawn.
+        drafting = Drafting(
+            draft,
+            args.num_draft_tokens,
+            dict(zip(samplers, own, strict=True)),
+            (lambda proposals: proposals) if args.data else comm.broadcast,
+        )
+        make_generator = partial(SpeculativeGenerator, drafting=drafting)
+    start = time.perf_counter()
     result = (generate_sharded if args.data else generate_replicated)(
         model,
         tokenizer,
         batch.tokens,
         comm,
         max_tokens=[each.max_tokens for each in flags],
-        sampler=_samplers(args, flags, tokenizer, comm),
+        sampler=samplers,
         on_answer=lambda answer: batch.write(answer, tokenizer),
+        make_generator=make_generator,
         prefill_step_size=args.prefill_step_size,
         max_kv_size=args.max_kv_size,
         completion_batch_size=args.batch_size,
@@ -218,6 +243,10 @@ def answer_all(
             f"tokens-per-sec\nKV cache at most: {held}",
             file=sys.stderr,
         )
+        if draft is not None:
+            num_accepted = sum(answer.num_accepted or 0 for answer in result.answers)
+            num_drafted = sum(answer.num_drafted or 0 for answer in result.answers)
+            print(draft_report(num_accepted, num_drafted), file=sys.stderr)
 
 
 def _samplers(
@@ -225,8 +254,13 @@ def _samplers(
     flags: Sequence[argparse.Namespace],
     tokenizer: TokenizerWrapper,
     comm: Comm,
+    shared: bool,
 ) -> list[Sampler]:
-    """One for every prompt; those with the same settings share it, and its batches."""
+    """One for every prompt; those with the same settings share it, and its batches.
+
+    Args:
+        shared: whether a token is rank 0's on every rank.
+    """
     names = ("temp", "top_p", "min_p", "min_tokens_to_keep", "top_k",
              "xtc_probability", "xtc_threshold")  # fmt: skip
     made: dict[tuple[Any, ...], Sampler] = {}
@@ -235,9 +269,9 @@ def _samplers(
         key = tuple(getattr(each, name) for name in names)
         if key not in made:
             made[key] = (
-                cli.rank_sampler(each, tokenizer)
-                if args.data
-                else cli.shared_sampler(each, tokenizer, comm)
+                cli.shared_sampler(each, tokenizer, comm)
+                if shared
+                else cli.rank_sampler(each, tokenizer)
             )
         samplers.append(made[key])
     return samplers

@@ -13,7 +13,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_tokenizer
+from mlx_lm.utils import load_model, load_tokenizer
 
 from mlx_ep.comm import Comm, agreed
 from mlx_ep.loading import find_model
@@ -27,6 +27,11 @@ class Draft:
     """
 
     path: Path
+
+    def outline(self) -> nn.Module:
+        """The model, whose weights are not read."""
+        model, _ = load_model(self.path, lazy=True)
+        return model
 
     def load(self) -> nn.Module:
         """Read it, all of it."""
@@ -67,6 +72,8 @@ def _checked_path(path_or_repo: str, tokenizer: TokenizerWrapper) -> Path:
 def check_trimmable(model: nn.Module) -> None:
     """Whether tokens that were drafted wrongly can be taken back from the KV cache.
 
+    Of one sequence; the shapes of the model are enough.
+
     mlx-lm asks once, before the first token; a sliding window says yes until it is
     full, and from then on keeps the wrong tokens.
 
@@ -81,3 +88,9 @@ def check_trimmable(model: nn.Module) -> None:
             "--draft-model needs a KV cache from which tokens can be taken back; this "
             f"model's ({', '.join(kinds)}) cannot."
         )
+
+
+def draft_report(num_accepted: int, num_drafted: int) -> str:
+    """A line of how many of the proposed tokens were taken."""
+    share = 100 * num_accepted / max(num_drafted, 1)
+    return f"Draft: {num_accepted} of {num_drafted} tokens accepted ({share:.1f}%)"

@@ -12,11 +12,12 @@ from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_ep import cli
+from mlx_ep.api import PreparedModel
 from mlx_ep.comm import Comm
 from mlx_ep.generate.draft import Draft, check_trimmable, prepare_draft
+from mlx_ep.generate.row_cache import check_row_caches
 
 
 def add_reuse_flags(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,7 @@ def check_reuse_flags(args: argparse.Namespace) -> None:
     """Raises:
     ValueError: flags that do not go together.
     """
-    for flag in ("kv_bits", "prompt_cache_file", "draft_model"):
+    for flag in ("kv_bits", "prompt_cache_file"):
         if getattr(args, flag) is not None and args.prompts_file is not None:
             raise ValueError(
                 f"--{flag.replace('_', '-')} does not go with --prompts-file: mlx-lm "
@@ -69,12 +70,28 @@ def read_cache(args: argparse.Namespace, comm: Comm) -> cli.PromptCache | None:
 
 
 def find_draft(
-    args: argparse.Namespace, tokenizer: TokenizerWrapper, comm: Comm
+    args: argparse.Namespace, prepared: PreparedModel, comm: Comm
 ) -> Draft | None:
-    """The model of --draft-model, not read yet; None without the flag."""
+    """The model of --draft-model, not read yet; None without the flag.
+
+    Raises:
+        ValueError: on every rank: there is none, or one of both models cannot take
+            tokens back.
+    """
     if args.draft_model is None:
         return None
-    return prepare_draft(args.draft_model, tokenizer, comm)
+    draft = prepare_draft(args.draft_model, prepared.tokenizer, comm)
+    if args.prompts_file is None:
+        check_trimmable(prepared.weights.outline())
+    else:
+        check_row_caches(prepared.weights.outline(), "this model's")
+        check_row_caches(draft.outline(), "the draft's")
+    if args.max_kv_size is not None:
+        warnings.warn(
+            "--max-kv-size has no effect with --draft-model, as in mlx-lm.",
+            stacklevel=2,
+        )
+    return draft
 
 
 def reuse_options(
@@ -91,14 +108,8 @@ def reuse_options(
     options: dict[str, Any] = {}
     with cli.usage_errors():
         if draft is not None:
-            check_trimmable(model)
             options["draft_model"] = draft.load()
             options["num_draft_tokens"] = args.num_draft_tokens
-            if args.max_kv_size is not None:
-                warnings.warn(
-                    "--max-kv-size has no effect with --draft-model, as in mlx-lm.",
-                    stacklevel=2,
-                )
         if cache is not None:
             models = [model, *([options["draft_model"]] if draft else [])]
             cache.check_length(sum(len(make_prompt_cache(each)) for each in models))

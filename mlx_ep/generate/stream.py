@@ -36,7 +36,7 @@ def stream(
             say(text)
 
     note("=" * 10)
-    pieces = []
+    pieces, num_accepted = [], 0
     responses = stream_generate(
         model,
         tokenizer,
@@ -49,6 +49,7 @@ def stream(
     for response in note_decode(responses):
         say(response.text, end="")
         pieces.append(response.text)
+        num_accepted += response.from_draft
     say()
     note("=" * 10)
     if args.json is not None and comm.rank == 0:
@@ -75,4 +76,7 @@ def stream(
         f"Generation: {response.generation_tokens} tokens, "
         f"{response.generation_tps:.3f} tokens-per-sec"
     )
+    if "draft_model" in options:
+        count = response.generation_tokens
+        note(f"Draft: {num_accepted} of {count} generated tokens were drafted")
     note(f"Peak memory: {response.peak_memory:.3f} GB")

@@ -140,12 +140,15 @@ def test_sampling_is_seeded_and_shared() -> None:
 
 
 def test_chat_remembers_and_forgets() -> None:
-    script = "What is a hacker?\n/reset\nWhat is a hacker?\nWhat is a kludge?\n/quit\n"
+    asked = "What is a hacker?\n"
+    long = "bug " * 6000 + "\n"  # beyond the context: refused, and the chat goes on
+    script = f"{asked}/reset\n{long}{asked}What is a kludge?\n/quit\n"
     first, second = run_commands(2, [*CHAT, "--max-tokens", "16"], stdin=script)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr
     assert second.stdout == ""
     answers = [a.strip() for a in first.stdout.split(">> ")[1:]]
     assert answers[1] == "The conversation is forgotten."
+    assert "must fit the model's context of 4096 tokens; with this" in answers.pop(2)
     text = [a.rsplit("[", 1)[0] for a in answers]
     assert text[0] == text[2] != text[3]
     assert len(text[3]) > 10

@@ -260,10 +260,6 @@ def test_wrong_usage(
                 [*file, "--prompts-file", str(tmp_path / "prompts.txt")],
                 "--prompt-cache-file does not go with --prompts-file",
             ),
-            (
-                ["--draft-model", "x", "--prompts-file", str(tmp_path / "prompts.txt")],
-                "--draft-model does not go with --prompts-file",
-            ),
             ([*file, "--draft-model", jargon["model"]], "and of --draft-model"),
             ([*file, "--attention", "tensor"], "the KV cache of all heads"),
         ],

@@ -133,3 +133,25 @@ def test_flags_that_differ_are_refused():
         "|              | rank 0 | rank 1 |",
         "| --max-tokens | 100    | 7      |",
     ]
+
+
+DTYPES = """
+import os, sys
+from mlx_ep.generate.__main__ import main
+own = ["--dispatch-dtype", "int8"] if os.environ["MLX_RANK"] == "1" else []
+sys.argv = ["mlx_ep.generate", "--attention", "data", "--prompts-file", sys.argv[1]]
+sys.argv += own
+main()
+"""
+
+
+@pytest.mark.requires("ranks")
+def test_a_dispatch_dtype_that_differs_is_refused(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\n")
+    outcomes = run_commands(2, [sys.executable, "-c", DTYPES, str(prompts)])
+    assert [outcome.returncode for outcome in outcomes] == [2, 2], outcomes
+    assert outcomes[1].stderr == ""
+    assert "these differ:" in outcomes[0].stderr
+    row = outcomes[0].stderr.splitlines()[-1]
+    assert row.split() == ["|", "dispatch_dtype", "|", "model", "|", "int8", "|"]

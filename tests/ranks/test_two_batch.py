@@ -171,13 +171,13 @@ def test_ranks_with_other_numbers_of_tokens_agree():
     run_ranks(2, unevens, ("gathered", "normal"))
 
 
-def peaks(group):
+def peaks(group, settings):
     """The most memory of a prompt and of decode steps, by the way that they run."""
     wide = tiny.QWEN2_MOE | {"hidden_size": 256, "moe_intermediate_size": 128}
     found = {}
     for overlap in ("none", "two"):
         model = tiny.make_model(wide)
-        config = EPConfig(overlap=overlap, runner="gather", warmup=False)
+        config = EPConfig(overlap=overlap, runner="gather", warmup=False, **settings)
         mlx_ep.parallelize(model, group, config)
         mx.eval(model.parameters())
         prompt = mx.random.randint(2, 300, (1, 512), key=mx.random.key(0))
@@ -201,11 +201,27 @@ def peaks(group):
     return found
 
 
-def test_peak_memory_is_no_higher():
-    for found in run_ranks(2, peaks, checks_shapes=False):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"strategy": "replicated"},
+        pytest.param({"strategy": "gathered"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"strategy": "all_to_all", "mode": "normal"}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"strategy": "all_to_all", "mode": "auto"}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=str,
+)
+def test_peak_memory_is_no_higher(settings):
+    for found in run_ranks(2, peaks, settings, checks_shapes=False):
         prefill, decode = zip(found["none"], found["two"], strict=True)
         assert prefill[1] <= prefill[0], found
-        assert decode[1] <= decode[0], found
+        # Decode in padded rows: those of both halves are alive at once, 6% here.
+        allowed = 1.1 if settings.get("mode") == "auto" else 1.0
+        assert decode[1] <= allowed * decode[0], found
 
 
 @pytest.mark.slow
@@ -223,3 +239,19 @@ def test_commands_give_the_same_answers(tmp_path, attention):
         assert [one.returncode for one in outcomes] == [0, 0], outcomes
         texts.append(sorted(outcomes[0].stdout.splitlines()))
     assert len(texts[0]) == 4 and texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["int8", "mxfp8"])
+def test_halves_of_rounded_rows_give_the_same_answers(tmp_path, form):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"What is a {w}?" for w in ("bug", "worm", "patch")))
+    texts = []
+    for overlap in ("none", "two"):
+        argv = [sys.executable, "-m", "mlx_ep.generate", "--max-tokens", "12"]
+        argv += ["--prompts-file", str(prompts), "--attention", "data"]
+        argv += ["--dispatch-dtype", form, "--overlap", overlap, "--verbose", "F"]
+        outcomes = run_commands(2, argv)
+        assert [one.returncode for one in outcomes] == [0, 0], outcomes
+        texts.append(sorted(outcomes[0].stdout.splitlines()))
+    assert len(texts[0]) == 3 and texts[0] == texts[1]

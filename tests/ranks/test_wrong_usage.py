@@ -55,7 +55,6 @@ GENERATE = [
     ("--prompts-file {DIR}/text --output {DIR}/text", "Give --resume"),
     ("--prompts-file {DIR}/text --json x", "give --output instead"),
     ("--prompts-file {DIR}/text --kv-bits 4", "does not go with --prompts-file"),
-    ("--prompts-file {DIR}/text --draft-model x", "does not go with --prompts-file"),
     ("--output x", "--output is where the answers"),
     ("--resume", "it needs --output"),
     ("--json /no/such/x", "--json must be a file in a folder"),

@@ -1,0 +1,96 @@
+"""Batches with a draft model on several ranks: the answers of those without one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_ep.loading import find_model
+from tests.support import tiny
+from tests.support.ranks import run_commands
+from tests.support.usage import assert_usage_errors
+
+pytestmark = pytest.mark.requires("ranks")
+
+GENERATE = [sys.executable, "-m", "mlx_ep.generate"]
+PROMPTS = [
+    {"prompt": "What is a daemon?"},
+    {"prompt": "What is spaghetti code?", "max_tokens": 5},
+    {"prompt": "What is a worm?", "temp": 0.0, "top_k": 3},
+    {"prompt": "What is a zombie?", "max_tokens": 1},
+]
+
+
+def _answers(
+    num_ranks: int, folder: Path, *flags: str
+) -> tuple[list[dict[str, Any]], str]:
+    """Lines of the output by their numbers, and rank 0's standard error."""
+    file = folder / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, PROMPTS)))
+    command = [*GENERATE, "--prompts-file", str(file), "-m", "20", "--seed", "1"]
+    outcomes = run_commands(num_ranks, [*command, *flags])
+    assert [o.returncode for o in outcomes] == [0] * num_ranks, outcomes[0].stderr
+    lines = map(json.loads, outcomes[0].stdout.splitlines())
+    return sorted(lines, key=lambda line: line["index"]), outcomes[0].stderr
+
+
+def _without_counts(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    counts = {"draft_tokens", "accepted_draft_tokens"}
+    return [{k: v for k, v in a.items() if k not in counts} for a in answers]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "flags"),
+    [
+        (2, []),
+        pytest.param(1, [], marks=pytest.mark.slow),
+        pytest.param(2, ["--attention", "data"], marks=pytest.mark.slow),
+        pytest.param(2, ["--overlap", "two"], marks=pytest.mark.slow),
+        pytest.param(3, [], marks=pytest.mark.slow),
+        pytest.param(3, ["--attention", "data"], marks=pytest.mark.slow),
+        pytest.param(4, [], marks=pytest.mark.slow),
+    ],
+)
+def test_answers_are_those_without_a_draft(
+    num_ranks: int, flags: list[str], tmp_path: Path
+) -> None:
+    draft = ["--draft-model", str(find_model("jargon-moe")), "--num-draft-tokens", "3"]
+    expected, said = _answers(num_ranks, tmp_path, *flags)
+    assert "Draft:" not in said
+    assert "draft_tokens" not in expected[0]
+    got, said = _answers(num_ranks, tmp_path, *flags, *draft)
+    assert _without_counts(got) == expected
+    drafted = sum(answer["draft_tokens"] for answer in got)
+    accepted = sum(answer["accepted_draft_tokens"] for answer in got)
+    # It drafts for itself: what ends an answer alone is not taken.
+    assert 0 < 0.8 * drafted < accepted <= drafted
+    assert f"Draft: {accepted} of {drafted} tokens accepted (" in said
+    assert got[3]["draft_tokens"] == 0
+    assert got[1]["draft_tokens"] == 3  # 5 tokens: one, 3 drafted, one
+
+
+def test_wrong_drafts_for_a_batch(tmp_path: Path) -> None:
+    other = {**tiny.DENSE, "model_type": "qwen3", "num_hidden_layers": 1}
+    tiny.save_checkpoint(tmp_path / "dense", other)
+    window = str(tiny.save_checkpoint(tmp_path / "window", tiny.GPT_OSS))
+    dense = str(tmp_path / "dense")
+    (tmp_path / "prompts.txt").write_text("one\n")
+    file = ["--prompts-file", str(tmp_path / "prompts.txt")]
+    assert_usage_errors(
+        2,
+        [
+            ([*file, "--draft-model", dense], "must have the model's tokens"),
+            (
+                [*file, "--model", window, "--draft-model", dense],
+                "this model's (RotatingKVCache) cannot",
+            ),
+            (
+                [*file, "--model", dense, "--draft-model", window],
+                "the draft's (RotatingKVCache) cannot",
+            ),
+        ],
+    )
