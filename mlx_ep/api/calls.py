@@ -98,6 +98,11 @@ def parallelize(
         )
     if reason := why_not_here(type(model)):
         raise ValueError(reason)
+    if config.pp > 1:
+        raise ValueError(
+            f"pp={config.pp} needs load(), which reads the layers of a stage only; "
+            "parallelize() is given all of them. Use load(), or leave pp out."
+        )
     comm = GroupComm(group or mx.distributed.init())
     check_alike(
         comm, config_facts(config), "All ranks must have the same configuration:"

@@ -235,7 +235,7 @@ def install_experts(
         state.two_batch, state.overlaps = overlap_steps(
             model, group, blocks, config.overlap
         )
-    if not blocks:
+    if not blocks and placement.stage is None:
         _warn_of_dense(asked)
     model.expert_parallel = state
     if reasons := state.per_slot_reasons:

@@ -23,6 +23,7 @@ from mlx_ep.comm import (
     raise_problems,
     shortened,
 )
+from mlx_ep.comm.stages import StageLink, check_transport
 from mlx_ep.comm.symmetry import check_alike
 from mlx_ep.config import EPConfig
 from mlx_ep.cost.attention import REPLICATED, AttentionChoice
@@ -52,9 +53,7 @@ from mlx_ep.loading import (
     with_memory,
 )
 from mlx_ep.metrics import RankReport, peak_resident_bytes
-from mlx_ep.models import (
-    find_moe_sites,
-)
+from mlx_ep.models import connect_stages, find_moe_sites
 from mlx_ep.moe import RebalanceRule
 
 
@@ -78,6 +77,7 @@ def prepare(
     try:
         STRATEGIES.create(config)
         RebalanceRule.of(config, comm.size)
+        check_transport(comm, config.pp)
         path = find_model(
             path_or_hf_repo,
             revision,
@@ -201,17 +201,22 @@ class PreparedModel:
         note_progress("loading")
         start = time.perf_counter()
         splitter = Splitter(self.attention, self.comm)
+        stages = self.config.pp
+        link = StageLink(self.comm, stages) if stages > 1 else None
+        group = self.comm if link is None else link.group
         # Numbers are looked at when they are read: NaN on one rank ends all.
         model, read_bytes = agreed(
             self.comm, lambda: self.weights.build(splitter.change)
         )
         seconds = time.perf_counter() - start
-        self._check_dense(model)
+        self._check_dense(model, group)
         placement = self.weights.placement
-        model = install_experts(model, self.comm, placement, self.config, splitter)
+        model = install_experts(model, group, placement, self.config, splitter)
+        if link is not None:
+            connect_stages(model, link)
         report = RankReport(
             rank=self.comm.rank,
-            experts=self.weights.placement.describe(self.comm.rank),
+            experts=self.weights.placement.describe(group.rank),
             held_bytes=held_bytes(model),
             read_bytes=read_bytes,
             peak_resident_bytes=peak_resident_bytes(),
@@ -222,7 +227,7 @@ class PreparedModel:
         note_progress("running")
         return model, self.tokenizer
 
-    def _check_dense(self, model: nn.Module) -> None:
+    def _check_dense(self, model: nn.Module, group: Comm) -> None:
         """Raises:
         ValueError: on every rank: what each has whole is not the same.
         """
@@ -230,7 +235,7 @@ class PreparedModel:
             return  # no rank has it whole
         switches = [site.switch for site in find_moe_sites(model)]
         check_alike(
-            self.comm,
+            group,
             dense_facts(model, switches),
             "All ranks must hold the same weights outside of the routed experts; "
             "download or copy the model again where these differ:",

@@ -75,15 +75,22 @@ def add_ranks_flag(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_ep_flags(parser: Parser, has_data: bool = False) -> None:
+def add_ep_flags(
+    parser: Parser, has_data: bool = False, has_stages: bool = False
+) -> None:
     """Expert parallelism: --ranks, and every field of EPConfig.
 
     What was parsed has the EPConfig as ``config`` and none of its fields beside it;
-    with `has_data` also ``data``, whether ``--attention data`` was given.
+    with `has_data` also ``data``, whether ``--attention data`` was given. --pp is there
+    with `has_stages` only.
     """
     group = parser.add_argument_group("expert parallelism")
     add_ranks_flag(group)
-    add_config_flags(group, [setting.name for setting in settings()])
+    names = [setting.name for setting in settings()]
+    if not has_stages:
+        names.remove("pp")
+        parser.set_defaults(pp=EPConfig().pp)
+    add_config_flags(group, names)
     if has_data:
         attention = parser._option_string_actions["--attention"]
         attention.choices = (*(attention.choices or ()), "data")

@@ -26,6 +26,14 @@ BackendName = Literal["auto", "cpu", "metal"]
 Download = Literal["ranges", "full"]
 
 
+# What the stages of a pipeline do not do.
+_NOT_IN_STAGES = (
+    "strategy", "attention", "overlap", "memory", "replica_memory", "placement_file",
+    "rebalance_every", "rebalance_below", "ep_size",
+)  # fmt: skip
+_MAY_OVERLAP = ("overlap", "single")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EPConfig:
     """How a model is made expert-parallel.
@@ -84,6 +92,8 @@ class EPConfig:
         rebalance_below: they are moved too when the balancedness falls below it.
         ep_size: N, with strategy ``replicated``: N groups of consecutive ranks; an
             expert belongs to a group, whose ranks share its width. None: P groups.
+        pp: N: the ranks are N stages of a pipeline, each of which holds some of the
+            layers and spreads their experts over its ranks (docs/pipeline.md).
         download: what a rank fetches of a hub repository. ``ranges``: what it holds, by
             HTTP byte ranges. ``full``: all files.
 
@@ -227,6 +237,15 @@ class EPConfig:
             otherwise="as many as ranks",
         ),
     ] = None
+    pp: Annotated[
+        int,
+        Flag(
+            help="N stages of ranks: each stage holds some of the layers, and spreads "
+            "their experts over its ranks; needs MPI (docs/pipeline.md)",
+            metavar="N",
+            least=1,
+        ),
+    ] = 1
     context: Annotated[
         int,
         Flag(
@@ -267,6 +286,7 @@ class EPConfig:
         if not 0 <= (below := self.rebalance_below) <= 1:
             raise ValueError(f"rebalance_below must be 0 to 1, not {below}.")
         self._check_placement()
+        self._check_stages()
 
     def _check_dispatch(self) -> None:
         if self.strategy == "replicated":
@@ -328,6 +348,18 @@ class EPConfig:
                 "with ep_size, which shares their width, nor with placement_file, "
                 "which says itself where copies are. Give one of them."
             )
+
+    def _check_stages(self) -> None:
+        if self.pp == 1:
+            return
+        default = {each.name: each for each in settings()}
+        for name in _NOT_IN_STAGES:
+            value = getattr(self, name)
+            if value != default[name].default and (name, value) != _MAY_OVERLAP:
+                raise ValueError(
+                    f"--pp {self.pp} does not go with {default[name].flag_name} "
+                    f"{value}. Leave one of the two out."
+                )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EPConfig:

@@ -47,7 +47,7 @@ def make_parser() -> cli.Parser:
     cli.add_cache_flags(parser)
     add_reuse_flags(parser)
     cli.add_sampling_flags(parser)
-    cli.add_ep_flags(parser, has_data=True)
+    cli.add_ep_flags(parser, has_data=True, has_stages=True)
     # A prompt cache names its model.
     parser.set_defaults(model=None, prompt=None)
     parser.finishers.append(_check)
@@ -146,6 +146,7 @@ def _check(args: argparse.Namespace) -> None:
             "--prompts-file."
         )
     cli.check_strategy(args.config, args.data)
+    _check_stages(args)
     if args.output is not None and args.prompts_file is None:
         raise ValueError(
             "--output is where the answers to --prompts-file go; got --output without "
@@ -168,6 +169,23 @@ def _check(args: argparse.Namespace) -> None:
             "is used.",
             stacklevel=2,
         )
+
+
+def _check_stages(args: argparse.Namespace) -> None:
+    """Raises:
+    ValueError: a flag needs all layers on every rank.
+    """
+    if args.config.pp == 1:
+        return
+    for name in (
+        "prompts_file", "prompt_cache_file", "draft_model", "kv_bits", "max_kv_size",
+        "record", "timings",
+    ):  # fmt: skip
+        if getattr(args, name):
+            raise ValueError(
+                f"--pp {args.config.pp} does not go with --{name.replace('_', '-')}. "
+                "Leave one of the two out."
+            )
 
 
 def _true_or_false(text: str) -> bool:

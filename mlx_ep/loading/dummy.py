@@ -21,7 +21,7 @@ from mlx_ep.loading.local import (
     shrink_switches,
 )
 from mlx_ep.loading.widths import cut_axis, is_whole, named_projections, parameter_cut
-from mlx_ep.models import find_moe_sites, stack_quantization
+from mlx_ep.models import find_moe_sites, keep_layers, stack_quantization
 from mlx_ep.placement import Part, Placement
 
 
@@ -33,6 +33,8 @@ def build_dummy(config: dict[str, Any], placement: Placement, rank: int) -> nn.M
     model = build_model(config)
     model.set_dtype(_dtype())  # sizes decide where experts go, before there are numbers
     shrink_switches(model, placement, rank)
+    if (stage := placement.stage) is not None:
+        keep_layers(model, stage.start, stage.stop)
     config = config | stack_quantization(type(model), config)
     if (quantization := config.get("quantization")) is not None:
         _quantize(model, quantization)

@@ -39,10 +39,13 @@ from mlx_ep.loading.widths import (
 from mlx_ep.models import (
     find_moe_sites,
     keep_experts,
+    keep_layers,
+    layer_list,
     stack_experts,
     stack_quantization,
     stack_tensors,
     why_not_here,
+    without_other_layers,
 )
 from mlx_ep.models.sites import EXPERT_COUNTS
 from mlx_ep.placement import Placement
@@ -236,6 +239,7 @@ class _LocalClasses:
         self.checkpoint, self.placement, self.rank = checkpoint, placement, rank
         self.reader = reader
         self.read_by_mlx: set[str] = set()
+        self.layers_path = ""
         self.part = placement.part(rank)
         # Else experts are read whole, and cut when mlx-lm has split them.
         self.reads_parts = self.part is not None and holds_parts(
@@ -251,12 +255,19 @@ class _LocalClasses:
                 super().__init__(args)
                 stack_experts(self)
                 shrink_switches(self, loader.placement, loader.rank)
+                if (stage := loader.placement.stage) is not None:
+                    loader.layers_path, _ = layer_list(self)
+                    keep_layers(self, stage.start, stage.stop)
 
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
                 weights = stack_tensors(model_class, loader.localize(weights))
                 if hasattr(model_class, "sanitize"):
                     with _expert_count(self, loader.placement, loader.rank):
                         weights = super().sanitize(weights)
+                if (stage := loader.placement.stage) is not None:
+                    weights = without_other_layers(
+                        loader.layers_path, stage.start, stage.stop, weights
+                    )
                 return loader.cut(self, weights)
 
         return LocalModel, args_class
@@ -274,27 +285,32 @@ class _LocalClasses:
         experts = self.placement.rank_experts[self.rank]
         slots = {expert: slot for slot, expert in enumerate(experts)}
         local: dict[str, mx.array] = {}
-        for info, kind, found, _ in rank_tensors(
+        for info, kind, found, _, is_elsewhere in rank_tensors(
             self.checkpoint, self.placement, self.rank
         ):
             tensor = weights[info.name]
             if kind == "dense":
                 local[info.name] = tensor
-                self.read_by_mlx.add(info.name)
+                if not is_elsewhere:
+                    self.read_by_mlx.add(info.name)
             elif kind == "stack":
-                local[info.name] = self._stack(info, experts)
+                held = () if is_elsewhere else experts
+                local[info.name] = self._stack(info, held, max(len(experts), 1))
             elif found is None or found.expert is None:
                 raise AssertionError(info.name)
             elif kind == "own":
-                local[found.renamed(slots[found.expert])] = self._single(info, tensor)
+                name = found.renamed(slots[found.expert])
+                local[name] = tensor if is_elsewhere else self._single(info, tensor)
             elif found.expert == 0 and not experts:
                 local[info.name] = self._nothing(info, info.shape)
         return local
 
-    def _stack(self, info: TensorInfo, experts: Sequence[int]) -> mx.array:
-        """This rank's experts out of a stack, read now."""
+    def _stack(
+        self, info: TensorInfo, experts: Sequence[int], num_rows: int
+    ) -> mx.array:
+        """This rank's experts out of a stack, read now; none: rows of nothing."""
         if not experts or self._is_foreign_bias(info):
-            return self._nothing(info, (max(len(experts), 1), *info.shape[1:]))
+            return self._nothing(info, (num_rows, *info.shape[1:]))
         cut = tensor_cut(info, self.part) if self.part and self.reads_parts else None
         if cut is None:
             return self.reader.read_rows(info, experts)

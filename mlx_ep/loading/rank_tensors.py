@@ -22,12 +22,14 @@ class RankTensor(NamedTuple):
             another rank's.
         expert: which one's and by what name, of an expert's tensor.
         num_bytes: that the rank holds of it.
+        is_elsewhere: it is of a layer that the ranks of another stage hold.
     """
 
     info: TensorInfo
     kind: Literal["dense", "stack", "own", "other"]
     expert: ExpertTensor | None
     num_bytes: int
+    is_elsewhere: bool = False
 
 
 def rank_tensors(
@@ -38,6 +40,18 @@ def rank_tensors(
     Raises:
         ValueError: a tensor is of an expert that the model does not have.
     """
+    stage = placement.stage
+    for tensor in _all_tensors(checkpoint, placement, rank):
+        if stage is not None and stage.is_elsewhere(tensor.info.name):
+            yield tensor._replace(num_bytes=0, is_elsewhere=True)
+        else:
+            yield tensor
+
+
+def _all_tensors(
+    checkpoint: Checkpoint, placement: Placement, rank: int
+) -> Iterator[RankTensor]:
+    """As if the rank had all layers."""
     own = set(placement.rank_experts[rank])
     for info in checkpoint.tensors.values():
         found = expert_tensor(info.name, info.shape, placement.num_experts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from mlx_ep.loading.local import (
 from mlx_ep.loading.progress import watch_phase
 from mlx_ep.loading.rank_tensors import load_bytes
 from mlx_ep.loading.sizes import choose_placement, held_bytes, layer_copy_bytes
-from mlx_ep.placement import Placement
+from mlx_ep.models import check_hidden_states, layer_list
+from mlx_ep.placement import Placement, StageLayers, check_stages, cut_stages
 
 _TRIED_TOKENS = 8
 
@@ -68,6 +69,7 @@ def checkpoint_weights(
     """
     described = read_config(path)
     model_class(described)
+    members = check_stages(config.pp, num_ranks)
     checkpoint = Checkpoint.open(path, described)
     check_counts(described, checkpoint.tensors)
     num_experts = count_experts(checkpoint.config)
@@ -75,8 +77,12 @@ def checkpoint_weights(
     # First of all, as it says what a checkpoint without known experts lacks.
     load_bytes(checkpoint, whole, 0)
     placement = choose_placement(
-        config, num_experts, num_ranks, lambda: outline(checkpoint, whole, 0)
+        config, num_experts, members, lambda: outline(checkpoint, whole, 0)
     )
+    if config.pp > 1:
+        stages = _stages(outline(checkpoint, whole, 0), config.pp)
+        placement = replace(placement, stage=stages[rank // members])
+        rank %= members
     if placement.parts is None:
         rank_bytes = load_bytes(checkpoint, placement, rank).rank_bytes
     else:
@@ -121,12 +127,17 @@ def dummy_weights(
     """
     description = read_config(path)
     model_class(description)
+    members = check_stages(config.pp, num_ranks)
     check_counts(description)
     num_experts = count_experts(description)
     whole = Placement.of_model(num_experts, 1)
     placement = choose_placement(
-        config, num_experts, num_ranks, lambda: build_dummy(description, whole, 0)
+        config, num_experts, members, lambda: build_dummy(description, whole, 0)
     )
+    if config.pp > 1:
+        stages = _stages(build_dummy(description, whole, 0), config.pp)
+        placement = replace(placement, stage=stages[rank // members])
+        rank %= members
     model = build_dummy(description, placement, rank)
 
     def build(change: Change | None = None) -> tuple[nn.Module, int]:
@@ -136,3 +147,20 @@ def dummy_weights(
 
     rank_bytes = held_bytes(model) + layer_copy_bytes(model, placement, rank)
     return RankWeights(placement, rank_bytes, build, lambda: model, config=description)
+
+
+def _stages(model: nn.Module, num_stages: int) -> list[StageLayers]:
+    """The layers of each stage, by the bytes of a model's layers with all experts.
+
+    Raises:
+        ValueError: the model cannot be cut into so many stages.
+    """
+    path, layers = layer_list(model)
+    check_hidden_states(
+        model, lambda: run_shapes(model, _TRIED_TOKENS, make_caches(model))
+    )
+    name = path.rpartition(".")[2]
+    return [
+        StageLayers(held.start, held.stop, len(layers), name)
+        for held in cut_stages([held_bytes(layer) for layer in layers], num_stages)
+    ]

@@ -11,6 +11,13 @@ from mlx_ep.models.families import (
     stack_tensors,
     why_not_here,
 )
+from mlx_ep.models.pipeline import (
+    check_hidden_states,
+    connect_stages,
+    keep_layers,
+    layer_list,
+    without_other_layers,
+)
 from mlx_ep.models.sites import MoESite, find_moe_sites, keep_experts
 from mlx_ep.models.tensor_names import ExpertTensor, expert_tensor
 from mlx_ep.models.tensor_parallel import shard_problem, tensor_problem
@@ -23,11 +30,15 @@ __all__ = [
     "Family",
     "MoESite",
     "build_kernels",
+    "check_hidden_states",
+    "connect_stages",
     "expert_tensor",
     "find_forms",
     "find_moe_sites",
     "install",
     "keep_experts",
+    "keep_layers",
+    "layer_list",
     "shard_problem",
     "stack_experts",
     "stack_quantization",
@@ -35,4 +46,5 @@ __all__ = [
     "stack_tensors",
     "tensor_problem",
     "why_not_here",
+    "without_other_layers",
 ]

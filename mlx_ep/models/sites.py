@@ -11,6 +11,8 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
+from mlx_ep.models.stage_layer import StandInLayer
+
 # What mlx-lm's configurations call the number of experts.
 EXPERT_COUNTS = (
     "num_experts",
@@ -71,7 +73,9 @@ def find_moe_sites(model: nn.Module) -> list[MoESite]:
             configuration speaks of experts and there is no site.
     """
     sites = sorted(_walk(model), key=lambda site: _natural(site.path))
-    if not sites and (named := _named_experts(getattr(model, "args", None))):
+    is_stage = any(isinstance(module, StandInLayer) for module in model.modules())
+    named = _named_experts(getattr(model, "args", None))
+    if not sites and named and not is_stage:
         raise ValueError(
             "The model has no routed experts that mlx_ep can find (no SwitchGLU or "
             f"SwitchMLP in {type(model).__module__}), and its configuration says "

@@ -22,6 +22,7 @@ from mlx_ep.placement.replicas import (
 )
 from mlx_ep.placement.served import served_counts
 from mlx_ep.placement.shares import ExpertSizes, apportion, place
+from mlx_ep.placement.stages import StageLayers, check_stages, cut_stages
 
 __all__ = [
     "DECODE_TOKENS",
@@ -35,9 +36,12 @@ __all__ = [
     "RankRoom",
     "RecordedRouting",
     "ReplicaChoice",
+    "StageLayers",
     "apportion",
     "balance",
     "balance_while_it_pays",
+    "check_stages",
+    "cut_stages",
     "draw_steps",
     "expected_busiest",
     "improve",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from jaxtyping import Int32, Integer
 
 from mlx_ep.placement.choice import DECODE_TOKENS, ReplicaChoice
 from mlx_ep.placement.level import level_rows
+from mlx_ep.placement.stages import StageLayers
 
 
 class Part(NamedTuple):
@@ -51,6 +52,7 @@ class Placement:
         note: why there are as many copies as there are, for a person.
         layers: of each MoE layer once the model is loaded, where layers differ; this
             placement is then what a checkpoint is read by, the same in all layers.
+        stage: the layers that these ranks hold, one stage of a pipeline; None: all.
 
     Raises:
         ValueError: the tuples do not hold each of the experts 0..E-1, one is twice on
@@ -62,6 +64,7 @@ class Placement:
     parts: tuple[Part, ...] | None = None
     note: str = field(default="", compare=False)
     layers: tuple[Placement, ...] = ()
+    stage: StageLayers | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for layer in self.layers:
@@ -348,8 +351,13 @@ class Placement:
     def describe(self, rank: int) -> str:
         """For a person: ``experts 32..63 (32 of 64 per layer)``.
 
+        Of a stage with its layers before: ``layers 0..3 of 8; experts ...``.
+
         With parts: ``experts 32..63 (32 of 64 per layer), width 0..383 of 768``.
         """
+        if self.stage is not None:
+            whole = replace(self, stage=None)
+            return f"{self.stage.describe()}; {whole.describe(rank)}"
         if self.is_dense:
             return "a dense model, without routed experts"
         experts = self.rank_experts[rank]

@@ -38,7 +38,7 @@ def make_parser(command: str) -> argparse.ArgumentParser:
 @pytest.fixture
 def parser() -> Parser:
     parser = Parser(prog="test")
-    add_ep_flags(parser)
+    add_ep_flags(parser, has_stages=True)
     return parser
 
 

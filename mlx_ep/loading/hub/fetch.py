@@ -85,7 +85,9 @@ def wanted_spans(
     dense: Spans = {file: RangeSet() for file in files}
     expert: Spans = {file: RangeSet() for file in files}
     own = sorted(placement.rank_experts[rank])
-    for info, kind, _, _ in rank_tensors(checkpoint, placement, rank):
+    for info, kind, _, _, is_elsewhere in rank_tensors(checkpoint, placement, rank):
+        if is_elsewhere:
+            continue
         whole = Span(info.offset, info.offset + info.num_bytes)
         if kind == "dense":
             dense[info.file].add(whole)

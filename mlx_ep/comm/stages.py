@@ -1,0 +1,90 @@
+"""What connects the stages of a pipeline, and the ranks inside each."""
+
+from __future__ import annotations
+
+import atexit
+
+import mlx.core as mx
+from jaxtyping import Shaped
+
+from mlx_ep.comm.base import Comm
+from mlx_ep.comm.group import GroupComm
+
+
+class StageLink:
+    """The stage of this rank, of N stages of consecutive ranks.
+
+        stage 0: ranks 0 1   ->   stage 1: ranks 2 3
+
+    A message is queued when it is asked for, in the order of the program: a stage goes
+    on to its next chunk of a prompt while the next stage computes this one.
+
+    Attributes:
+        group: the collectives of the ranks of this stage.
+        index: of this rank's stage; `count`: N.
+    """
+
+    def __init__(self, comm: Comm, num_stages: int) -> None:
+        """Every rank must make one alike.
+
+        Raises:
+            ValueError: the transport has no groups of some ranks.
+        """
+        check_transport(comm, num_stages)
+        assert isinstance(comm, GroupComm)
+        self._comm = comm
+        self._members = comm.size // num_stages
+        self.count = num_stages
+        self.index = comm.rank // self._members
+        if self._members == 1:
+            # A backend whose launcher variables are not set gives a group of one.
+            made = mx.distributed.init(strict=False, backend="ring")
+            self.group = GroupComm(made, transport="none")
+            return
+        made = comm.group.split(self.index, comm.rank)
+        self.group = GroupComm(made, transport=comm.transport)
+        # MPI ends the job where a group is freed after MPI has finished.
+        atexit.register(self._free)
+
+    def _free(self) -> None:
+        del self.group.group
+
+    def receive(self, like: Shaped[mx.array, "*shape"]) -> Shaped[mx.array, "*shape"]:
+        """What the same rank of the stage before sends, of the shape of `like`."""
+        received = mx.distributed.recv(
+            like.shape,
+            like.dtype,
+            self._comm.rank - self._members,
+            group=self._comm.group,
+            stream=self._comm._stream(),
+        )
+        mx.async_eval(received)
+        return received
+
+    def send(self, x: Shaped[mx.array, "*shape"]) -> Shaped[mx.array, "*shape"]:
+        """Send hidden states to the same rank of the next stage; gives them back."""
+        sent = mx.distributed.send(
+            x,
+            self._comm.rank + self._members,
+            group=self._comm.group,
+            stream=self._comm._stream(),
+        )
+        mx.async_eval(sent)
+        return sent
+
+    def share(self, x: Shaped[mx.array, "*shape"]) -> Shaped[mx.array, "*shape"]:
+        """What the last stage has, on all ranks."""
+        return self._comm.broadcast(x, self._comm.size - self._members)
+
+
+def check_transport(comm: Comm, num_stages: int) -> None:
+    """Raises:
+    ValueError: the transport has no groups of some ranks.
+    """
+    can = isinstance(comm, GroupComm) and "split" in comm.capability.operations
+    if num_stages > 1 and not can:
+        raise ValueError(
+            f"--pp {num_stages} needs groups of some of the ranks, which MLX has with "
+            f"MPI only; got {comm.transport}. Start with mlx_ep.launch --backend mpi, "
+            "or leave --pp out."
+        )

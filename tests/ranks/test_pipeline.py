@@ -1,0 +1,83 @@
+"""Stages of a pipeline over MPI: mlx-lm's tokens, and fewer bytes on each rank."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from functools import cache
+
+import mlx_lm
+import pytest
+
+from mlx_ep.loading import find_model
+from tests.support.launchers import mpirun_command, rank_environment
+from tests.support.ranks import run_commands
+
+pytestmark = pytest.mark.requires("mpi")
+
+PROMPT = "What is a hacker? And what is spaghetti code, and who writes it?"
+FLAGS = ["--prompt", PROMPT, "--ignore-chat-template", "--no-warmup"]
+
+
+def generate(ranks: int, *flags: str) -> subprocess.CompletedProcess[str]:
+    """The command over MPI; mpirun joins what the ranks print."""
+    command, variables = mpirun_command(ranks)
+    argv = [*command, sys.executable, "-m", "mlx_ep.generate", *FLAGS, *flags]
+    return subprocess.run(
+        argv, env=rank_environment(variables), capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+
+
+@cache
+def expected(max_tokens: int) -> str:
+    model, tokenizer = mlx_lm.load(str(find_model("jargon-moe")))
+    return mlx_lm.generate(model, tokenizer, PROMPT, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stages"),
+    [
+        (2, 2),
+        pytest.param(3, 3, marks=pytest.mark.slow),
+        pytest.param(4, 2, marks=pytest.mark.slow),
+        pytest.param(4, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_tokens_are_those_of_mlx_lm(tmp_path, ranks, stages) -> None:
+    """Also of a prompt in several chunks, whose masks depend on the offset."""
+    record = tmp_path / "record.json"
+    outcome = generate(
+        ranks, "--pp", str(stages), "--max-tokens", "24", "--prefill-step-size", "5",
+        "--json", str(record),
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr
+    assert json.loads(record.read_text())["text"] == expected(24)
+    told = " ".join((outcome.stdout + outcome.stderr).split())
+    held = [float(n) for n in re.findall(r"([\d.]+) MB held", told)]
+    read = [float(n) for n in re.findall(r"([\d.]+) MB read", told)]
+    layers = re.findall(r"rank \d: layers (\d+)\.\.(\d+) of (\d+);", told)
+    assert len(held) == len(read) == len(layers) == ranks, told
+    # The whole model is 7.64 MB.
+    assert max(held) < 7.0 and max(read) < 7.0
+    starts = sorted({int(first) for first, _, _ in layers})
+    stops = sorted({int(last) + 1 for _, last, _ in layers})
+    assert len(starts) == stages and [*starts[1:], int(layers[0][2])] == stops
+
+
+@pytest.mark.slow
+def test_ranks_that_are_not_divided_end_with_a_reason() -> None:
+    outcome = generate(3, "--pp", "2")
+    assert outcome.returncode == 2
+    assert outcome.stderr.count("must divide the 3 ranks") == 1
+    assert "Traceback" not in outcome.stderr
+
+
+def test_a_ring_has_no_stages() -> None:
+    argv = [sys.executable, "-m", "mlx_ep.generate", *FLAGS, "--pp", "2"]
+    outcomes = run_commands(2, argv)
+    assert [one.returncode for one in outcomes] == [2, 2], outcomes
+    assert "needs groups of some of the ranks" in outcomes[0].stderr
+    assert "Traceback" not in outcomes[0].stderr
