@@ -7,7 +7,8 @@ from mlx_ep.placement.fill import with_replicas
 from mlx_ep.placement.improve import Improved, improve
 from mlx_ep.placement.load import LayerLoad, draw_steps, expected_busiest
 from mlx_ep.placement.moves import Moves, keep_slots
-from mlx_ep.placement.placement import Part, Placement, runs
+from mlx_ep.placement.parts import Part, runs
+from mlx_ep.placement.placement import Placement
 from mlx_ep.placement.record import (
     RecordedRouting,
     is_record,

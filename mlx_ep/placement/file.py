@@ -22,7 +22,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mlx_ep.placement.placement import Placement, runs
+from mlx_ep.placement.parts import runs
+from mlx_ep.placement.placement import Placement
 
 FORMAT = "mlx_ep placement"
 VERSION = 1

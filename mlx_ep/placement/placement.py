@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import accumulate, pairwise
-from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -15,28 +14,8 @@ from jaxtyping import Int32, Integer
 
 from mlx_ep.placement.choice import DECODE_TOKENS, ReplicaChoice
 from mlx_ep.placement.level import level_rows
+from mlx_ep.placement.parts import Part, check_parts, ranges
 from mlx_ep.placement.stages import StageLayers
-
-
-class Part(NamedTuple):
-    """Columns ``start..stop-1`` of the width F of experts.
-
-    These are rows of the gate and up matrices and columns of the down matrix. The
-    outputs of the parts of an expert add up to its output; the bias of the down
-    matrix belongs to the part that starts at 0.
-    """
-
-    start: int
-    stop: int
-    width: int
-
-    @property
-    def columns(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def is_first(self) -> bool:
-        return self.start == 0
 
 
 @dataclass(frozen=True)
@@ -76,7 +55,7 @@ class Placement:
                     f"on {self.num_ranks} ranks; got {sizes[0]} on {sizes[1]}."
                 )
         if self.parts is not None:
-            self._check_parts(self.parts)
+            check_parts(self.rank_experts, self.parts)
             return
         if self.is_dense:
             return
@@ -87,31 +66,6 @@ class Placement:
                 "A placement must hold each of the experts 0..E-1, none twice on a "
                 f"rank; got {self.rank_experts}."
             )
-
-    def _check_parts(self, parts: Sequence[Part]) -> None:
-        if len(parts) != self.num_ranks:
-            raise ValueError(
-                f"A placement of {self.num_ranks} ranks must have as many parts; got "
-                f"{len(parts)}."
-            )
-        held: dict[int, list[Part]] = {}
-        for experts, part in zip(self.rank_experts, parts, strict=True):
-            for expert in experts:
-                held.setdefault(expert, []).append(part)
-        wholes = {tuple(sorted(of_one)) for of_one in held.values()}
-        if sorted(held) != list(range(len(held))) or not held:
-            raise ValueError(
-                "A placement must hold each of the experts 0..E-1; got "
-                f"{self.rank_experts}."
-            )
-        for whole in wholes:
-            ends = [0, *(part.stop for part in whole)]
-            starts = [*(part.start for part in whole), whole[0].width]
-            if starts != ends or any(part.columns < 1 for part in whole):
-                raise ValueError(
-                    "The parts of an expert must make up its width, without gap or "
-                    f"overlap; got {list(map(tuple, whole))}."
-                )
 
     @classmethod
     def contiguous(cls, num_experts: int, num_ranks: int) -> Placement:
@@ -362,7 +316,7 @@ class Placement:
             return "a dense model, without routed experts"
         experts = self.rank_experts[rank]
         share = f"({len(experts)} of {self.num_experts} per layer)"
-        text = f"experts {_ranges(experts) or 'none'} {share}"
+        text = f"experts {ranges(experts) or 'none'} {share}"
         if self.layers:
             of_layers = [layer.num_copies for layer in self.layers]
             return (
@@ -384,21 +338,3 @@ class Placement:
 def _of_counts(counts: tuple[int, ...]) -> Placement:
     """One for all layers that have so many slots."""
     return Placement.from_counts(counts)
-
-
-def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Maximal runs of consecutive numbers, as (first, count), in the given order."""
-    found: list[tuple[int, int]] = []
-    for number in numbers:
-        if found and sum(found[-1]) == number:
-            found[-1] = (found[-1][0], found[-1][1] + 1)
-        else:
-            found.append((number, 1))
-    return found
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    return ",".join(
-        f"{first}..{first + count - 1}" if count > 1 else str(first)
-        for first, count in runs(numbers)
-    )

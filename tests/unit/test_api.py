@@ -301,6 +301,7 @@ BAD_CONFIGURATIONS = {
     "rebalance_below=float('nan')": "rebalance_below must be 0 to 1, not nan",
     "ep_size=0": "ep_size must be 1 or more; got 0",
     "context=-1": "context must be 0 or more; got -1",
+    "pp=0": "pp must be 1 or more; got 0",
 }
 
 
