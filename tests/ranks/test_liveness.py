@@ -70,6 +70,10 @@ def program(transport: str, case: str, bad_rank: int) -> None:
         "pause": Limits(stopped=1.0, interpreter=2.0, decode=2.0),
         "late": Limits(decode=1.5),
     }.get(case, Limits())
+    if case == "raise" and rank == bad_rank + 1:
+        from mlx_ep.comm import liveness
+
+        liveness.ROOT_CAUSE_GRACE = 60.0
     with guard(group, limits) as guarded:
         assert guarded is not None
         if case == "early" and is_bad:
@@ -79,6 +83,9 @@ def program(transport: str, case: str, bad_rank: int) -> None:
         add()
         print("ready", flush=True)
         sys.stdout.write("not flushed\n")
+        if case == "raise" and rank == bad_rank + 1:
+            # As a collective does on a rank that sees first that a peer is gone.
+            raise RuntimeError("connection to a peer was lost")
         if case == "leave":
             time.sleep(0.2 * ((rank - bad_rank) % group.size()))
             if rank == bad_rank:

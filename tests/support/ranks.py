@@ -164,10 +164,9 @@ def run_ranks(
             if problem is None:
                 return [_result(directory, rank) for rank in range(num_ranks)]
             outputs = [_read(directory / f"output.{r}") for r in range(num_ranks)]
-            # Between finding a free port and using it, another process can take it.
-            if attempt == 0 and any("bind socket" in output for output in outputs):
-                continue
             launcher = _read(directory / "launcher")
+            if attempt == 0 and _is_of_the_host(outputs, launcher):
+                continue
             raise RanksError(
                 "\n".join(
                     [f"{num_ranks} ranks over {transport}: {problem}"]
@@ -332,6 +331,16 @@ def _run_job(
         if problem is None and any(process.returncode for process in processes):
             problem = f"exit codes {[process.returncode for process in processes]}"
     return problem
+
+
+def _is_of_the_host(outputs: Sequence[str], launcher: str) -> bool:
+    """Whether ranks did not start for a reason that is gone the next time.
+
+    Between finding a free port and using it, another process can take it; Open MPI's
+    launcher gives up where a thread of its own does not answer soon enough.
+    """
+    is_taken = any("bind socket" in output for output in outputs)
+    return is_taken or "PMIx server's listener thread failed to start" in launcher
 
 
 def _result(directory: Path, rank: int) -> Any:

@@ -150,12 +150,11 @@ class Watch:
         elif kind == "signals":
             self._heeded = set(message["numbers"])
         elif kind == "failed":
-            self._say(message.pop("details"), end="")
             grace = message.pop("grace")
             if grace:
                 self._grace = message, time.monotonic() + grace
             else:
-                self._tell_hub(message)
+                self._tell_failure(message)
         elif kind == "ready":
             self._tell_hub(message)
         else:  # usage and leave
@@ -264,6 +263,10 @@ class Watch:
             if self._code is None and not (self._is_left and self._is_rank_gone):
                 self._end(ended_without_a_word(0), 1)
 
+    def _tell_failure(self, message: ControlMessage) -> None:
+        self._say(message.pop("details"), end="")
+        self._tell_hub(message)
+
     def _tell_hub(self, message: ControlMessage) -> None:
         if self._hub is not None:
             self._hub.receive(0, message)
@@ -321,7 +324,8 @@ class Watch:
             self._fail(signal_text(self._rank, number), 128 + number)
         if self._grace is not None and now >= self._grace[1]:
             message, self._grace = self._grace[0], None
-            self._tell_hub(message)
+            if self._code is None:  # nobody had a better reason
+                self._tell_failure(message)
         if self._alone is not None and now >= self._alone[1]:
             # Those that still start hear of it, or never.
             message, self._alone = self._alone[0], None
