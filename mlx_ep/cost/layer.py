@@ -55,6 +55,7 @@ class LayerCost:
         route: router and choice of experts.
         fixed: whatever is computed.
         communication: collectives, with what crossing to the CPU costs.
+        combine: of `communication`, the last collective.
         copies: packing and adding what travels.
         collectives: how many.
         collective_bytes: what a rank hands to them.
@@ -68,6 +69,7 @@ class LayerCost:
     route: float
     fixed: float
     communication: float
+    combine: float
     copies: float
     collectives: int
     collective_bytes: int
@@ -151,6 +153,7 @@ def layer_cost(
         route=router + profile.route_seconds * held * layer.num_experts,
         fixed=profile.block_seconds + (moved.host_syncs + asks) * profile.sync_seconds,
         communication=communication,
+        combine=collectives_seconds(profile, moved.collectives[-1:], num_ranks, link),
         copies=2 * num_bytes / profile.copy_bandwidth if is_copied else 0.0,
         collectives=len(moved.collectives) if num_ranks > 1 else 0,
         collective_bytes=num_bytes if num_ranks > 1 else 0,

@@ -158,7 +158,7 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
         help="How tokens meet experts of other ranks. allgather: as vLLM does; none: "
         "for nothing; the others are this package's strategies (default: %(default)s).",
     )
-    cli.add_config_flags(group, ["placement_file", "replica_memory"])
+    cli.add_config_flags(group, ["placement_file", "replica_memory", "overlap"])
     group.add_argument(
         "--link",
         metavar="NAME",

@@ -173,6 +173,7 @@ def step_times(
             f"kernels are of grouped-query attention; {first.model.name} has latents. "
             "Use a profile."
         )
+    _refuse_overlap(args, cluster, first, f"the kernels of the bundle {folder}")
     note(f"{first.where}: times from {folder}")
     times = BundleTimes(
         cluster,
@@ -202,6 +203,7 @@ def _profile_times(
             f"profile: a file, or one of {', '.join(shipped_profiles())}."
         )
     if name not in shipped_profiles() and is_step_costs(Path(name).expanduser()):
+        _refuse_overlap(args, cluster, first, f"the step costs {name}")
         note(f"{first.where}: times from the step costs {name}")
         return LinearTimes(read_step_costs(Path(name).expanduser()))
     if args.expert_routing_policy not in ("COPY", "RAND"):
@@ -231,7 +233,19 @@ def _profile_times(
         model_shape(first.model.config, dtype=dtype, name=first.model.name),
         args.expert_exchange,
         args.link,
+        args.overlap,
     )
+
+
+def _refuse_overlap(
+    args: argparse.Namespace, cluster: Cluster, first: Instance, times: str
+) -> None:
+    if args.overlap != "none":
+        raise ValueError(
+            f"{cluster.file}: {first.where}.hardware: --overlap {args.overlap} is of "
+            f"this package's steps, which {times} do not tell apart. Use a profile, or "
+            "--overlap none."
+        )
 
 
 _FLOATS = ("float32", "bfloat16", "float16")

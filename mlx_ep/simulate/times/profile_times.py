@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mlx_ep.config import OverlapMode
+from mlx_ep.cost.overlap import StepParts, hidden_by_halves, hidden_by_shared
 from mlx_ep.cost.profile import Profile
 from mlx_ep.cost.shape import ModelShape
 from mlx_ep.cost.step import mac_seconds, step_cost
@@ -17,6 +19,8 @@ from mlx_ep.simulate.times.tables import bracket_one
 _GRID = sorted(
     {1, 2, 3, *(2**i for i in range(2, 18)), *(3 * 2**i for i in range(1, 16))}
 )
+# A prompt with fewer tokens is not cut in two (mlx_ep.models.two_batch).
+LEAST_PROMPT = 16
 # Arms of the cost model in which ranks hold tokens of their own.
 _SHARDED = {"gathered": "ep-gathered", "all_to_all": "ep-all-to-all"}
 
@@ -37,6 +41,11 @@ class ProfileTimes:
             then runs this package's experts and not mlx-lm's own block;
             ``all_to_all`` and ``gathered`` go with a dp_group. Else attention is split.
         link: of the profile; None: its first.
+        overlap: what hides exchanges; ``auto``: of each forward the way that takes
+            least.
+
+    Raises:
+        ValueError: the cost model has no such instances.
     """
 
     def __init__(
@@ -46,8 +55,10 @@ class ProfileTimes:
         shape: ModelShape,
         exchange: str = "allgather",
         link: str | None = None,
+        overlap: OverlapMode = "none",
     ) -> None:
         first = group[0]
+        self._overlap = overlap
         self._profile, self._shape, self._link = profile, shape, link
         self._ranks = first.tp
         self._spread = 1
@@ -75,9 +86,15 @@ class ProfileTimes:
                 f"{first.where}.ep_size: with a profile, must be 1 or tp_size "
                 f"({first.tp}); got {first.ep}."
             )
+        if overlap != "none" and self.arm in ("single", "tp"):
+            raise ValueError(
+                f"{first.where}: --overlap {overlap} needs experts that this package "
+                f"exchanges; with arm {self.arm} mlx-lm's own blocks run. Use "
+                "--overlap none, or --expert-exchange replicated."
+            )
         self._placement = first.placement
         self._heads_over = self._ranks if self.arm in ("tp", "ep-tensor") else 1
-        self._seconds: dict[tuple[int, bool], float] = {}
+        self._found: dict[tuple[int, bool], StepParts] = {}
         self._mac_seconds = mac_seconds(profile, shape)
 
     def stage_ns(
@@ -91,29 +108,63 @@ class ProfileTimes:
         last = max(ended)
         filling = max(b.prefill_tokens - e for b, e in zip(filled, ended))
         making = max(len(b.decodes) + e for b, e in zip(filled, ended))
-        total = np.max([self._scores(batch, steps) for batch in filled], axis=0)
+        scores = np.array([self._scores(batch, steps) for batch in filled])  # on host
+        prefill, decode = scores.max(axis=0)
+        total = scores.sum(axis=1).max(axis=0)
         total = total + profile.loop_seconds + making * profile.sequence_seconds
         looped = profile.loop_layer_seconds * self._shape.num_layers
-        for tokens, logits in ((single, single), (last, last), (filling, 0)):
+        prompts = max(len(batch.prefills) for batch in filled)
+        middle = filling // prompts // 2 * prompts if prompts else 0
+        if filling < LEAST_PROMPT * prompts:
+            middle = 0
+        for tokens, logits, first, own in (
+            (single, single, single // 2, decode),
+            (last, last, last // 2, np.zeros(steps)),
+            (filling, 0, middle, prefill),
+        ):
             if tokens:
-                total = total + looped + self._body(tokens, logits)
+                total = total + looped + self._body(tokens, logits, first, own)
         return np.rint(total * 1e9).astype(np.int64)[None]
 
-    def _body(self, tokens: int, logits: int) -> float:
+    def _body(
+        self, tokens: int, logits: int, first: int, scores: np.ndarray
+    ) -> np.ndarray | float:
         """Seconds of everything but scores and values of a forward; with no logits,
         of one that only fills caches.
-        """
-        low, weight = bracket_one(_GRID, tokens)
-        places = [(low, 1 - weight), (low + 1, weight)] if weight else [(low, 1.0)]
-        return sum(
-            share * self._at(_GRID[place], bool(logits)) for place, share in places
-        )
 
-    def _at(self, tokens: int, has_logits: bool) -> float:
+        Args:
+            first: tokens of the first micro-batch, where it can be cut; else 0.
+            scores: ``[steps]`` s of the scores, which hide exchanges too.
+        """
+        whole = self._parts(tokens, bool(logits))
+        ways: list[np.ndarray | float] = []
+        if self._overlap in ("none", "auto"):
+            ways.append(whole.seconds)
+        if self._overlap != "none":  # what cannot be cut runs as with single
+            ways.append(whole.seconds - hidden_by_shared(whole))
+        if self._overlap in ("two", "auto") and first:
+            one = self._parts(first, bool(logits))
+            other = self._parts(tokens - first, bool(logits))
+            each = scores / self._shape.num_layers
+            share = first / tokens
+            hidden = hidden_by_halves(one, other, (share * each, (1 - share) * each))
+            in_two = one.seconds + other.seconds - hidden
+            ways = [in_two] if self._overlap == "two" else [*ways, in_two]
+        return ways[0] if len(ways) == 1 else np.min(np.broadcast_arrays(*ways), axis=0)
+
+    def _parts(self, tokens: int, has_logits: bool) -> StepParts:
+        """Between two numbers of tokens that the cost model is asked for, a line."""
+        low, weight = bracket_one(_GRID, tokens)
+        parts = self._at(_GRID[low], has_logits)
+        if not weight:
+            return parts
+        return parts.between(self._at(_GRID[low + 1], has_logits), weight)
+
+    def _at(self, tokens: int, has_logits: bool) -> StepParts:
         """A step of so many single tokens without context."""
         key = (tokens, has_logits)
-        if key not in self._seconds:
-            self._seconds[key] = step_cost(
+        if key not in self._found:
+            cost = step_cost(
                 self._profile,
                 self._shape,
                 self.arm,
@@ -123,24 +174,26 @@ class ProfileTimes:
                 logits=None if has_logits else 0,
                 link=self._link,
                 placement=self._placement,
-            ).seconds
-        return self._seconds[key]
+            )
+            self._found[key] = StepParts.of(cost, self._shape.num_layers)
+        return self._found[key]
 
     def _scores(self, batch: StepBatch, steps: int) -> np.ndarray:
-        """``[steps]`` s: read the caches, or compute, whichever takes longer.
+        """``[2, steps]`` s of prompts and of single tokens: read the caches, or
+        compute, whichever takes longer.
 
         Without the key of each token itself, which is in `_body`.
         """
         later = np.arange(steps)
-        total: np.ndarray = np.zeros(steps)
+        total: np.ndarray = np.zeros((2, steps))
         for chunk, before in batch.prefills:
             seen = before + (chunk - 1) / 2
-            total += self._of(1, chunk, seen, before + chunk - 1)
+            total[0] += self._of(1, chunk, seen, before + chunk - 1)
         if batch.decodes:
             count = len(batch.decodes)
             # mlx-lm's caches for batches are as wide as the longest sequence.
             keys = max(batch.decodes) + later - 1
-            total += self._of(count, count, keys, keys)
+            total[1] += self._of(count, count, keys, keys)
         return total
 
     def _of(
