@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import signal
 import sys
 import threading
 from dataclasses import asdict, dataclass
@@ -196,9 +197,15 @@ def _end_together(comm: GroupComm) -> None:
         # mlx-lm begins the step after the last token too: a rank that left now would
         # take its part of that step's collectives away from the others. The step is in
         # the queue of this stream, and the barrier behind it.
-        with mx.stream(generation_stream):
-            comm.barrier()
-        liveness.close()
+        try:
+            with mx.stream(generation_stream):
+                comm.barrier()
+        except KeyboardInterrupt as error:  # atexit would only print it
+            fail_with(error)
+        # All is said and done: Ctrl-C from here on would only spoil the exit code.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        liveness.close()  # which gives signals the handlers back that they had
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     sys.excepthook = fail
     atexit.register(leave)
