@@ -49,6 +49,7 @@ def _without_counts(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         (2, []),
         pytest.param(1, [], marks=pytest.mark.slow),
         pytest.param(2, ["--attention", "data"], marks=pytest.mark.slow),
+        pytest.param(2, ["--attention", "tensor"], marks=pytest.mark.slow),
         pytest.param(2, ["--overlap", "two"], marks=pytest.mark.slow),
         pytest.param(3, [], marks=pytest.mark.slow),
         pytest.param(3, ["--attention", "data"], marks=pytest.mark.slow),
@@ -71,6 +72,25 @@ def test_answers_are_those_without_a_draft(
     assert f"Draft: {accepted} of {drafted} tokens accepted (" in said
     assert got[3]["draft_tokens"] == 0
     assert got[1]["draft_tokens"] == 3  # 5 tokens: one, 3 drafted, one
+
+
+@pytest.mark.slow
+def test_resumed_with_a_draft(tmp_path: Path) -> None:
+    """Of an output that was cut after two answers only the others are made."""
+    draft = ["--draft-model", str(find_model("jargon-moe"))]
+    output = tmp_path / "answers.jsonl"
+    _answers(2, tmp_path, *draft, "--output", str(output))
+    lines = output.read_text().splitlines(keepends=True)
+    assert len(lines) == len(PROMPTS)
+    output.write_text("".join(lines[:2]))
+    _, said = _answers(2, tmp_path, *draft, "--output", str(output), "--resume")
+    again = output.read_text().splitlines(keepends=True)
+    assert again[:2] == lines[:2]
+    by_index = [{json.loads(x)["index"]: json.loads(x)["text"] for x in found}
+                for found in (lines, again)]  # fmt: skip
+    assert by_index[0] == by_index[1]
+    rest = [json.loads(line)["draft_tokens"] for line in again[2:]]
+    assert f"of {sum(rest)} tokens accepted" in said
 
 
 def test_wrong_drafts_for_a_batch(tmp_path: Path) -> None:

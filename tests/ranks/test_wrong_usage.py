@@ -206,6 +206,8 @@ CALIBRATE = [
 OVERLAY = [
     ("", "required: model"),
     ("/no/such", "there is no folder"),
+    ("jargon-moe --no-such-flag", "unrecognized arguments: --no-such-flag"),
+    ("jargon-moe --ranks 0", "must be 1 or more, got 0"),
     ("jargon-moe --output {DIR}", "must be a new or empty folder"),
     ("jargon-moe --output /proc/x/y", "--output must be a folder that can be written"),
     ("jargon-moe --strategy gathered --output {DIR}/o", "--strategy replicated only"),
@@ -304,6 +306,7 @@ def test_one_rank(command: str, folder: Path) -> None:
         ("mlx_ep.perplexity", 4),
         ("mlx_ep.cache_prompt", 4),
         ("mlx_ep.calibrate", 3),
+        ("mlx_ep.overlay", 1),
     ],
 )
 def test_two_ranks(command: str, step: int, folder: Path) -> None:
