@@ -7,9 +7,9 @@ import mlx.nn as nn
 from jaxtyping import Float, Float32, Int32
 
 from mlx_ep.experts.base import expert_weights
-from mlx_ep.experts.run import sum_pairs
+from mlx_ep.experts.run import pairs_with_gates, sum_pairs
 from mlx_ep.metrics import Counters
-from mlx_ep.rows import Backend, Mover, weighted_slots
+from mlx_ep.rows import Backend, Mover, uses_metal, weighted_slots
 from mlx_ep.types import CompleteRows, Rows
 
 
@@ -39,7 +39,7 @@ class GatherRunner:
                 )
         return ""
 
-    def partial_sum(self, rows: Rows, counters: Counters) -> Float32[mx.array, "M D"]:
+    def partial_sum(self, rows: Rows, counters: Counters) -> Float32[mx.array, "... D"]:
         """See `ExpertRunner`; sums in slot order, complete rows in the order of k.
 
         Complete rows go to the switch as they are: no host sync.
@@ -47,6 +47,14 @@ class GatherRunner:
         if isinstance(rows, CompleteRows):
             counters.count_pairs(rows.slot_ids, rows.slot_ids.size)
             return weighted_slots(self.switch(rows.x, rows.slot_ids), rows.gates)
+        if rows.slot_ids.shape[0] == 1 and not uses_metal():
+            # One row and its own slots are complete: nothing to gather or to look up.
+            # Where there is a choice of movements, the one that was measured sums.
+            pairs, gates = pairs_with_gates(rows, counters)
+            if not len(pairs.slots):
+                return mx.zeros(rows.x.shape, mx.float32)
+            outputs = self.switch(rows.x, mx.array(pairs.slots[None]))
+            return weighted_slots(outputs, mx.array(gates[None]))
         movement = self.mover("pairs", rows.slot_ids.shape[0])
         return sum_pairs(rows, self.slot_outputs, counters, movement)
 

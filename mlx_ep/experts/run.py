@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float, Float32, Int32, Integer
 
 from mlx_ep.metrics import Counters
-from mlx_ep.rows import OPS, Movement, uses_metal, weighted_slots, with_zero_row
-from mlx_ep.types import Rows, to_host
+from mlx_ep.rows import OPS, Movement, with_zero_row
+from mlx_ep.types import Rows, to_host, view_on_host
 
 # [N, D] rows and the [N] slot each one visits, ascending -> [N, D] unweighted outputs.
 PairRunner = Callable[[mx.array, mx.array], mx.array]
@@ -27,8 +27,8 @@ class RowsRunner(Protocol):
         """As a `PairRunner`: one unweighted output per (row, slot) pair."""
         ...
 
-    def partial_sum(self, rows: Rows, counters: Counters) -> Float32[mx.array, "M D"]:
-        """See `run_experts`."""
+    def partial_sum(self, rows: Rows, counters: Counters) -> Float32[mx.array, "... D"]:
+        """See `run_experts`; also of `CompleteRows` with more leading axes."""
         ...
 
 
@@ -69,8 +69,8 @@ def group_by_slot(slot_ids: Int32[np.ndarray, "M K"]) -> Pairs:
 
 def run_experts(
     rows: Rows, runner: Runner, counters: Counters
-) -> Float32[mx.array, "M D"]:
-    """Each row's gate-weighted sum over the slots of this rank, in slot order.
+) -> Float32[mx.array, "... D"]:
+    """Each row's gate-weighted sum over the slots of this rank, in slot order, [M, D].
 
     A row that visits no slot of this rank gives zeros. A `RowsRunner` may have an order
     of its own, as long as it is fixed.
@@ -78,6 +78,7 @@ def run_experts(
     # Not isinstance(): on a protocol it takes 10 us, in every layer of every step.
     own_sum = getattr(runner, "partial_sum", None)
     if own_sum is None:
+        assert rows.x.ndim == 2
         return sum_pairs(rows, runner, counters)
     total: mx.array = own_sum(rows, counters)
     return total
@@ -87,25 +88,33 @@ def sum_pairs(
     rows: Rows, runner: PairRunner, counters: Counters, movement: Movement = OPS
 ) -> Float32[mx.array, "M D"]:
     """`run_experts` by way of one output per (row, slot) pair, summed by `movement`."""
-    pairs = local_pairs(rows.slot_ids, counters)
+    pairs, host_gates = pairs_with_gates(rows, counters)
     if not len(pairs.rows):
         return mx.zeros(rows.x.shape, mx.float32)
     outputs = _run_pairs(rows.x, pairs, runner)
-    if len(pairs.position) == 1 and not uses_metal():
-        # One row visits all pairs, in slot order: nothing to look up or to mask. Where
-        # there is a choice of movements, the one that was measured sums instead.
-        order = mx.array(np.argsort(pairs.position[0], kind="stable")[: len(outputs)])
-        return weighted_slots(outputs[None], rows.gates[:, order])
-    # Pairs ascend by slot and the foreign ones come last, so that sorting puts each
-    # row's own pairs first and in slot order; the columns behind are all "none".
-    columns = np.argsort(pairs.position, axis=1, kind="stable")
-    width = int((pairs.position < len(pairs.rows)).sum(axis=1).max())
-    columns = columns[:, :width]
-    pair_ids = np.take_along_axis(pairs.position, columns, axis=1)
-    gates = mx.take_along_axis(rows.gates, mx.array(columns), axis=1)
-    own = pair_ids < len(pairs.rows)
-    gates = mx.where(mx.array(own), gates, 0.0)
-    return movement.sum_pairs(outputs, mx.array(np.where(own, pair_ids, -1)), gates)
+    pair_ids, gates = by_row(pairs, host_gates)
+    return movement.sum_pairs(outputs, mx.array(pair_ids), mx.array(gates))
+
+
+def by_row(
+    pairs: Pairs, gates: Float32[np.ndarray, " N"]
+) -> tuple[Int32[np.ndarray, "M C"], Float32[np.ndarray, "M C"]]:
+    """The pairs of each row, in slot order, and their gates; then -1 and gate 0.
+
+    Args:
+        gates: of each pair.
+    """
+    num_rows = pairs.position.shape[0]
+    order = np.argsort(pairs.rows, kind="stable")  # slots ascend within a row
+    rows = pairs.rows[order]
+    counts = np.bincount(rows, minlength=num_rows)
+    starts = np.cumsum(counts) - counts
+    columns = np.arange(len(order)) - starts[rows]
+    pair_ids = np.full((num_rows, counts.max()), -1, np.int32)
+    pair_ids[rows, columns] = order
+    row_gates = np.zeros(pair_ids.shape, np.float32)
+    row_gates[rows, columns] = gates[order]
+    return pair_ids, row_gates
 
 
 def run_slots(
@@ -126,6 +135,19 @@ def local_pairs(slot_ids: Integer[mx.array, "M K"], counters: Counters) -> Pairs
     pairs = group_by_slot(to_host(slot_ids).astype(np.int32, copy=False))
     counters.count_pairs(slot_ids, len(pairs.rows))
     return pairs
+
+
+def pairs_with_gates(
+    rows: Rows, counters: Counters
+) -> tuple[Pairs, Float32[np.ndarray, " N"]]:
+    """`local_pairs`, and the gate of each pair, by one wait."""
+    # sync: all that the host reads, at once.
+    mx.eval(rows.slot_ids, rows.gates)
+    pairs = local_pairs(rows.slot_ids, counters)
+    gates = np.empty(len(pairs.rows) + 1, np.float32)
+    # sync: evaluated above. The last one takes those of foreign slots.
+    gates[pairs.position.reshape(-1)] = view_on_host(rows.gates).reshape(-1)
+    return pairs, gates[:-1]
 
 
 def _run_pairs(x: mx.array, pairs: Pairs, runner: PairRunner) -> mx.array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 
 import mlx.core as mx
@@ -47,6 +48,7 @@ def serving_local_slots(
     placement: Placement,
     rank: int,
     levels_rows: bool = False,
+    read_too: Sequence[mx.array] = (),
 ) -> Integer[mx.array, "T K"]:
     """The slots on `rank` that serve routed experts; -1 where another rank does.
 
@@ -56,10 +58,14 @@ def serving_local_slots(
 
     Args:
         expert_ids, levels_rows: see `serving_slots`.
+        read_too: what the host reads of this layer next, such as the gates: computed
+            when it waits for the ids, if it does.
     """
     if not placement.has_replicas or _tables(expert_ids, placement, levels_rows):
         served = serving_slots(expert_ids, placement, levels_rows)
         return placement.slots.local_slots(served, rank)
+    # sync: which copy serves an expert depends on all the ids of the step.
+    mx.eval(expert_ids, *read_too)
     slots = _served_on_host(expert_ids, placement, levels_rows)
     return mx.array(placement.slots.local_slots_on_host(slots, rank))
 
