@@ -7,7 +7,7 @@ import mlx.nn as nn
 from jaxtyping import Float, Float32, Int32
 
 from mlx_ep.experts.base import expert_weights
-from mlx_ep.experts.run import pairs_with_gates, sum_pairs
+from mlx_ep.experts.run import own_pairs, sum_pairs
 from mlx_ep.metrics import Counters
 from mlx_ep.rows import Backend, Mover, uses_metal, weighted_slots
 from mlx_ep.types import CompleteRows, Rows
@@ -50,11 +50,11 @@ class GatherRunner:
         if rows.slot_ids.shape[0] == 1 and not uses_metal():
             # One row and its own slots are complete: nothing to gather or to look up.
             # Where there is a choice of movements, the one that was measured sums.
-            pairs, gates = pairs_with_gates(rows, counters)
-            if not len(pairs.slots):
+            own = own_pairs(rows, counters)
+            if not len(own.slots):
                 return mx.zeros(rows.x.shape, mx.float32)
-            outputs = self.switch(rows.x, mx.array(pairs.slots[None]))
-            return weighted_slots(outputs, mx.array(gates[None]))
+            outputs = self.switch(rows.x, mx.array(own.slots)[None])
+            return weighted_slots(outputs, mx.array(own.gates)[None])
         movement = self.mover("pairs", rows.slot_ids.shape[0])
         return sum_pairs(rows, self.slot_outputs, counters, movement)
 

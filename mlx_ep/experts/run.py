@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from operator import itemgetter
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import mlx.core as mx
 import numpy as np
@@ -33,6 +34,12 @@ class RowsRunner(Protocol):
 
 
 Runner = PairRunner | RowsRunner
+
+# (row, slot) pairs, foreign ones among them, up to which they are sorted in Python: in
+# decode NumPy's functions take 10 to 60 us each where a layer's weights have gone
+# through the caches since the last call (measured on x86), lists a few in all.
+FEW_PAIRS = 256
+_first = itemgetter(0)
 
 
 class Pairs(NamedTuple):
@@ -88,33 +95,79 @@ def sum_pairs(
     rows: Rows, runner: PairRunner, counters: Counters, movement: Movement = OPS
 ) -> Float32[mx.array, "M D"]:
     """`run_experts` by way of one output per (row, slot) pair, summed by `movement`."""
-    pairs, host_gates = pairs_with_gates(rows, counters)
-    if not len(pairs.rows):
+    own = own_pairs(rows, counters)
+    if not len(own.slots):
         return mx.zeros(rows.x.shape, mx.float32)
-    outputs = _run_pairs(rows.x, pairs, runner)
-    pair_ids, gates = by_row(pairs, host_gates)
+    outputs = runner(rows.x[mx.array(own.rows)], mx.array(own.slots))
+    pair_ids, gates = by_row(own, len(rows.slot_ids))
     return movement.sum_pairs(outputs, mx.array(pair_ids), mx.array(gates))
 
 
+class OwnPairs(NamedTuple):
+    """The (row, slot) pairs of this rank as in `Pairs`, slot-major, with their gates.
+
+    Attributes:
+        rows, slots: int32 where they are of NumPy.
+        gates: float32 where they are of NumPy.
+    """
+
+    rows: list[int] | np.ndarray
+    slots: list[int] | np.ndarray
+    gates: list[float] | np.ndarray
+
+
+def own_pairs(rows: Rows, counters: Counters) -> OwnPairs:
+    """The pairs of this rank, on the host by one wait, counted."""
+    # sync: how many pairs are this rank's decides the shapes of what it computes.
+    mx.eval(rows.slot_ids, rows.gates)
+    if rows.slot_ids.size > FEW_PAIRS:
+        pairs = local_pairs(rows.slot_ids, counters)
+        gates = np.empty(len(pairs.rows) + 1, np.float32)
+        # sync: evaluated above. The last one takes those of foreign slots.
+        gates[pairs.position.reshape(-1)] = view_on_host(rows.gates).reshape(-1)
+        return OwnPairs(pairs.rows, pairs.slots, gates[:-1])
+    slots_of: Any = rows.slot_ids.tolist()  # sync: evaluated above.
+    gates_of: Any = rows.gates.tolist()  # sync: evaluated above.
+    own: list[tuple[int, int, float]] = []
+    for row, (row_slots, row_gates) in enumerate(zip(slots_of, gates_of, strict=True)):
+        own += [(s, row, g) for s, g in zip(row_slots, row_gates) if s >= 0]
+    own.sort(key=_first)  # stable: rows of a slot stay in order, choices of a row too
+    counters.count_pairs(rows.slot_ids, len(own))
+    if not own:
+        return OwnPairs([], [], [])
+    slots, in_rows, own_gates = zip(*own)
+    return OwnPairs(list(in_rows), list(slots), list(own_gates))
+
+
 def by_row(
-    pairs: Pairs, gates: Float32[np.ndarray, " N"]
-) -> tuple[Int32[np.ndarray, "M C"], Float32[np.ndarray, "M C"]]:
+    own: OwnPairs, num_rows: int
+) -> tuple[list[list[int]] | np.ndarray, list[list[float]] | np.ndarray]:
     """The pairs of each row, in slot order, and their gates; then -1 and gate 0.
 
-    Args:
-        gates: of each pair.
+    Returns:
+        [M, C] each, C the most pairs of a row.
     """
-    num_rows = pairs.position.shape[0]
-    order = np.argsort(pairs.rows, kind="stable")  # slots ascend within a row
-    rows = pairs.rows[order]
-    counts = np.bincount(rows, minlength=num_rows)
-    starts = np.cumsum(counts) - counts
-    columns = np.arange(len(order)) - starts[rows]
-    pair_ids = np.full((num_rows, counts.max()), -1, np.int32)
-    pair_ids[rows, columns] = order
-    row_gates = np.zeros(pair_ids.shape, np.float32)
-    row_gates[rows, columns] = gates[order]
-    return pair_ids, row_gates
+    if isinstance(own.rows, np.ndarray):
+        order = np.argsort(own.rows, kind="stable")  # slots ascend within a row
+        rows = own.rows[order]
+        counts = np.bincount(rows, minlength=num_rows)
+        starts = np.cumsum(counts) - counts
+        columns = np.arange(len(order)) - starts[rows]
+        pair_ids = np.full((num_rows, counts.max()), -1, np.int32)
+        pair_ids[rows, columns] = order
+        row_gates = np.zeros(pair_ids.shape, np.float32)
+        row_gates[rows, columns] = np.asarray(own.gates)[order]  # on host
+        return pair_ids, row_gates
+    ids_of: list[list[int]] = [[] for _ in range(num_rows)]
+    gates_of: list[list[float]] = [[] for _ in range(num_rows)]
+    for pair, (row, gate) in enumerate(zip(own.rows, own.gates, strict=True)):
+        ids_of[row].append(pair)
+        gates_of[row].append(gate)
+    most = max(map(len, ids_of))
+    for ids, gates in zip(ids_of, gates_of, strict=True):
+        ids += [-1] * (most - len(ids))
+        gates += [0.0] * (most - len(gates))
+    return ids_of, gates_of
 
 
 def run_slots(
@@ -135,19 +188,6 @@ def local_pairs(slot_ids: Integer[mx.array, "M K"], counters: Counters) -> Pairs
     pairs = group_by_slot(to_host(slot_ids).astype(np.int32, copy=False))
     counters.count_pairs(slot_ids, len(pairs.rows))
     return pairs
-
-
-def pairs_with_gates(
-    rows: Rows, counters: Counters
-) -> tuple[Pairs, Float32[np.ndarray, " N"]]:
-    """`local_pairs`, and the gate of each pair, by one wait."""
-    # sync: all that the host reads, at once.
-    mx.eval(rows.slot_ids, rows.gates)
-    pairs = local_pairs(rows.slot_ids, counters)
-    gates = np.empty(len(pairs.rows) + 1, np.float32)
-    # sync: evaluated above. The last one takes those of foreign slots.
-    gates[pairs.position.reshape(-1)] = view_on_host(rows.gates).reshape(-1)
-    return pairs, gates[:-1]
 
 
 def _run_pairs(x: mx.array, pairs: Pairs, runner: PairRunner) -> mx.array:

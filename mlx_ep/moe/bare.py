@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def is_bare(group: ExpertGroup) -> bool:
     """Whether nothing in a layer needs its stages, as long as they are not timed."""
-    is_whole = group.placement.has_all_in_order(group.comm.rank)
+    is_whole = group.placement.slots.has_all_in_order(group.comm.rank)
     changes_routing = group.share_routing or group.capacity is not None
     is_watched = group.check_nan or group.observe is not None
     is_cut = bool(group.eval_layers) or group.overlap.wanted != "none"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -66,6 +67,9 @@ def serving_local_slots(
         return placement.slots.local_slots(served, rank)
     # sync: which copy serves an expert depends on all the ids of the step.
     mx.eval(expert_ids, *read_too)
+    if 0 < expert_ids.shape[0] <= DECODE_TOKENS:
+        ids: Any = expert_ids.tolist()  # sync: evaluated above.
+        return mx.array(placement.serve_on(ids, rank, levels_rows), mx.int32)
     slots = _served_on_host(expert_ids, placement, levels_rows)
     return mx.array(placement.slots.local_slots_on_host(slots, rank))
 
