@@ -132,6 +132,14 @@ def view_on_host(x: Shaped[mx.array, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
     return np.asarray(x)
 
 
+def lists_of_rows(x: Shaped[mx.array, "... K"]) -> list[list[Any]]:
+    """The numbers of evaluated `x` as lists of K: all its leading axes as one."""
+    rows: list[Any] = x.tolist()  # type: ignore[assignment]  # sync: said by callers.
+    for _ in range(x.ndim - 2):
+        rows = [row for part in rows for row in part]
+    return rows
+
+
 _PACKED = re.compile(r"(\w+) (\d+) bit/(\d+) (\w+)")
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 

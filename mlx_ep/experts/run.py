@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import itemgetter
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +12,7 @@ from jaxtyping import Float, Float32, Int32, Integer
 
 from mlx_ep.metrics import Counters
 from mlx_ep.rows import OPS, Movement, with_zero_row
-from mlx_ep.types import Rows, to_host, view_on_host
+from mlx_ep.types import Rows, lists_of_rows, to_host, view_on_host
 
 # [N, D] rows and the [N] slot each one visits, ascending -> [N, D] unweighted outputs.
 PairRunner = Callable[[mx.array, mx.array], mx.array]
@@ -29,7 +29,7 @@ class RowsRunner(Protocol):
         ...
 
     def partial_sum(self, rows: Rows, counters: Counters) -> Float32[mx.array, "... D"]:
-        """See `run_experts`; also of `CompleteRows` with more leading axes."""
+        """See `run_experts`; `CompleteRows`, and one row, may have more axes."""
         ...
 
 
@@ -126,8 +126,7 @@ def own_pairs(rows: Rows, counters: Counters) -> OwnPairs:
         # sync: evaluated above. The last one takes those of foreign slots.
         gates[pairs.position.reshape(-1)] = view_on_host(rows.gates).reshape(-1)
         return OwnPairs(pairs.rows, pairs.slots, gates[:-1])
-    slots_of: Any = rows.slot_ids.tolist()  # sync: evaluated above.
-    gates_of: Any = rows.gates.tolist()  # sync: evaluated above.
+    slots_of, gates_of = map(lists_of_rows, (rows.slot_ids, rows.gates))
     own: list[tuple[int, int, float]] = []
     for row, (row_slots, row_gates) in enumerate(zip(slots_of, gates_of, strict=True)):
         own += [(s, row, g) for s, g in zip(row_slots, row_gates) if s >= 0]

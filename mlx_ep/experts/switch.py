@@ -13,7 +13,7 @@ from mlx_ep.experts.gather import GatherRunner
 from mlx_ep.experts.table import RUNNERS, make_runner
 from mlx_ep.metrics import Counters
 from mlx_ep.rows import Backend, Mover, Option, uses_metal
-from mlx_ep.types import CompleteRows, Rows
+from mlx_ep.types import Rows
 
 # The rows of a call (M) -> what runs them.
 RunnerChoice = Callable[[int], Option]
@@ -63,7 +63,7 @@ class SwitchRunner:
         runner = self.runner(option.runner)
         shape = rows.x.shape
         if len(shape) > 2 and type(runner) is not GatherRunner:
-            rows = CompleteRows(*(part.flatten(0, -2) for part in rows))
+            rows = type(rows)(*(part.flatten(0, -2) for part in rows))
         if option.stream is None:
             total = runner.partial_sum(rows, counters)
         else:

@@ -111,7 +111,7 @@ class BlockState:
     ) -> mx.array:
         """A `RoutedSum`, over the experts of all ranks."""
         runner = switch_runner(self._switch_module)
-        if self.group.keeps_axes:
+        if self.group.keeps_axes(ids.size // ids.shape[-1]):
             routing = CompleteRouting(ids, gates.squeeze(-1).astype(mx.float32))
             return self.group.weighted_sum(x, routing, runner).astype(dtype)
         *lead, top_k = ids.shape

@@ -1,8 +1,8 @@
-"""A layer with nothing beside its experts: they, and one sum over the ranks.
+"""A layer of strategy `replicated` without its stages: experts, and one sum.
 
-In decode a layer of a small model is Python for a good part. Where this rank has all
-experts there is nothing to assign or to dispatch, and where nobody looks at the stages
-or at what goes through them they need not be there.
+In decode Python is a good part of a layer, and slow, since the weights have gone
+through the caches. Where nobody looks at the stages or at what goes through them they
+need not be there; where this rank has all experts nothing has to be assigned, either.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from jaxtyping import Float, Float32
 from mlx_ep.comm import note_layer
 from mlx_ep.exchange import Replicated
 from mlx_ep.experts import Runner, run_experts
-from mlx_ep.types import CompleteRouting, CompleteRows, Routing
+from mlx_ep.rows import serving_local_slots
+from mlx_ep.types import CompleteRouting, CompleteRows, Routing, Rows
 
 if TYPE_CHECKING:
     from mlx_ep.moe.group import ExpertGroup
@@ -23,20 +24,12 @@ if TYPE_CHECKING:
 
 def is_bare(group: ExpertGroup) -> bool:
     """Whether nothing in a layer needs its stages, as long as they are not timed."""
-    is_whole = group.placement.slots.has_all_in_order(group.comm.rank)
     changes_routing = group.share_routing or group.capacity is not None
     is_watched = group.check_nan or group.observe is not None
     is_cut = bool(group.eval_layers) or group.overlap.wanted != "none"
-    return (
-        type(group.strategy) is Replicated
-        and is_whole
-        and not (changes_routing or is_watched or is_cut)
+    return type(group.strategy) is Replicated and not (
+        changes_routing or is_watched or is_cut
     )
-
-
-def is_complete(routing: Routing) -> bool:
-    """Whether no id of it is -1; its axes may be more than two only then."""
-    return isinstance(routing, CompleteRouting)
 
 
 def bare_sum(
@@ -44,10 +37,20 @@ def bare_sum(
     x: Float[mx.array, "... D"],
     routing: Routing,
     runner: Runner,
+    extra: Float[mx.array, "T D"] | None,
 ) -> Float32[mx.array, "... D"]:
-    """`ExpertGroup.weighted_sum` of a group that `is_bare`, where it `is_complete`."""
-    note_layer(group.step.layer, "experts")
-    partial = run_experts(CompleteRows(x, *routing), runner, group.counters)
-    total = group.counted.all_reduce(partial)
-    note_layer(group.step.layer, "evaluating up to here")
+    """`ExpertGroup.weighted_sum` of a group that `is_bare`."""
+    layer, (ids, gates) = group.step.layer, routing
+    if group.has_all and isinstance(routing, CompleteRouting):
+        rows: Rows = CompleteRows(x, ids, gates)
+    else:
+        note_layer(layer, "assign")
+        placement, levels = group.placement, group.levels_rows
+        of_ids = serving_local_slots(ids, placement, group.comm.rank, levels, [gates])
+        rows = Rows(x, of_ids, gates)
+    note_layer(layer, "experts")
+    partial = run_experts(rows, runner, group.counters)
+    note_layer(layer, "combine")
+    total = group.counted.all_reduce(partial if extra is None else partial + extra)
+    note_layer(layer, "evaluating up to here")
     return total

@@ -28,11 +28,11 @@ from mlx_ep.exchange import (
 )
 from mlx_ep.experts import Runner, run_experts, run_slots
 from mlx_ep.metrics import Counters, StageTimings
-from mlx_ep.moe.bare import bare_sum, is_bare, is_complete
+from mlx_ep.moe.bare import bare_sum, is_bare
 from mlx_ep.moe.overlap import Operation, Overlap
 from mlx_ep.moe.step import Step
 from mlx_ep.placement import Placement
-from mlx_ep.rows import Mover, limit_to_capacity, serving_local_slots
+from mlx_ep.rows import Mover, limit_to_capacity, serving_local_slots, uses_metal
 from mlx_ep.types import DispatchDtype, Routing, Rows, TokenCounts, to_host
 
 # A call with more of them is one of a prompt; the default of `low_latency_tokens`.
@@ -129,10 +129,16 @@ class ExpertGroup:
     def _is_bare(self) -> bool:
         return is_bare(self)
 
-    @property
-    def keeps_axes(self) -> bool:
+    @cached_property
+    def has_all(self) -> bool:
+        """Whether this rank serves every expert, in the slot of its number."""
+        return self.placement.slots.has_all_in_order(self.comm.rank)
+
+    def keeps_axes(self, num_tokens: int) -> bool:
         """Whether `weighted_sum` of a `CompleteRouting` keeps its leading axes."""
-        return self._is_bare and not self.timings.enabled
+        if not self._is_bare or self.timings.enabled:
+            return False
+        return self.has_all or (num_tokens == 1 and not uses_metal())
 
     def weighted_sum(
         self,
@@ -153,8 +159,8 @@ class ExpertGroup:
                 the shared experts; that sum is added. Only with strategy `replicated`,
                 where it joins the one collective of the layer.
         """
-        if self.keeps_axes and extra is None and is_complete(routing):
-            return bare_sum(self, x, routing, runner)
+        if self._is_bare and not self.timings.enabled:
+            return bare_sum(self, x, routing, runner, extra)
         # Where tokens differ between ranks, a part would be added to other tokens.
         assert extra is None or not self.strategy.is_sharded
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +13,7 @@ from jaxtyping import Int32, Integer
 from mlx_ep.kernels import ReplicaTables, metal
 from mlx_ep.placement import DECODE_TOKENS, Placement
 from mlx_ep.rows.option import uses_metal
-from mlx_ep.types import to_host
+from mlx_ep.types import lists_of_rows, to_host
 
 CHECKED_STEPS = 8  # steps with which the kernel is compared before it is used
 
@@ -58,7 +57,8 @@ def serving_local_slots(
     it does not wait for the device a second time.
 
     Args:
-        expert_ids, levels_rows: see `serving_slots`.
+        expert_ids, levels_rows: see `serving_slots`. Of one token with any leading
+            axes: without Metal, [1, K] is returned then.
         read_too: what the host reads of this layer next, such as the gates: computed
             when it waits for the ids, if it does.
     """
@@ -67,8 +67,8 @@ def serving_local_slots(
         return placement.slots.local_slots(served, rank)
     # sync: which copy serves an expert depends on all the ids of the step.
     mx.eval(expert_ids, *read_too)
-    if 0 < expert_ids.shape[0] <= DECODE_TOKENS:
-        ids: Any = expert_ids.tolist()  # sync: evaluated above.
+    if 0 < expert_ids.size <= DECODE_TOKENS * expert_ids.shape[-1]:
+        ids = lists_of_rows(expert_ids)
         return mx.array(placement.serve_on(ids, rank, levels_rows), mx.int32)
     slots = _served_on_host(expert_ids, placement, levels_rows)
     return mx.array(placement.slots.local_slots_on_host(slots, rank))
