@@ -284,8 +284,8 @@ class Placement:
         return slots
 
     def local_slots(
-        self, expert_ids: Integer[mx.array, "T K"], rank: int
-    ) -> Integer[mx.array, "T K"]:
+        self, expert_ids: Integer[mx.array, "... K"], rank: int
+    ) -> Integer[mx.array, "... K"]:
         """The slot on `rank` of each routed expert, -1 where it lives elsewhere.
 
         An id of -1 (no expert) gives -1. Every rank that holds a part of an expert has

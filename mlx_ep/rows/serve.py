@@ -19,10 +19,10 @@ CHECKED_STEPS = 8  # steps with which the kernel is compared before it is used
 
 
 def serving_slots(
-    expert_ids: Integer[mx.array, "T K"],
+    expert_ids: Integer[mx.array, "... K"],
     placement: Placement,
     levels_rows: bool = False,
-) -> Integer[mx.array, "T K"]:
+) -> Integer[mx.array, "... K"]:
     """The slots that serve routed experts: ids for ``placement.slots``.
 
     Where no expert has copies these are the ids themselves, and nothing is computed.
@@ -44,12 +44,12 @@ def serving_slots(
 
 
 def serving_local_slots(
-    expert_ids: Integer[mx.array, "T K"],
+    expert_ids: Integer[mx.array, "... K"],
     placement: Placement,
     rank: int,
     levels_rows: bool = False,
     read_too: Sequence[mx.array] = (),
-) -> Integer[mx.array, "T K"]:
+) -> Integer[mx.array, "... K"]:
     """The slots on `rank` that serve routed experts; -1 where another rank does.
 
     ``placement.slots.local_slots(serving_slots(...), rank)``. Where the host chooses
@@ -83,13 +83,13 @@ def _served_on_host(
 
 
 def _tables(
-    expert_ids: Integer[mx.array, "T K"], placement: Placement, levels_rows: bool
+    expert_ids: Integer[mx.array, "... K"], placement: Placement, levels_rows: bool
 ) -> ReplicaTables | None:
     """What the kernel chooses by; None: the host chooses."""
-    in_decode = expert_ids.shape[0] <= DECODE_TOKENS
+    in_decode = expert_ids.size <= DECODE_TOKENS * expert_ids.shape[-1]
     if levels_rows or not in_decode or not uses_metal():
         return None
-    return _checked_tables(placement, expert_ids.shape[1])
+    return _checked_tables(placement, expert_ids.shape[-1])
 
 
 def replica_tables(placement: Placement) -> ReplicaTables:
