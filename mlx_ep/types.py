@@ -48,7 +48,8 @@ class Routing(NamedTuple):
 class CompleteRouting(Routing):
     """A routing of which it is known, without reading it, that no id is -1.
 
-    Its ids may be uint32, as MLX's own operations make and take them.
+    Its ids may be uint32, as MLX's own operations make and take them, and have more
+    leading axes than one, as tokens have them in a model: ``[..., K]``.
     """
 
     __slots__ = ()
@@ -72,7 +73,8 @@ class Rows(NamedTuple):
 class CompleteRows(Rows):
     """Rows of which it is known that no slot id is -1: every pair is this rank's.
 
-    Slot ids may be uint32.
+    Slot ids may be uint32. There may be more leading axes than one, as in
+    `CompleteRouting`.
     """
 
     __slots__ = ()
@@ -128,6 +130,14 @@ def view_on_host(x: Shaped[mx.array, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
     # sync: what for is said where it is called.
     mx.eval(x)
     return np.asarray(x)
+
+
+def lists_of_rows(x: Shaped[mx.array, "... K"]) -> list[list[Any]]:
+    """The numbers of evaluated `x` as lists of K: all its leading axes as one."""
+    rows: list[Any] = x.tolist()  # type: ignore[assignment]  # sync: said by callers.
+    for _ in range(x.ndim - 2):
+        rows = [row for part in rows for row in part]
+    return rows
 
 
 _PACKED = re.compile(r"(\w+) (\d+) bit/(\d+) (\w+)")

@@ -57,9 +57,10 @@ class Replicated:
         placement, comm, routing = request.placement, request.comm, request.routing
         is_complete = isinstance(routing, CompleteRouting)
         slots, levels = placement.slots, request.levels_rows
+        ids, gates = routing.expert_ids, routing.gates
         return ReplicatedExchange(
-            serving_local_slots(routing.expert_ids, placement, comm.rank, levels),
-            routing.gates,
+            serving_local_slots(ids, placement, comm.rank, levels, read_too=[gates]),
+            gates,
             is_complete and slots.has_all_in_order(comm.rank),
             comm,
         )

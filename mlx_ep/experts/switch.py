@@ -9,6 +9,7 @@ import mlx.nn as nn
 from jaxtyping import Float, Float32, Int32
 
 from mlx_ep.experts.base import ExpertRunner
+from mlx_ep.experts.gather import GatherRunner
 from mlx_ep.experts.table import RUNNERS, make_runner
 from mlx_ep.metrics import Counters
 from mlx_ep.rows import Backend, Mover, Option, uses_metal
@@ -52,17 +53,23 @@ class SwitchRunner:
         """
         return self.runner(self._first_possible().runner).slot_outputs(rows, slots)
 
-    def partial_sum(self, rows: Rows, counters: Counters) -> Float32[mx.array, "M D"]:
-        """See `ExpertRunner`, by the runner that is chosen."""
+    def partial_sum(self, rows: Rows, counters: Counters) -> Float32[mx.array, "... D"]:
+        """See `RowsRunner`, by the runner that is chosen."""
         if self.choose is None:
             option = self._first_possible()
         else:
-            option = self.choose(rows.x.shape[0])
+            # One product of axes: every layer of every step comes by here.
+            option = self.choose(rows.x.size // rows.x.shape[-1])
         runner = self.runner(option.runner)
+        shape = rows.x.shape
+        if len(shape) > 2 and type(runner) is not GatherRunner:
+            rows = type(rows)(*(part.flatten(0, -2) for part in rows))
         if option.stream is None:
-            return runner.partial_sum(rows, counters)
-        with mx.stream(option.stream):
-            return runner.partial_sum(rows, counters)
+            total = runner.partial_sum(rows, counters)
+        else:
+            with mx.stream(option.stream):
+                total = runner.partial_sum(rows, counters)
+        return total if total.ndim == len(shape) else total.reshape(shape)
 
     def runner(self, name: str) -> ExpertRunner:
         """A runner of this switch, built once for its present weights."""

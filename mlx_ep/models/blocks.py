@@ -110,6 +110,10 @@ class BlockState:
         self, x: mx.array, ids: mx.array, gates: mx.array, dtype: mx.Dtype
     ) -> mx.array:
         """A `RoutedSum`, over the experts of all ranks."""
+        runner = switch_runner(self._switch_module)
+        if self.group.keeps_axes(ids.size // ids.shape[-1]):
+            routing = CompleteRouting(ids, gates.squeeze(-1).astype(mx.float32))
+            return self.group.weighted_sum(x, routing, runner).astype(dtype)
         *lead, top_k = ids.shape
         ids = ids.reshape(-1, top_k)
         if self.group.strategy.is_sharded:
@@ -118,7 +122,7 @@ class BlockState:
             ids,
             gates.reshape(-1, top_k).astype(mx.float32),
         )
-        rows, runner = x.reshape(-1, x.shape[-1]), switch_runner(self._switch_module)
+        rows = x.reshape(-1, x.shape[-1])
         total = self.group.weighted_sum(rows, routing, runner)
         return total.astype(dtype).reshape(*lead, total.shape[1])
 

@@ -28,10 +28,11 @@ from mlx_ep.exchange import (
 )
 from mlx_ep.experts import Runner, run_experts, run_slots
 from mlx_ep.metrics import Counters, StageTimings
+from mlx_ep.moe.bare import bare_sum, is_bare
 from mlx_ep.moe.overlap import Operation, Overlap
 from mlx_ep.moe.step import Step
 from mlx_ep.placement import Placement
-from mlx_ep.rows import Mover, limit_to_capacity, serving_local_slots
+from mlx_ep.rows import Mover, limit_to_capacity, serving_local_slots, uses_metal
 from mlx_ep.types import DispatchDtype, Routing, Rows, TokenCounts, to_host
 
 # A call with more of them is one of a prompt; the default of `low_latency_tokens`.
@@ -124,13 +125,28 @@ class ExpertGroup:
         finally:
             self.step.tokens = before
 
+    @cached_property
+    def _is_bare(self) -> bool:
+        return is_bare(self)
+
+    @cached_property
+    def has_all(self) -> bool:
+        """Whether this rank serves every expert, in the slot of its number."""
+        return self.placement.slots.has_all_in_order(self.comm.rank)
+
+    def keeps_axes(self, num_tokens: int) -> bool:
+        """Whether `weighted_sum` of a `CompleteRouting` keeps its leading axes."""
+        if not self._is_bare or self.timings.enabled:
+            return False
+        return self.has_all or (num_tokens == 1 and not uses_metal())
+
     def weighted_sum(
         self,
-        x: Float[mx.array, "T D"],
+        x: Float[mx.array, "... D"],
         routing: Routing,
         runner: Runner,
         extra: Float[mx.array, "T D"] | None = None,
-    ) -> Float32[mx.array, "T D"]:
+    ) -> Float32[mx.array, "... D"]:
         """``sum_k gate_k * expert_k(x)`` of every token, over the experts of all ranks.
 
         Partial sums accumulate in float32: on a rank in slot order, over ranks in
@@ -138,10 +154,13 @@ class ExpertGroup:
         `gathered`). Long inputs go in rounds, where the strategy limits them.
 
         Args:
+            x: [T, D], or what `keeps_axes` says.
             extra: what this rank has of another sum over the ranks, such as its part of
                 the shared experts; that sum is added. Only with strategy `replicated`,
                 where it joins the one collective of the layer.
         """
+        if self._is_bare and not self.timings.enabled:
+            return bare_sum(self, x, routing, runner, extra)
         # Where tokens differ between ranks, a part would be added to other tokens.
         assert extra is None or not self.strategy.is_sharded
 
@@ -184,7 +203,7 @@ class ExpertGroup:
             experts: what this rank computes of its rows, one line each.
         """
         self._check_numbers(x, "what comes to its experts")
-        timings, before = self._timings, self._exchange_seconds
+        timings, before = self._timings, self.overlap.seconds_to_hide(self.timings)
         timings.begin(x)
         stage, barrier = self._stage, self.comm.barrier
         is_next = strategy.is_sharded or self.share_routing
@@ -214,7 +233,9 @@ class ExpertGroup:
                 mx.eval(output)
         total = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
         if self.timings.enabled and self.overlap.wanted != "none":
-            self._measure_hidden(x.shape[0], total, timings, before)
+            seconds = self.overlap.seconds_to_hide(self.timings) - before
+            alone = seconds if timings is self.timings else None
+            self.overlap.measure_hidden(x.shape[0], total, alone)
         self._end(total)
         return total
 
@@ -233,24 +254,6 @@ class ExpertGroup:
         assert self.overlap.turns is not None
         layer = self.step.layer
         self.overlap.turns.take(Operation(name, layer, tokens, computed, results))
-
-    @property
-    def _exchange_seconds(self) -> float:
-        """Of what there is to hide, timed so far: one collective with `single`."""
-        seconds = self.timings.seconds
-        moved = 0.0 if self.overlap.mode == "single" else seconds["dispatch"]
-        return seconds["combine"] + moved
-
-    def _measure_hidden(
-        self, num_tokens: int, total: mx.array, timings: StageTimings, before: float
-    ) -> None:
-        """Time the exchange of a layer: alone, or what is not hidden of it."""
-        overlap = self.overlap
-        if timings is self.timings:
-            seconds = self._exchange_seconds - before
-            overlap.exposure.add("alone", num_tokens, seconds, 1)
-        elif overlap.mode == "single":
-            overlap.expose(num_tokens, total)
 
     def _stage(
         self,

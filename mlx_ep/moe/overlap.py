@@ -26,7 +26,7 @@ from greenlet import getcurrent, greenlet
 
 from mlx_ep.config import EPConfig, OverlapMode
 from mlx_ep.exchange import InFlight
-from mlx_ep.metrics import Exposure
+from mlx_ep.metrics import Exposure, StageTimings
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,26 @@ class Overlap:
             mx.eval(output)
             self.exposure.wait("exposed", tokens, total)
 
-    def expose(self, tokens: int, total: mx.array) -> None:
-        """Measure how much longer `total` takes than what is started beside it."""
-        self._exposed = (tokens, total)
+    def seconds_to_hide(self, timings: StageTimings) -> float:
+        """Of what there is to hide, timed so far: one collective with `single`."""
+        seconds = timings.seconds
+        moved = 0.0 if self.mode == "single" else seconds["dispatch"]
+        return seconds["combine"] + moved
+
+    def measure_hidden(
+        self, tokens: int, total: mx.array, seconds: float | None
+    ) -> None:
+        """Time the exchange of a layer: alone, or what is not hidden of it.
+
+        Args:
+            total: of the layer; how much longer it takes than what is started beside
+                it is measured, with `single`.
+            seconds: that the exchange took alone; None: it was not timed.
+        """
+        if seconds is not None:
+            self.exposure.add("alone", tokens, seconds, 1)
+        elif self.mode == "single":
+            self._exposed = (tokens, total)
 
     @contextmanager
     def passing(self, mode: OverlapMode) -> Iterator[None]:

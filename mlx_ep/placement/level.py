@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-
-import numpy as np
-from jaxtyping import Int
+from collections.abc import Mapping
 
 from mlx_ep.placement.choice import ReplicaChoice
 
 
-def level_rows(choice: ReplicaChoice, counts: Int[np.ndarray, " E"]) -> dict[int, int]:
+def level_rows(choice: ReplicaChoice, counts: Mapping[int, int]) -> dict[int, int]:
     """As `ReplicaChoice.experts`, as many experts on each rank, and rows levelled too.
 
     Which experts of a set of holders go to which of them does not change how many a
@@ -19,11 +17,11 @@ def level_rows(choice: ReplicaChoice, counts: Int[np.ndarray, " E"]) -> dict[int
 
     Args:
         choice: of one layer's placement.
-        counts: rows of each expert in the step.
+        counts: rows of each expert of the step, at least 1.
     """
-    used = np.flatnonzero(counts).tolist()  # on host
+    used = sorted(counts)
     chosen = choice.experts(used)
-    rows = dict(zip(used, counts[used].tolist()))  # on host
+    rows = {expert: counts[expert] for expert in used}
     if max(rows.values(), default=0) <= 1:
         return chosen
     time = [1 / float(speed) for speed in choice.speeds]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -205,18 +206,44 @@ class Placement:
             return expert_ids
         if len(expert_ids) <= DECODE_TOKENS:
             flat, table = expert_ids.reshape(-1).tolist(), self._slot_numbers  # on host
-            if levels_rows and len(expert_ids) > 1:
-                held = expert_ids[expert_ids >= 0]
-                counts = np.bincount(held, minlength=self.num_experts)
-                chosen = level_rows(self.choice, counts)
-            else:
-                chosen = self.choice.experts(flat)
+            chosen = self._chosen(flat, levels_rows and len(expert_ids) > 1)
             of_expert = {e: table[rank][e] for e, rank in chosen.items()}
             of_expert[-1] = -1
             slots = np.array([of_expert[e] for e in flat], np.int32)  # on host
             return slots.reshape(expert_ids.shape)
         ranks = self.choice.rows(expert_ids)
         return np.where(ranks < 0, -1, self.slot_table[ranks, expert_ids])
+
+    def serve_on(
+        self, expert_ids: list[list[int]], rank: int, levels_rows: bool = False
+    ) -> list[list[int]]:
+        """The slots on `rank` that `serve` chooses, -1 where another rank serves.
+
+        In Python, for steps of decode: NumPy's functions take 10 to 60 us each where
+        a layer's weights have gone through the caches since the last call (measured on
+        x86), and there is one call per layer.
+
+        Args:
+            expert_ids: [T, K] with T up to `DECODE_TOKENS`.
+            levels_rows: see `serve`.
+        """
+        flat = [expert for row in expert_ids for expert in row]
+        chosen = self._chosen(flat, levels_rows and len(expert_ids) > 1)
+        numbers = self._local_numbers[rank]
+        local = {e: numbers[e] if r == rank else -1 for e, r in chosen.items()}
+        local[-1] = -1
+        return [[local[expert] for expert in row] for row in expert_ids]
+
+    def _chosen(self, flat: list[int], levels_rows: bool) -> dict[int, int]:
+        """The rank that serves each distinct expert of a step of decode."""
+        if not levels_rows:
+            return self.choice.experts(flat)
+        return level_rows(self.choice, Counter(e for e in flat if e >= 0))
+
+    @cached_property
+    def _local_numbers(self) -> list[dict[int, int]]:
+        """Per rank, the slot on it of each expert that it holds."""
+        return [{e: slot for slot, e in enumerate(own)} for own in self.rank_experts]
 
     @cached_property
     def _slot_numbers(self) -> list[list[int]]:
@@ -257,8 +284,8 @@ class Placement:
         return slots
 
     def local_slots(
-        self, expert_ids: Integer[mx.array, "T K"], rank: int
-    ) -> Integer[mx.array, "T K"]:
+        self, expert_ids: Integer[mx.array, "... K"], rank: int
+    ) -> Integer[mx.array, "... K"]:
         """The slot on `rank` of each routed expert, -1 where it lives elsewhere.
 
         An id of -1 (no expert) gives -1. Every rank that holds a part of an expert has

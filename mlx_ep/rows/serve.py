@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 
 import mlx.core as mx
@@ -12,16 +13,16 @@ from jaxtyping import Int32, Integer
 from mlx_ep.kernels import ReplicaTables, metal
 from mlx_ep.placement import DECODE_TOKENS, Placement
 from mlx_ep.rows.option import uses_metal
-from mlx_ep.types import to_host
+from mlx_ep.types import lists_of_rows, to_host
 
 CHECKED_STEPS = 8  # steps with which the kernel is compared before it is used
 
 
 def serving_slots(
-    expert_ids: Integer[mx.array, "T K"],
+    expert_ids: Integer[mx.array, "... K"],
     placement: Placement,
     levels_rows: bool = False,
-) -> Integer[mx.array, "T K"]:
+) -> Integer[mx.array, "... K"]:
     """The slots that serve routed experts: ids for ``placement.slots``.
 
     Where no expert has copies these are the ids themselves, and nothing is computed.
@@ -43,11 +44,12 @@ def serving_slots(
 
 
 def serving_local_slots(
-    expert_ids: Integer[mx.array, "T K"],
+    expert_ids: Integer[mx.array, "... K"],
     placement: Placement,
     rank: int,
     levels_rows: bool = False,
-) -> Integer[mx.array, "T K"]:
+    read_too: Sequence[mx.array] = (),
+) -> Integer[mx.array, "... K"]:
     """The slots on `rank` that serve routed experts; -1 where another rank does.
 
     ``placement.slots.local_slots(serving_slots(...), rank)``. Where the host chooses
@@ -55,11 +57,19 @@ def serving_local_slots(
     it does not wait for the device a second time.
 
     Args:
-        expert_ids, levels_rows: see `serving_slots`.
+        expert_ids, levels_rows: see `serving_slots`. Of one token with any leading
+            axes: without Metal, [1, K] is returned then.
+        read_too: what the host reads of this layer next, such as the gates: computed
+            when it waits for the ids, if it does.
     """
     if not placement.has_replicas or _tables(expert_ids, placement, levels_rows):
         served = serving_slots(expert_ids, placement, levels_rows)
         return placement.slots.local_slots(served, rank)
+    # sync: which copy serves an expert depends on all the ids of the step.
+    mx.eval(expert_ids, *read_too)
+    if 0 < expert_ids.size <= DECODE_TOKENS * expert_ids.shape[-1]:
+        ids = lists_of_rows(expert_ids)
+        return mx.array(placement.serve_on(ids, rank, levels_rows), mx.int32)
     slots = _served_on_host(expert_ids, placement, levels_rows)
     return mx.array(placement.slots.local_slots_on_host(slots, rank))
 
@@ -73,13 +83,13 @@ def _served_on_host(
 
 
 def _tables(
-    expert_ids: Integer[mx.array, "T K"], placement: Placement, levels_rows: bool
+    expert_ids: Integer[mx.array, "... K"], placement: Placement, levels_rows: bool
 ) -> ReplicaTables | None:
     """What the kernel chooses by; None: the host chooses."""
-    in_decode = expert_ids.shape[0] <= DECODE_TOKENS
+    in_decode = expert_ids.size <= DECODE_TOKENS * expert_ids.shape[-1]
     if levels_rows or not in_decode or not uses_metal():
         return None
-    return _checked_tables(placement, expert_ids.shape[1])
+    return _checked_tables(placement, expert_ids.shape[-1])
 
 
 def replica_tables(placement: Placement) -> ReplicaTables:

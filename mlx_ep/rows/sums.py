@@ -32,10 +32,10 @@ def weighted_sum(
 
 
 def weighted_slots(
-    outputs: Float[mx.array, "M K D"], gates: Float32[mx.array, "M K"]
-) -> Float32[mx.array, "M D"]:
-    """``sum_k gates[m, k] * outputs[m, k]``, in float32, k ascending."""
-    return (outputs.astype(mx.float32) * gates[..., None]).sum(axis=1)
+    outputs: Float[mx.array, "... K D"], gates: Float32[mx.array, "... K"]
+) -> Float32[mx.array, "... D"]:
+    """``sum_k gates[..., k] * outputs[..., k]``, in float32, k ascending."""
+    return (outputs.astype(mx.float32) * gates[..., None]).sum(axis=-2)
 
 
 @partial(mx.compile, shapeless=True)
