@@ -28,7 +28,7 @@ Download = Literal["ranges", "full"]
 
 # What the stages of a pipeline do not do.
 _NOT_IN_STAGES = (
-    "strategy", "attention", "overlap", "memory", "replica_memory", "placement_file",
+    "strategy", "attention", "overlap", "context", "replica_memory", "placement_file",
     "rebalance_every", "rebalance_below", "ep_size",
 )  # fmt: skip
 _MAY_OVERLAP = ("overlap", "single")
