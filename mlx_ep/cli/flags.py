@@ -81,15 +81,16 @@ def add_ep_flags(
     """Expert parallelism: --ranks, and every field of EPConfig.
 
     What was parsed has the EPConfig as ``config`` and none of its fields beside it;
-    with `has_data` also ``data``, whether ``--attention data`` was given. --pp is there
-    with `has_stages` only.
+    with `has_data` also ``data``, whether ``--attention data`` was given, and
+    --dispatch-dtype, which needs it. --pp is there with `has_stages` only.
     """
     group = parser.add_argument_group("expert parallelism")
     add_ranks_flag(group)
     names = [setting.name for setting in settings()]
-    if not has_stages:
-        names.remove("pp")
-        parser.set_defaults(pp=EPConfig().pp)
+    there = {"pp": has_stages, "dispatch_dtype": has_data}
+    for name in (name for name, is_there in there.items() if not is_there):
+        names.remove(name)
+        parser.set_defaults(**{name: getattr(EPConfig(), name)})
     add_config_flags(group, names)
     if has_data:
         attention = parser._option_string_actions["--attention"]

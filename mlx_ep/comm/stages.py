@@ -38,7 +38,9 @@ class StageLink:
         self.index = comm.rank // self._members
         if self._members == 1:
             # A backend whose launcher variables are not set gives a group of one.
-            made = mx.distributed.init(strict=False, backend="ring")
+            other = "ring" if comm.transport == "mpi" else "nccl"
+            made = mx.distributed.init(strict=False, backend=other)
+            assert made.size() == 1
             self.group = GroupComm(made, transport="none")
             return
         made = comm.group.split(self.index, comm.rank)
@@ -79,12 +81,26 @@ class StageLink:
 
 def check_transport(comm: Comm, num_stages: int) -> None:
     """Raises:
-    ValueError: the transport has no groups of some ranks.
+    ValueError: the transport cannot carry so many stages.
     """
-    can = isinstance(comm, GroupComm) and "split" in comm.capability.operations
-    if num_stages > 1 and not can:
+    if num_stages == 1:
+        return
+    if not isinstance(comm, GroupComm):
         raise ValueError(
-            f"--pp {num_stages} needs groups of some of the ranks, which MLX has with "
-            f"MPI only; got {comm.transport}. Start with mlx_ep.launch --backend mpi, "
-            "or leave --pp out."
+            f"--pp {num_stages} needs ranks that MLX connects; got {comm.transport}. "
+            "Leave --pp out."
+        )
+    capability = comm.capability
+    # Prompts and steps have different lengths.
+    if not {"send", "recv"} <= capability.operations or capability.is_fixed_shape:
+        raise ValueError(
+            f"--pp {num_stages} sends messages of changing size from stage to stage, "
+            f"which {comm.transport} does not carry. Start with mlx_ep.launch "
+            "--backend mpi, or leave --pp out."
+        )
+    if num_stages < comm.size and "split" not in capability.operations:
+        raise ValueError(
+            f"--pp {num_stages} on {comm.size} ranks needs groups of some of the "
+            f"ranks, which MLX has with MPI only; got {comm.transport}. Give --pp "
+            f"{comm.size}, start with mlx_ep.launch --backend mpi, or leave --pp out."
         )

@@ -28,7 +28,7 @@ Download = Literal["ranges", "full"]
 
 # What the stages of a pipeline do not do.
 _NOT_IN_STAGES = (
-    "strategy", "attention", "overlap", "memory", "replica_memory", "placement_file",
+    "strategy", "attention", "overlap", "context", "replica_memory", "placement_file",
     "rebalance_every", "rebalance_below", "ep_size",
 )  # fmt: skip
 _MAY_OVERLAP = ("overlap", "single")
@@ -241,7 +241,8 @@ class EPConfig:
         int,
         Flag(
             help="N stages of ranks: each stage holds some of the layers, and spreads "
-            "their experts over its ranks; needs MPI (docs/pipeline.md)",
+            "their experts over its ranks; MPI, or a ring with one rank a stage "
+            "(docs/pipeline.md)",
             metavar="N",
             least=1,
         ),

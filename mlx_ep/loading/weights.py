@@ -76,11 +76,12 @@ def checkpoint_weights(
     whole = Placement.of_model(num_experts, 1)
     # First of all, as it says what a checkpoint without known experts lacks.
     load_bytes(checkpoint, whole, 0)
+    in_stage = config if config.pp == 1 else replace(config, memory=None)
     placement = choose_placement(
-        config, num_experts, members, lambda: outline(checkpoint, whole, 0)
+        in_stage, num_experts, members, lambda: outline(checkpoint, whole, 0)
     )
     if config.pp > 1:
-        stages = _stages(outline(checkpoint, whole, 0), config.pp)
+        stages = _stages(outline(checkpoint, placement, 0), config, num_ranks)
         placement = replace(placement, stage=stages[rank // members])
         rank %= members
     if placement.parts is None:
@@ -131,11 +132,12 @@ def dummy_weights(
     check_counts(description)
     num_experts = count_experts(description)
     whole = Placement.of_model(num_experts, 1)
+    in_stage = config if config.pp == 1 else replace(config, memory=None)
     placement = choose_placement(
-        config, num_experts, members, lambda: build_dummy(description, whole, 0)
+        in_stage, num_experts, members, lambda: build_dummy(description, whole, 0)
     )
     if config.pp > 1:
-        stages = _stages(build_dummy(description, whole, 0), config.pp)
+        stages = _stages(build_dummy(description, placement, 0), config, num_ranks)
         placement = replace(placement, stage=stages[rank // members])
         rank %= members
     model = build_dummy(description, placement, rank)
@@ -149,18 +151,57 @@ def dummy_weights(
     return RankWeights(placement, rank_bytes, build, lambda: model, config=description)
 
 
-def _stages(model: nn.Module, num_stages: int) -> list[StageLayers]:
-    """The layers of each stage, by the bytes of a model's layers with all experts.
+def _stages(model: nn.Module, config: EPConfig, num_ranks: int) -> list[StageLayers]:
+    """The layers of each stage, by the bytes that a rank would hold of each.
+
+    Args:
+        model: all layers, with the experts of the first rank of a stage.
+        config: its `pp`, and its `memory`: a stage has the room of its smallest rank.
 
     Raises:
-        ValueError: the model cannot be cut into so many stages.
+        ValueError: the model cannot be cut into so many stages, or into stages that
+            the ranks have room for.
     """
     path, layers = layer_list(model)
     check_hidden_states(
         model, lambda: run_shapes(model, _TRIED_TOKENS, make_caches(model))
     )
+    sizes = [held_bytes(layer) for layer in layers]
+    shared = held_bytes(model) - sum(sizes)
+    room = _room(config, num_ranks, shared)
+    stages = cut_stages(sizes, config.pp, room)
+    for index, held in enumerate(stages if room else ()):
+        if (needed := sum(sizes[held.start : held.stop])) > room[index]:
+            raise ValueError(
+                f"--pp {config.pp} with this --memory leaves no room: a rank of stage "
+                f"{index} would hold {(shared + needed) / 1e9:g} GB, and may hold "
+                f"{(shared + room[index]) / 1e9:g} GB. Give more memory or more ranks."
+            )
     name = path.rpartition(".")[2]
-    return [
-        StageLayers(held.start, held.stop, len(layers), name)
-        for held in cut_stages([held_bytes(layer) for layer in layers], num_stages)
+    return [StageLayers(each.start, each.stop, len(layers), name) for each in stages]
+
+
+def _room(config: EPConfig, num_ranks: int, shared: int) -> list[int]:
+    """Bytes for layers on the smallest rank of each stage; empty without `memory`.
+
+    Args:
+        shared: bytes of what every rank holds, the embedding, last norm and head.
+    """
+    if config.memory is None:
+        return []
+    if len(config.memory) != num_ranks:
+        raise ValueError(
+            f"memory must have one number for each of the {num_ranks} ranks; got "
+            f"{len(config.memory)}."
+        )
+    members = num_ranks // config.pp
+    room = [
+        int(min(config.memory[first : first + members]) * 1e9) - shared
+        for first in range(0, num_ranks, members)
     ]
+    if min(room) <= 0:
+        raise ValueError(
+            f"--memory must be more than {shared / 1e9:g} GB on every rank, which the "
+            f"embedding and the head take; got {min(config.memory):g} GB."
+        )
+    return room

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,26 @@ def check_stages(num_stages: int, num_ranks: int) -> int:
     return num_ranks // num_stages
 
 
-def cut_stages(layer_bytes: Sequence[int], num_stages: int) -> list[range]:
+def cut_stages(
+    layer_bytes: Sequence[int], num_stages: int, room: Sequence[int] | None = None
+) -> list[range]:
     """Consecutive layers for each stage; the largest stage has as few bytes as it can.
 
     >>> cut_stages([1, 9, 9, 9], 2)
     [range(0, 2), range(2, 4)]
+    >>> cut_stages([1, 1, 1, 1], 2, room=[30, 10])
+    [range(0, 3), range(3, 4)]
 
     Args:
         layer_bytes: of each layer.
         num_stages: at least 1.
+        room: the bytes above 0 that each stage has for layers; the fullest stage is
+            then as little full as it can be. None: alike.
 
     Raises:
         ValueError: there are fewer layers than stages.
     """
+    share = [Fraction(1, each) for each in room or [1] * num_stages]
     count = len(layer_bytes)
     if count < num_stages:
         raise ValueError(
@@ -79,14 +87,15 @@ def cut_stages(layer_bytes: Sequence[int], num_stages: int) -> list[range]:
     for size in layer_bytes:
         ends.append(ends[-1] + size)
     # best[j]: of the first j layers in so many stages, the largest one and its cut.
-    best: list[tuple[int, tuple[int, ...]] | None] = [
-        (ends[j], (j,)) if j else None for j in range(count + 1)
+    best: list[tuple[Fraction, tuple[int, ...]] | None] = [
+        (ends[j] * share[0], (j,)) if j else None for j in range(count + 1)
     ]
     for stages in range(2, num_stages + 1):
-        found: list[tuple[int, tuple[int, ...]] | None] = [None] * (count + 1)
+        found: list[tuple[Fraction, tuple[int, ...]] | None] = [None] * (count + 1)
+        part = share[stages - 1]
         for j in range(stages, count + 1):
             options = [
-                (max(before[0], ends[j] - ends[i]), (*before[1], j))
+                (max(before[0], (ends[j] - ends[i]) * part), (*before[1], j))
                 for i in range(stages - 1, j)
                 if (before := best[i]) is not None
             ]

@@ -75,9 +75,26 @@ def test_ranks_that_are_not_divided_end_with_a_reason() -> None:
     assert "Traceback" not in outcome.stderr
 
 
-def test_a_ring_has_no_stages() -> None:
+@pytest.mark.parametrize(
+    "memory", [[], pytest.param(["--memory", "0.0035,1"], marks=pytest.mark.slow)]
+)
+def test_a_ring_has_stages_of_one_rank(tmp_path, memory) -> None:
+    """Even ones, and of a rank with little memory and one with much."""
     argv = [sys.executable, "-m", "mlx_ep.generate", *FLAGS, "--pp", "2"]
+    record = tmp_path / "record.json"
+    argv += ["--max-tokens", "24", "--prefill-step-size", "5", "--json", str(record)]
+    argv += memory
     outcomes = run_commands(2, argv)
-    assert [one.returncode for one in outcomes] == [2, 2], outcomes
+    assert [one.returncode for one in outcomes] == [0, 0], outcomes
+    first = "rank 0: layers 0..0 of 4" if memory else "rank 0: layers 0..1 of 4"
+    assert first in outcomes[0].stdout + outcomes[0].stderr
+    assert json.loads(record.read_text())["text"] == expected(24)
+
+
+@pytest.mark.slow
+def test_a_ring_has_no_stages_of_several_ranks() -> None:
+    argv = [sys.executable, "-m", "mlx_ep.generate", *FLAGS, "--pp", "2"]
+    outcomes = run_commands(4, argv)
+    assert [one.returncode for one in outcomes] == [2] * 4, outcomes
     assert "needs groups of some of the ranks" in outcomes[0].stderr
     assert "Traceback" not in outcomes[0].stderr

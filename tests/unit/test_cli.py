@@ -30,6 +30,11 @@ PARSERS = {
     "benchmark": "mlx_ep.benchmark.flags",
 }
 
+REQUIRED = {
+    "cache_prompt": ["--prompt-cache-file", "x", "--prompt", "x"],
+    "overlay": ["jargon-moe"],
+}
+
 
 def make_parser(command: str) -> argparse.ArgumentParser:
     return import_module(PARSERS[command]).make_parser()
@@ -38,7 +43,7 @@ def make_parser(command: str) -> argparse.ArgumentParser:
 @pytest.fixture
 def parser() -> Parser:
     parser = Parser(prog="test")
-    add_ep_flags(parser, has_stages=True)
+    add_ep_flags(parser, has_data=True, has_stages=True)
     return parser
 
 
@@ -81,6 +86,41 @@ def test_each_field_has_a_flag(setting, parser: Parser) -> None:
         line += ["--strategy", "gathered"]
     found = getattr(parser.parse_args(line).config, setting.name)
     assert found == value != by_default
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        *((name, "--dispatch-dtype int8")
+          for name in ("chat", "perplexity", "cache_prompt", "overlay")),
+        *((name, "--pp 2")
+          for name in ("chat", "perplexity", "cache_prompt", "overlay", "server")),
+    ],
+)  # fmt: skip
+def test_a_flag_that_a_command_cannot_honour_is_not_there(
+    command: str, line: str, capsys
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        make_parser(command).parse_args([*REQUIRED.get(command, []), *line.split()])
+    assert ended.value.code == 2
+    assert f"unrecognized arguments: {line}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--prompts-file x", "--prompt-cache-file x", "--draft-model x", "--kv-bits 4",
+        "--max-kv-size 9", "--record x.npz", "--timings", "--attention tensor",
+        "--overlap two", "--overlap auto", "--ep 2", "--replica-memory 1GB",
+    ],
+)  # fmt: skip
+def test_generate_refuses_what_stages_do_not_do(line: str, capsys) -> None:
+    """When flags are read, so before a model is looked for."""
+    with pytest.raises(SystemExit) as ended:
+        make_parser("generate").parse_args(["--pp", "2", *line.split()])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert f"--pp 2 does not go with {line.split()[0]}" in said
 
 
 @pytest.mark.parametrize("command", PARSERS)

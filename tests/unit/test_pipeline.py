@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_ep import EPConfig
-from mlx_ep.loading import find_model
+from mlx_ep.loading import checkpoint_weights, find_model
 from mlx_ep.models import check_hidden_states, connect_stages, keep_layers, layer_list
 from mlx_ep.models.pipeline import count_tokens
 from mlx_ep.placement import StageLayers, check_stages, cut_stages
@@ -32,6 +32,44 @@ def test_the_largest_stage_is_as_small_as_can_be(sizes, stages, counts) -> None:
     assert [len(held) for held in cut] == counts
     assert cut[0].start == 0 and cut[-1].stop == len(sizes)
     assert all(a.stop == b.start for a, b in pairwise(cut))
+
+
+@pytest.mark.parametrize(
+    ("room", "counts"), [([30, 10], [3, 1]), ([10, 30], [1, 3]), ([5, 5], [2, 2])]
+)
+def test_layers_follow_the_room_of_stages(room, counts) -> None:
+    assert [len(held) for held in cut_stages([1, 1, 1, 1], 2, room)] == counts
+
+
+def test_memory_makes_uneven_stages() -> None:
+    """Of a rank of each stage: bytes within its memory, all layers held once."""
+    path = find_model("jargon-moe")
+    even = checkpoint_weights(path, 0, 2, EPConfig(pp=2)).placement.stage
+    counts = {}
+    for memory in ((0.0035, 1.0), (1.0, 0.0035)):
+        config = EPConfig(pp=2, memory=memory)
+        weights = [checkpoint_weights(path, rank, 2, config) for rank in (0, 1)]
+        stages = [each.placement.stage for each in weights]
+        assert (stages[0].start, stages[1].stop) == (0, even.num_layers)
+        assert stages[0].stop == stages[1].start
+        for each, gigabytes in zip(weights, memory, strict=True):
+            assert each.rank_bytes <= gigabytes * 1e9
+        counts[memory] = stages[0].stop
+    assert counts[0.0035, 1.0] < even.stop < counts[1.0, 0.0035]
+
+
+@pytest.mark.parametrize(
+    ("memory", "reason"),
+    [
+        ((1.0,), "one number for each of the 2 ranks"),
+        ((1e-6, 1.0), "which the embedding and the head take"),
+        ((0.002, 0.002), "leaves no room"),
+    ],
+)
+def test_memory_that_stages_do_not_fit_is_refused(memory, reason) -> None:
+    config = EPConfig(pp=2, memory=memory)
+    with pytest.raises(ValueError, match=reason):
+        checkpoint_weights(find_model("jargon-moe"), 0, 2, config)
 
 
 def test_stages_that_are_not_possible_are_refused() -> None:
@@ -56,8 +94,8 @@ def test_a_tensor_is_of_the_layer_of_its_first_number() -> None:
     "given",
     [
         {"attention": "tensor"}, {"overlap": "two"}, {"overlap": "auto"},
-        {"strategy": "all_to_all"}, {"replica_memory": "1GB"}, {"memory": (1.0, 1.0)},
-        {"ep_size": 2}, {"rebalance_every": 4},
+        {"strategy": "all_to_all"}, {"replica_memory": "1GB"},
+        {"memory": (1.0, 1.0), "context": 8}, {"ep_size": 2}, {"rebalance_every": 4},
     ],
 )  # fmt: skip
 def test_what_stages_do_not_do_is_refused(given) -> None:
