@@ -21,7 +21,7 @@ from mlx_ep.api.overlap import OverlapTable, overlap_steps
 from mlx_ep.comm import Comm, gather_objects, note_progress, note_step
 from mlx_ep.config import EPConfig, settings
 from mlx_ep.cost.attention import REPLICATED, AttentionChoice
-from mlx_ep.exchange import STRATEGIES
+from mlx_ep.exchange import STRATEGIES, sends_nothing
 from mlx_ep.loading import Splitter, refuse_dense, watch_phase
 from mlx_ep.metrics import Counters, RankReport
 from mlx_ep.models import (
@@ -82,6 +82,8 @@ class ExpertParallel:
         Raises:
             ValueError: a block cannot.
         """
+        if all(block.group.is_apart for block in self.blocks):
+            return
         if self.two_batch is not None:
             self.two_batch.serve()
             return
@@ -181,6 +183,13 @@ def install_experts(
     note_progress("warmup")
     asked = config
     plain = STRATEGIES.create(config)  # what it needs is known without a mover
+    if config.overlap != "none" and comm.size > 1 and sends_nothing(plain, placement):
+        warnings.warn(
+            f"overlap={config.overlap!r} has no effect where every rank has every "
+            "expert and nothing is exchanged.",
+            stacklevel=3,
+        )
+        config = replace(config, overlap="none")
     connect(model, comm)  # what is tried is not counted
     forms = find_forms(
         model,

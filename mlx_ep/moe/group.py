@@ -25,18 +25,18 @@ from mlx_ep.exchange import (
     Strategy,
     agree_tokens,
     check_tokens,
+    sends_nothing,
 )
 from mlx_ep.experts import Runner, run_experts, run_slots
 from mlx_ep.metrics import Counters, StageTimings
 from mlx_ep.moe.overlap import Operation, Overlap
 from mlx_ep.moe.step import Step
-from mlx_ep.placement import Placement
+from mlx_ep.placement import Placement, check_everywhere
 from mlx_ep.rows import Mover, limit_to_capacity, serving_local_slots
 from mlx_ep.types import DispatchDtype, Routing, Rows, TokenCounts, to_host
 
 # A call with more of them is one of a prompt; the default of `low_latency_tokens`.
 MOST_DECODE_TOKENS = 64
-
 
 _UNTIMED = StageTimings()
 
@@ -92,6 +92,8 @@ class ExpertGroup:
         Args:
             mover: see `StrategyTable.create`.
         """
+        if config.strategy == "local":
+            check_everywhere(placement)
         return cls(
             comm,
             placement,
@@ -110,6 +112,11 @@ class ExpertGroup:
     def counted(self) -> CountedComm:
         """`comm`, counting into `counters`."""
         return CountedComm(self.comm, self.counters)
+
+    @cached_property
+    def is_apart(self) -> bool:
+        """Whether no rank waits for another in these layers."""
+        return sends_nothing(self.strategy, self.placement)
 
     @contextmanager
     def agreed(self, num_tokens: int) -> Iterator[TokenCounts]:
@@ -160,7 +167,9 @@ class ExpertGroup:
         result is bit-identical on any number of ranks. Moves K times the bytes of
         `weighted_sum`. Where ranks hold tokens of their own, these are gathered.
         """
-        strategy = Gathered() if self.strategy.is_sharded else Replicated()
+        strategy: Strategy = Gathered() if self.strategy.is_sharded else Replicated()
+        if self.is_apart:
+            strategy = self.strategy
         num_tokens, top_k = routing.gates.shape
 
         def experts(rows: Rows) -> mx.array:
@@ -188,6 +197,7 @@ class ExpertGroup:
         timings.begin(x)
         stage, barrier = self._stage, self.comm.barrier
         is_next = strategy.is_sharded or self.share_routing
+        is_awaited = strategy.is_sharded and not self.is_apart
         routing = stage("route", used, routing, barrier=barrier if is_next else None)
         if self.observe is not None:
             self.observe(routing.expert_ids)
@@ -205,7 +215,7 @@ class ExpertGroup:
             outputs.append(output)
             if self.overlap.turns is not None:
                 self._take_turn("combine", x_part.shape[0], partial, output)
-            elif strategy.is_sharded or self.overlap.mode != "none":
+            elif is_awaited or self.overlap.mode != "none":
                 # Peers wait for this rank's part, whether or not it uses the result;
                 # and what the block computes next runs while it is under way.
                 mx.async_eval(output)
@@ -349,6 +359,8 @@ class ExpertGroup:
         return total
 
     def _token_counts(self, num_tokens: int, strategy: Strategy) -> TokenCounts | None:
+        if self.is_apart:
+            return None
         if self.step.tokens is None and strategy.needs_tokens:
             return agree_tokens(num_tokens, self.counted)
         if self.step.tokens is None or not strategy.is_sharded:
