@@ -104,7 +104,8 @@ class ExpertParallel:
         """
         refuse_dense(len(self.blocks), "a record of routing")
         layers = range(len(self.blocks))
-        made = RoutingRecorder([self.placement_of(layer) for layer in layers])
+        placements = [self.placement_of(layer) for layer in layers]
+        made = RoutingRecorder(placements, self.group.is_apart)
         for layer, block in enumerate(self.blocks):
             observe = _both(block.group.observe, made.observer(layer))
             block.group = replace(block.group, observe=observe)
