@@ -11,6 +11,7 @@ from mlx_ep.server.requests import Request
 from tests.support.ranks import run_ranks
 from tests.support.serving import (
     DATA,
+    LOCAL,
     TENSOR,
     Outcome,
     Script,
@@ -21,8 +22,6 @@ from tests.support.serving import (
 
 pytestmark = pytest.mark.requires("ranks")
 
-# Every rank has every expert, and answers its requests alone.
-LOCAL = {"strategy": "local", "replica_memory": "all"}
 CANCELLED = {"r3": 0, "r6": 1, "r11": 3}
 
 
