@@ -24,17 +24,15 @@ from mlx_ep.exchange import (
     ExchangeShape,
     ExchangeTraffic,
     Gathered,
-    Local,
     Replicated,
     Strategy,
     backend_line,
     layer_traffic,
-    sends_nothing,
 )
 from mlx_ep.exchange.base import expected_share
 from mlx_ep.metrics import Counters
 from mlx_ep.moe import ExpertGroup
-from mlx_ep.placement import Placement, everywhere
+from mlx_ep.placement import Placement
 from mlx_ep.rows import Mover, MovesRows
 from mlx_ep.types import Routing, TokenCounts
 
@@ -392,30 +390,3 @@ def test_a_capacity_holds_for_unweighted_outputs_too(strategy):
     assert outputs.shape == (2, 2, 3)
     assert outputs[..., 0].tolist() == [[1, 0], [1, 0]]
     assert group.step.dropped_pairs == 2
-
-
-def test_local_sends_nothing_and_takes_the_ranks_own_copies():
-    """Slots out of order, -1 stays -1, and a rank that lacks experts is refused."""
-    copied = Placement(((0, 1, 2), (2, 0, 1)))
-    assert copied.is_everywhere
-    assert everywhere(3, 2).has_all_in_order(1)
-
-    comm = CountedComm(GroupComm(mx.distributed.init()), Counters())
-    comm.rank = 1
-    routing = Routing(mx.array([[0, 2], [1, -1]]), mx.ones((2, 2)))
-    request = ExchangeRequest(routing, copied, comm, mx.float32)
-    for name in ("local", "auto"):
-        strategy = STRATEGIES.create(EPConfig(strategy=name))
-        assert sends_nothing(strategy, copied)
-        exchange = strategy.exchange(request)
-        rows = exchange.dispatch(mx.ones((2, 4)))
-        assert rows.slot_ids.tolist() == [[1, 0], [2, -1]]
-        assert exchange.combine(rows.x) is rows.x
-    assert comm.counters.collectives == 0
-    assert layer_traffic(Local(), shape_of(3, 1)) == ExchangeTraffic((), 3)
-    shared = Placement.contiguous(3, 2)
-    assert not sends_nothing(STRATEGIES.create(EPConfig(strategy="auto")), shared)
-    with pytest.raises(ValueError, match=r"all 3 experts .* they have 2, 1\. Use"):
-        ExpertGroup.from_config(comm, shared, EPConfig(strategy="local"))
-    with pytest.raises(ValueError, match="there is none to move"):
-        EPConfig(replica_memory="all", rebalance_every=5)
