@@ -21,7 +21,7 @@ from mlx_ep.api.overlap import OverlapTable, overlap_steps
 from mlx_ep.comm import Comm, gather_objects, note_progress, note_step
 from mlx_ep.config import EPConfig, settings
 from mlx_ep.cost.attention import REPLICATED, AttentionChoice
-from mlx_ep.exchange import STRATEGIES, sends_nothing
+from mlx_ep.exchange import STRATEGIES, Strategy, sends_nothing
 from mlx_ep.loading import Splitter, refuse_dense, watch_phase
 from mlx_ep.metrics import Counters, RankReport
 from mlx_ep.models import (
@@ -165,6 +165,14 @@ def _both(first: Observer | None, second: Observer) -> Observer:
     return observe
 
 
+def _computes_as_one(strategy: Strategy, placement: Placement) -> bool:
+    """Whether each rank has what one rank alone would have, and sends nothing."""
+    ranks = range(placement.num_ranks)
+    return sends_nothing(strategy, placement) and all(
+        map(placement.has_all_in_order, ranks)
+    )
+
+
 def install_experts(
     model: nn.Module,
     comm: Comm,
@@ -210,6 +218,7 @@ def install_experts(
         moves_rows=isinstance(plain, MovesRows),
         dispatch_dtype=config.dispatch_dtype,
         placement=placement.slots,
+        is_apart=_computes_as_one(plain, placement),
         watch=lambda total: watch_phase("warm-up", total, comm.rank, "shapes"),
     )
     machines = gather_objects(comm, machine_facts(os.environ))

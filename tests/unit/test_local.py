@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
+from mlx_ep.api.install import _computes_as_one
 from mlx_ep.comm import GroupComm
 from mlx_ep.config import EPConfig
 from mlx_ep.exchange import (
@@ -53,3 +54,21 @@ def test_local_sends_nothing_and_takes_the_ranks_own_copies() -> None:
 def test_no_expert_is_apart_from_another() -> None:
     line = backend_line(EPConfig(strategy="local"), 2)
     assert line == "MoE EP backend: disabled  TP=1  DP=2  EP=1"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "experts", "expected"),
+    [
+        ("local", ((0, 1, 2), (0, 1, 2)), True),
+        ("auto", ((0, 1, 2), (0, 1, 2)), True),
+        ("local", ((0, 1, 2), (2, 0, 1)), False),
+        ("auto", ((0, 1), (2,)), False),
+        ("gathered", ((0, 1, 2), (0, 1, 2)), False),
+    ],
+)
+def test_ranks_that_run_their_experts_as_one_rank_alone(
+    strategy: str, experts: tuple[tuple[int, ...], ...], expected: bool
+) -> None:
+    """Then what runs the experts is tried with complete rows, as on one rank."""
+    chosen = STRATEGIES.create(EPConfig(strategy=strategy))
+    assert _computes_as_one(chosen, Placement(experts)) is expected
