@@ -178,9 +178,15 @@ def main() -> int:
         type=at_least(0),
         help="Of the long prompt; 0: none, for a run of some minutes less.",
     )
+    parser.add_argument(
+        "--at-once",
+        type=lambda text: [at_least(1)(part) for part in text.split(",")],
+        default=list(CONCURRENCIES),
+        help="Requests that are open at once, such as 1,8.",
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end the servers
-    concurrencies = [1, 8] if args.quick else list(CONCURRENCIES)
+    concurrencies = [1, 8] if args.quick else args.at_once
     rounds = 1 if args.quick else args.samples
     long_tokens = args.long_tokens
     if long_tokens is None:

@@ -224,9 +224,9 @@ _STRATEGIES = """\
 InfiniLM too. A command prints what runs by our name and, as InfiniLM does, as
 `MoE EP backend: local_allreduce  TP=2  DP=1  EP=2`: TP ranks hold the same tokens, DP
 ranks have tokens of their own, the experts are divided in EP parts. It says `disabled`
-where EP is 1 (one rank, a dense model, or `--ep 1`, where all ranks share the width of
-every expert); the alias `disabled` names the strategy only and leaves the experts where
-`--ep` puts them.
+where EP is 1 (one rank, a dense model, `--strategy local`, or
+`--ep 1`, where all ranks share the width of every expert); the alias
+`disabled` names the strategy only and leaves the experts where `--ep` puts them.
 
 | here | elsewhere |
 | --- | --- |"""

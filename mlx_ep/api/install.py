@@ -21,7 +21,7 @@ from mlx_ep.api.overlap import OverlapTable, overlap_steps
 from mlx_ep.comm import Comm, gather_objects, note_progress, note_step
 from mlx_ep.config import EPConfig, settings
 from mlx_ep.cost.attention import REPLICATED, AttentionChoice
-from mlx_ep.exchange import STRATEGIES
+from mlx_ep.exchange import STRATEGIES, Strategy, sends_nothing
 from mlx_ep.loading import Splitter, refuse_dense, watch_phase
 from mlx_ep.metrics import Counters, RankReport
 from mlx_ep.models import (
@@ -82,6 +82,8 @@ class ExpertParallel:
         Raises:
             ValueError: a block cannot.
         """
+        if all(block.group.is_apart for block in self.blocks):
+            return
         if self.two_batch is not None:
             self.two_batch.serve()
             return
@@ -102,7 +104,8 @@ class ExpertParallel:
         """
         refuse_dense(len(self.blocks), "a record of routing")
         layers = range(len(self.blocks))
-        made = RoutingRecorder([self.placement_of(layer) for layer in layers])
+        placements = [self.placement_of(layer) for layer in layers]
+        made = RoutingRecorder(placements, self.group.is_apart)
         for layer, block in enumerate(self.blocks):
             observe = _both(block.group.observe, made.observer(layer))
             block.group = replace(block.group, observe=observe)
@@ -162,6 +165,14 @@ def _both(first: Observer | None, second: Observer) -> Observer:
     return observe
 
 
+def _computes_as_one(strategy: Strategy, placement: Placement) -> bool:
+    """Whether each rank has what one rank alone would have, and sends nothing."""
+    ranks = range(placement.num_ranks)
+    return sends_nothing(strategy, placement) and all(
+        map(placement.has_all_in_order, ranks)
+    )
+
+
 def install_experts(
     model: nn.Module,
     comm: Comm,
@@ -181,6 +192,13 @@ def install_experts(
     note_progress("warmup")
     asked = config
     plain = STRATEGIES.create(config)  # what it needs is known without a mover
+    if config.overlap != "none" and comm.size > 1 and sends_nothing(plain, placement):
+        warnings.warn(
+            f"overlap={config.overlap!r} has no effect where every rank has every "
+            "expert and nothing is exchanged.",
+            stacklevel=3,
+        )
+        config = replace(config, overlap="none")
     connect(model, comm)  # what is tried is not counted
     forms = find_forms(
         model,
@@ -200,6 +218,7 @@ def install_experts(
         moves_rows=isinstance(plain, MovesRows),
         dispatch_dtype=config.dispatch_dtype,
         placement=placement.slots,
+        is_apart=_computes_as_one(plain, placement),
         watch=lambda total: watch_phase("warm-up", total, comm.rank, "shapes"),
     )
     machines = gather_objects(comm, machine_facts(os.environ))

@@ -43,8 +43,18 @@ if TYPE_CHECKING:
         shortened,
     )
     from mlx_ep.comm.schedules import Schedule, choose_schedule
+    from mlx_ep.comm.sealed import (
+        SealedLink,
+        link_to_rank_0,
+        links_to_others,
+        run_key,
+    )
 
 _HOMES = {
+    "SealedLink": "sealed",
+    "link_to_rank_0": "sealed",
+    "links_to_others": "sealed",
+    "run_key": "sealed",
     "Comm": "base",
     "GroupComm": "group",
     "all_to_all": "group",
@@ -102,6 +112,10 @@ __all__ = [
     "agreed",
     "raise_problems",
     "shortened",
+    "SealedLink",
+    "link_to_rank_0",
+    "links_to_others",
+    "run_key",
 ]
 
 

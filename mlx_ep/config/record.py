@@ -84,7 +84,9 @@ class EPConfig:
             shared out in proportion to what the dense weights leave. None: evenly.
         context: tokens whose KV cache and computation have to fit into `memory` too.
         replica_memory: memory of each rank for copies of other ranks' experts, such as
-            ``"24GB"``; ``"auto"``: what is left, as long as copies pay.
+            ``"24GB"``; ``"auto"``: what is left, as long as copies pay; with the
+            strategies auto and local all experts, where they fit. ``"all"``: every rank
+            has every expert.
         placement_file: says which rank holds which expert (`mlx_ep.placement.file`), or
             is a record of routing (.npz, `mlx_ep.placement.record`) to place them by.
         rebalance_every: forward passes after which experts are moved between ranks, by
@@ -196,8 +198,8 @@ class EPConfig:
         str,
         Flag(
             help="Memory of each rank for copies of experts of other ranks, such as "
-            "24GB; auto: what is left beside the KV cache of --context tokens, as long "
-            "as copies pay (docs/balance.md)",
+            "24GB; all: every rank has every expert; auto: what is left beside the KV "
+            "cache of --context tokens, as long as copies pay (docs/balance.md)",
             metavar="GB",
         ),
     ] = "0"
@@ -274,7 +276,7 @@ class EPConfig:
                 f"strategy='replicated'; got strategy={self.strategy!r}. Use "
                 "attention='replicated' with it."
             )
-        if self.mode != "auto" and self.strategy in ("replicated", "gathered"):
+        if self.mode != "auto" and self.strategy in ("replicated", "gathered", "local"):
             warnings.warn(
                 f"mode={self.mode!r} has no effect with strategy={self.strategy!r}; "
                 "it belongs to all_to_all.",
@@ -325,8 +327,8 @@ class EPConfig:
 
     @property
     def replica_bytes(self) -> int | None:
-        """Of `replica_memory`, on each rank; None: "auto"."""
-        if self.replica_memory == "auto":
+        """Of `replica_memory`, on each rank; None: "auto" or "all"."""
+        if self.replica_memory in ("auto", "all"):
             return None
         return int(float(self.replica_memory.upper().removesuffix("GB")) * 1e9)
 
@@ -337,8 +339,15 @@ class EPConfig:
             is_known = False
         if not is_known:
             raise ValueError(
-                'replica_memory must be a number of GB such as "24GB", "auto" or "0"; '
-                f"got {self.replica_memory!r}."
+                'replica_memory must be a number of GB such as "24GB", "auto", '
+                f'"all" or "0"; got {self.replica_memory!r}.'
+            )
+        is_moved = self.rebalance_every or self.rebalance_below
+        if is_moved and (self.replica_memory == "all" or self.strategy == "local"):
+            raise ValueError(
+                "rebalance_every and rebalance_below move experts between ranks; with "
+                "replica_memory='all' or strategy='local' every rank has every expert, "
+                "and there is none to move. Leave them out."
             )
         if self.replica_bytes == 0:
             return

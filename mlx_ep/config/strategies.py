@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 # The strategies of this package; `STRATEGIES.register` adds others.
-StrategyName = Literal["replicated", "gathered", "all_to_all", "auto"]
+StrategyName = Literal["replicated", "gathered", "all_to_all", "local", "auto"]
 AllToAllMode = Literal["auto", "low_latency", "normal"]
 
 _strategies = list(get_args(StrategyName))

@@ -17,6 +17,7 @@ from mlx_ep.exchange.base import (
     agree_tokens,
     check_tokens,
     layer_traffic,
+    sends_nothing,
 )
 from mlx_ep.exchange.counted import CountedComm
 from mlx_ep.exchange.functions import (
@@ -26,6 +27,7 @@ from mlx_ep.exchange.functions import (
     moe_dispatch_start,
 )
 from mlx_ep.exchange.gathered import Gathered
+from mlx_ep.exchange.local import Local
 from mlx_ep.exchange.names import backend_line
 from mlx_ep.exchange.receive import InFlight, Receive
 from mlx_ep.exchange.replicated import Replicated
@@ -37,6 +39,7 @@ STRATEGIES.register(
     "gathered", lambda config, mover: Gathered(config.round_tokens, mover)
 )
 STRATEGIES.register("all_to_all", AllToAll)
+STRATEGIES.register("local", lambda config, mover: Local())
 STRATEGIES.register("auto", Auto)
 
 __all__ = [
@@ -57,10 +60,12 @@ __all__ = [
     "Replicated",
     "Gathered",
     "AllToAll",
+    "Local",
     "Auto",
     "Collective",
     "ExchangeShape",
     "ExchangeTraffic",
     "layer_traffic",
+    "sends_nothing",
     "CountedComm",
 ]

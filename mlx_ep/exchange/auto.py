@@ -15,17 +15,21 @@ from mlx_ep.exchange.base import (
     expected_share,
 )
 from mlx_ep.exchange.gathered import Gathered
+from mlx_ep.exchange.local import Local
 from mlx_ep.exchange.low_latency import LowLatency
 from mlx_ep.exchange.normal import Normal
+from mlx_ep.placement import Placement
 from mlx_ep.rows import Mover
 from mlx_ep.types import TokenCounts
 
 _TITLES = {
+    "local": "local",
     "gathered": "gathered",
     "low_latency": "low_latency",
     "dense": "low_latency with all tokens",
     "normal": "normal",
 }
+_EVERYWHERE = "every rank has every expert, and an exchange costs more than it saves"
 _SHARE = "(a token needs a given rank with probability {share:.2g} at K={top_k})"
 _SMALL = "no rank has more than {limit} tokens"
 _DENSE = f"nearly every token needs both ranks {_SHARE}"
@@ -38,6 +42,8 @@ _SPARSE = f"a token needs less than half of the ranks {_SHARE}"
 class Auto:
     """Strategy `auto`, for ranks with tokens of their own.
 
+    - Every rank has every expert: `local`. Of rows that were spread, ranks would still
+      read nearly as many experts each, and all of them are busy with rows anyway.
     - 2 ranks: an all-to-all is one collective that moves nothing unwanted.
       `low_latency` where no rank has more than `low_latency_tokens` tokens; above, in
       rounds of `round_tokens`, the same with all tokens where nearly every token
@@ -61,14 +67,19 @@ class Auto:
         config, mover = config or EPConfig(), mover or Mover()
         self.round_tokens: int | None = config.round_tokens
         self.mover = mover
+        self.local = Local()
         self.gathered = Gathered(config.round_tokens, mover)
         self.low_latency = LowLatency(config.low_latency_tokens, mover)
         # Agreed counts fix its shapes, and rounds bound them: no capacity is needed.
         self.dense = LowLatency(sys.maxsize, mover)
         self.normal = Normal(config.round_tokens, mover)
 
+    def sends_nothing(self, placement: Placement) -> bool:
+        """Whether no rank waits for another in a layer that is placed so."""
+        return placement.num_ranks > 1 and placement.is_everywhere
+
     def choose(self, tokens: TokenCounts, top_k: int, transport: str) -> Strategy:
-        """The strategy for these numbers."""
+        """The strategy for these numbers, where a rank lacks experts."""
         chosen: Strategy = getattr(self, self._rule(tokens, top_k, transport)[0])
         return chosen
 
@@ -81,9 +92,17 @@ class Auto:
             "normal": self.normal,
         }
 
-    def explain(self, tokens: TokenCounts, top_k: int, transport: str) -> str:
+    def explain(
+        self,
+        tokens: TokenCounts,
+        top_k: int,
+        transport: str,
+        placement: Placement | None = None,
+    ) -> str:
         """The choice and its reason, for a person."""
         name, why = self._rule(tokens, top_k, transport)
+        if placement is not None and self.sends_nothing(placement):
+            name, why = "local", _EVERYWHERE
         return f"{_TITLES[name]}, because " + why.format(
             limit=self.low_latency.capacity,
             share=expected_share(top_k, len(tokens.per_rank)),
@@ -109,6 +128,8 @@ class Auto:
 
     def exchange(self, request: ExchangeRequest) -> Exchange:
         """See `Strategy.exchange`: that of the strategy that is chosen."""
+        if self.sends_nothing(request.placement):
+            return self.local.exchange(request)
         assert request.tokens is not None
         top_k = request.routing.gates.shape[1]
         chosen = self.choose(request.tokens, top_k, request.comm.transport)

@@ -195,6 +195,15 @@ def check_tokens(tokens: TokenCounts, num_tokens: int, comm: Comm) -> None:
         )
 
 
+def sends_nothing(strategy: Strategy, placement: Placement) -> bool:
+    """Whether no rank waits for another in a layer that is placed so.
+
+    A strategy of which that may be true has a method of this name.
+    """
+    asked = getattr(strategy, "sends_nothing", None)
+    return asked is not None and bool(asked(placement))
+
+
 def layer_traffic(strategy: Strategy, shape: ExchangeShape) -> ExchangeTraffic:
     """What one layer moves: the traffic of all its rounds, for expected rows.
 

@@ -23,7 +23,9 @@ def backend_line(config: EPConfig, num_ranks: int, is_dense: bool = False) -> st
     >>> backend_line(EPConfig(strategy="replicated"), 2)
     'MoE EP backend: local_allreduce  TP=2  DP=1  EP=2'
     """
-    experts = 1 if is_dense else min(config.ep_size or num_ranks, num_ranks)
+    experts = min(config.ep_size or num_ranks, num_ranks)
+    if is_dense or config.strategy == "local":
+        experts = 1
     is_shared = config.strategy == "replicated"
     same, own = (num_ranks, 1) if is_shared else (1, num_ranks)
     backend = _BACKENDS.get(config.strategy, config.strategy)

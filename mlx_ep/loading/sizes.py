@@ -15,11 +15,14 @@ from mlx_ep.loading.caches import PREFILL_STEP, cache_bytes
 from mlx_ep.loading.local import refuse_dense
 from mlx_ep.loading.widths import named_projections, width_problem
 from mlx_ep.loading.working import switch_input, working_memory
+from mlx_ep.metrics import format_bytes
 from mlx_ep.models import find_moe_sites
 from mlx_ep.placement import (
     ExpertSizes,
     LayerLoad,
     Placement,
+    check_everywhere,
+    everywhere,
     is_record,
     place,
     read_placement,
@@ -104,6 +107,24 @@ def choose_placement(
     outline: Callable[[], nn.Module],
     must_fit: bool = True,
 ) -> Placement:
+    """See `_placement`; and strategy local has what it needs.
+
+    Raises:
+        ValueError: the configuration is not possible for this model and these ranks.
+    """
+    placement = _placement(config, num_experts, num_ranks, outline, must_fit)
+    if config.strategy == "local":
+        check_everywhere(placement)
+    return placement
+
+
+def _placement(
+    config: EPConfig,
+    num_experts: int,
+    num_ranks: int,
+    outline: Callable[[], nn.Module],
+    must_fit: bool,
+) -> Placement:
     """The placement that a configuration asks for; alike where its inputs are alike.
 
     Args:
@@ -115,7 +136,7 @@ def choose_placement(
         must_fit: whether too little `memory` is an error.
 
     Raises:
-        ValueError: the configuration is not possible for this model and these ranks.
+        ValueError: as `choose_placement`.
     """
     if num_experts == 0:
         _refuse_placing(config)
@@ -129,6 +150,8 @@ def choose_placement(
             num_layers = len(find_moe_sites(outline()))
             _check_layers(config.placement_file, len(placement.layers), num_layers)
         return placement
+    if config.replica_memory == "all" and config.memory is None:
+        return everywhere(num_experts, num_ranks)
     is_parted = config.ep_size not in (None, num_ranks)
     if is_parted and (config.strategy, config.reduction) != (
         "replicated",
@@ -159,11 +182,21 @@ def choose_placement(
         # Rows of an expert come with the expert.
         each = working.of(1, num_experts) - working.fixed
         sizes = replace(sizes, expert_bytes=sizes.expert_bytes + each)
+    fits_whole = memory is None or min(memory) >= (
+        sizes.dense_bytes + reserved + sizes.expert_bytes * num_experts
+    )
+    if config.replica_memory == "all":
+        if not fits_whole and must_fit:
+            raise ValueError(_too_much(sizes, min(memory or [0]), reserved))
+        return everywhere(num_experts, num_ranks)
     if config.replica_bytes is None and memory is None:
         raise ValueError(
             "--replica-memory auto fills what the ranks have left: say with --memory "
             "how many GB each may hold."
         )
+    is_apart = config.strategy in ("auto", "local")  # nothing to send, if all fits
+    if config.replica_memory == "auto" and is_apart and fits_whole:
+        return everywhere(num_experts, num_ranks)
     if has_replicas or record is not None:
         base = place(
             sizes,
@@ -196,6 +229,15 @@ def choose_placement(
         memory=memory,
         reserved_bytes=reserved,
         must_fit=must_fit,
+    )
+
+
+def _too_much(sizes: ExpertSizes, memory: int, reserved: int) -> str:
+    whole = sizes.expert_bytes * sizes.num_experts
+    return (
+        f"--replica-memory all needs {format_bytes(whole + sizes.dense_bytes)} of "
+        f"weights on every rank, beside {format_bytes(reserved)} for --context; one "
+        f"may hold {format_bytes(memory)}. Give a smaller --replica-memory."
     )
 
 

@@ -116,7 +116,7 @@ class BlockState:
             return self.group.weighted_sum(x, routing, runner).astype(dtype)
         *lead, top_k = ids.shape
         ids = ids.reshape(-1, top_k)
-        if self.group.strategy.is_sharded:
+        if self.group.strategy.is_sharded and not self.group.is_apart:
             ids = ids.astype(mx.int32)  # they travel
         routing = CompleteRouting(
             ids,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from jaxtyping import Float, Float32, Shaped
 
 from mlx_ep.comm import Comm, note_layer
@@ -25,19 +23,19 @@ from mlx_ep.exchange import (
     Strategy,
     agree_tokens,
     check_tokens,
+    sends_nothing,
 )
 from mlx_ep.experts import Runner, run_experts, run_slots
 from mlx_ep.metrics import Counters, StageTimings
 from mlx_ep.moe.bare import bare_sum, is_bare
 from mlx_ep.moe.overlap import Operation, Overlap
 from mlx_ep.moe.step import Step
-from mlx_ep.placement import Placement
-from mlx_ep.rows import Mover, limit_to_capacity, serving_local_slots, uses_metal
-from mlx_ep.types import DispatchDtype, Routing, Rows, TokenCounts, to_host
+from mlx_ep.placement import Placement, check_everywhere
+from mlx_ep.rows import Mover, serving_local_slots, uses_metal
+from mlx_ep.types import DispatchDtype, Routing, Rows, TokenCounts
 
 # A call with more of them is one of a prompt; the default of `low_latency_tokens`.
 MOST_DECODE_TOKENS = 64
-
 
 _UNTIMED = StageTimings()
 
@@ -93,6 +91,8 @@ class ExpertGroup:
         Args:
             mover: see `StrategyTable.create`.
         """
+        if config.strategy == "local":
+            check_everywhere(placement)
         return cls(
             comm,
             placement,
@@ -111,6 +111,11 @@ class ExpertGroup:
     def counted(self) -> CountedComm:
         """`comm`, counting into `counters`."""
         return CountedComm(self.comm, self.counters)
+
+    @cached_property
+    def is_apart(self) -> bool:
+        """Whether no rank waits for another in these layers."""
+        return sends_nothing(self.strategy, self.placement)
 
     @contextmanager
     def agreed(self, num_tokens: int) -> Iterator[TokenCounts]:
@@ -179,7 +184,9 @@ class ExpertGroup:
         result is bit-identical on any number of ranks. Moves K times the bytes of
         `weighted_sum`. Where ranks hold tokens of their own, these are gathered.
         """
-        strategy = Gathered() if self.strategy.is_sharded else Replicated()
+        strategy: Strategy = Gathered() if self.strategy.is_sharded else Replicated()
+        if self.is_apart:
+            strategy = self.strategy
         num_tokens, top_k = routing.gates.shape
 
         def experts(rows: Rows) -> mx.array:
@@ -207,6 +214,7 @@ class ExpertGroup:
         timings.begin(x)
         stage, barrier = self._stage, self.comm.barrier
         is_next = strategy.is_sharded or self.share_routing
+        is_awaited = strategy.is_sharded and not self.is_apart
         routing = stage("route", used, routing, barrier=barrier if is_next else None)
         if self.observe is not None:
             self.observe(routing.expert_ids)
@@ -224,7 +232,7 @@ class ExpertGroup:
             outputs.append(output)
             if self.overlap.turns is not None:
                 self._take_turn("combine", x_part.shape[0], partial, output)
-            elif strategy.is_sharded or self.overlap.mode != "none":
+            elif is_awaited or self.overlap.mode != "none":
                 # Peers wait for this rank's part, whether or not it uses the result;
                 # and what the block computes next runs while it is under way.
                 mx.async_eval(output)
@@ -352,6 +360,8 @@ class ExpertGroup:
         return total
 
     def _token_counts(self, num_tokens: int, strategy: Strategy) -> TokenCounts | None:
+        if self.is_apart:
+            return None
         if self.step.tokens is None and strategy.needs_tokens:
             return agree_tokens(num_tokens, self.counted)
         if self.step.tokens is None or not strategy.is_sharded:
@@ -377,15 +387,4 @@ class ExpertGroup:
         """The routing within the capacity; what is dropped is counted and warned of."""
         if self.capacity is None:
             return routing
-        # sync: which pairs are dropped is counted here and has to be reported.
-        ids = to_host(routing.expert_ids).astype(np.int32, copy=False)
-        ids, dropped = limit_to_capacity(ids, self.capacity)
-        if dropped and not self.step.dropped_pairs:
-            warnings.warn(
-                f"rank {self.comm.rank} drops {dropped} of {ids.size} (token, expert) "
-                f"pairs beyond capacity={self.capacity}; this is said once, "
-                "ExpertGroup.step.dropped_pairs has the count.",
-                stacklevel=3,
-            )
-        self.step.dropped_pairs += dropped
-        return Routing(mx.array(ids), routing.gates)
+        return self.step.limited(routing, self.capacity, self.comm.rank)

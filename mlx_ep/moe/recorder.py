@@ -41,10 +41,12 @@ class RoutingRecorder:
 
     Args:
         placements: of the experts of each MoE layer, for the loads of ranks.
+        is_apart: each rank computes its own tokens (strategy `local`): this one does
+            not know the loads of others, and says nothing of their balance.
     """
 
-    def __init__(self, placements: Sequence[Placement]) -> None:
-        self._placements = list(placements)
+    def __init__(self, placements: Sequence[Placement], is_apart: bool = False) -> None:
+        self._placements, self._is_apart = list(placements), is_apart
         self.num_layers, self.top_k = len(placements), 0
         self.num_experts = placements[0].num_experts
         self.is_running = False
@@ -66,7 +68,7 @@ class RoutingRecorder:
         """Record no more; what was recorded stays."""
         self.is_running = False
         self._count(len(self._passes))
-        if self.num_passes:
+        if self._balance:
             log.info(self.line())
 
     def place(self, layer: int, placement: Placement) -> None:
@@ -150,11 +152,15 @@ class RoutingRecorder:
         for layer, found in by_layer.items():
             lengths = [len(ids) for ids in found]
             ids = np.concatenate(found).astype(np.int32)
-            sums[numbers[layer]] += self._evenness(layer, ids, lengths)
+            if not self._is_apart:
+                sums[numbers[layer]] += self._evenness(layer, ids, lengths)
             taken = np.zeros((len(ids), self.num_experts + 1), np.float32)
             np.put_along_axis(taken, ids, 1.0, axis=1)  # -1 is the last column
             taken = taken[:, :-1]
             self._both[layer] += np.rint(taken.T @ taken).astype(np.int64)
+        if self._is_apart:
+            self.num_passes += num_passes
+            return
         for rows, distinct in (sums / layers_of).tolist():  # on host
             self._note_pass(rows, distinct)
 

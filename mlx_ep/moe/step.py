@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
-from mlx_ep.types import TokenCounts
+import mlx.core as mx
+import numpy as np
+
+from mlx_ep.rows import limit_to_capacity
+from mlx_ep.types import Routing, TokenCounts, to_host
 
 
 @dataclass
@@ -31,3 +36,21 @@ class Step:
             self.number += 1
         self.calls = self.calls + 1 if layer >= self.layer else 1
         self.layer = layer
+
+    def limited(self, routing: Routing, capacity: int, rank: int) -> Routing:
+        """The routing of `rank` with no more pairs of an expert than `capacity`.
+
+        What is dropped is counted, and warned of once.
+        """
+        # sync: which pairs are dropped is counted here and has to be reported.
+        ids = to_host(routing.expert_ids).astype(np.int32, copy=False)
+        ids, dropped = limit_to_capacity(ids, capacity)
+        if dropped and not self.dropped_pairs:
+            warnings.warn(
+                f"rank {rank} drops {dropped} of {ids.size} (token, expert) "
+                f"pairs beyond capacity={capacity}; this is said once, "
+                "ExpertGroup.step.dropped_pairs has the count.",
+                stacklevel=3,
+            )
+        self.dropped_pairs += dropped
+        return Routing(mx.array(ids), routing.gates)

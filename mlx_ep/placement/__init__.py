@@ -2,6 +2,7 @@
 
 from mlx_ep.placement.balance import rebalance_experts
 from mlx_ep.placement.choice import DECODE_TOKENS, ReplicaChoice
+from mlx_ep.placement.everywhere import check_everywhere, everywhere
 from mlx_ep.placement.file import read_placement, write_placement
 from mlx_ep.placement.fill import with_replicas
 from mlx_ep.placement.improve import Improved, improve
@@ -41,9 +42,11 @@ __all__ = [
     "apportion",
     "balance",
     "balance_while_it_pays",
+    "check_everywhere",
     "check_stages",
     "cut_stages",
     "draw_steps",
+    "everywhere",
     "expected_busiest",
     "improve",
     "is_record",

@@ -168,6 +168,13 @@ class Placement:
         return self.parts is None and self.num_copies > 0
 
     @cached_property
+    def is_everywhere(self) -> bool:
+        """Whether every rank holds every expert whole, in all layers."""
+        held = {len(set(experts)) for experts in self.rank_experts}
+        is_whole = self.parts is None and held == {self.num_experts}
+        return is_whole and all(layer.is_everywhere for layer in self.layers)
+
+    @cached_property
     def slots(self) -> Placement:
         """The slots of all ranks counted through, each in one place.
 
@@ -294,6 +301,14 @@ class Placement:
         what `serve` chose.
         """
         assert not self.has_replicas, "every copy would be counted"
+        return self.own_slots(expert_ids, rank)
+
+    def own_slots(
+        self, expert_ids: Integer[mx.array, "T K"], rank: int
+    ) -> Integer[mx.array, "T K"]:
+        """The slot of `rank`'s own copy of each routed expert; -1 where it has none.
+        For a rank that computes its tokens alone.
+        """
         if self.has_all_in_order(rank):
             return expert_ids
         return self._slot_tables[rank][expert_ids]

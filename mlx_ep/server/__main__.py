@@ -27,6 +27,7 @@ from mlx_ep.loading import (
 from mlx_ep.server.app import make_app
 from mlx_ep.server.attention import choose_config
 from mlx_ep.server.build import build_engine
+from mlx_ep.server.copies import CopiesRoom, copies_room, may_copy, rank_memory
 from mlx_ep.server.engine import ServingEngine
 from mlx_ep.server.flags import make_parser, model_names
 from mlx_ep.server.listener import Listener, open_port
@@ -95,7 +96,7 @@ def _serve(args: argparse.Namespace, comm: Comm, ending: Ending) -> None:
         port = agreed(
             comm, lambda: open_port(args.host, args.port) if comm.rank == 0 else None
         )
-        if args.config.attention == "auto":
+        if args.config.attention == "auto" or args.data:
             _choose_attention(args, comm)
         prepared = cli.prepare_model(args, comm, config)
     model, tokenizer = prepared.load()
@@ -138,10 +139,18 @@ def _in_one_stream(comm: Comm, config: EPConfig) -> Comm:
 
 
 def _choose_attention(args: argparse.Namespace, comm: Comm) -> None:
-    """A configuration for `--attention auto`, by shapes alone."""
+    """A configuration for `--attention auto`, and copies for `data`, by shapes alone.
 
-    def look() -> tuple[ModelShape, nn.Module]:
-        config = replace(args.config, attention="replicated")
+    Every rank must call it.
+    """
+    config: EPConfig = args.config
+    is_auto = config.attention == "auto"
+    chooses_copies = args.chooses_copies and may_copy(config, comm.size)
+    if not is_auto and not chooses_copies:
+        return
+    memory = rank_memory(config, comm)
+
+    def look() -> tuple[ModelShape | None, nn.Module, CopiesRoom | None]:
         path = find_model(
             args.model,
             args.revision,
@@ -149,14 +158,34 @@ def _choose_attention(args: argparse.Namespace, comm: Comm) -> None:
             download=config.download,
         )
         weights_of = dummy_weights if args.dummy_weights else checkpoint_weights
-        weights = weights_of(path, comm.rank, comm.size, config)
-        refuse_dense(weights.placement.num_experts, "--attention auto of the server")
-        return model_shape(read_config(path), name=args.model), weights.outline()
+        found = read_config(path)
+        plain = replace(config, attention="replicated")
+        if chooses_copies:  # its outline has all experts
+            plain = replace(plain, strategy="auto", replica_memory="all", memory=None)
+        weights = weights_of(path, comm.rank, comm.size, plain)
+        outline, num_experts = weights.outline(), weights.placement.num_experts
+        if is_auto:
+            refuse_dense(num_experts, "--attention auto of the server")
+        room = None
+        if chooses_copies and num_experts:
+            room = copies_room(outline, args.options, comm.size, memory)
+        shape = model_shape(found, name=args.model) if is_auto else None
+        return shape, outline, room
 
-    shape, outline = agreed(comm, look)
-    args.config, choice = choose_config(args.config, comm, args.options, shape, outline)
+    shape, outline, room = agreed(comm, look)
+    if shape is not None:
+        args.config, choice = choose_config(
+            config, comm, args.options, shape, outline, room
+        )
+        if comm.rank == 0:
+            print(choice, flush=True)
+        args.data = choice.mode == "data"
+    if room is None or not args.data:
+        return
+    if room.fits or args.config.strategy == "local":
+        args.config = replace(args.config, replica_memory="all")
     if comm.rank == 0:
-        print(choice, flush=True)
+        print(room, flush=True)
 
 
 def _warn_of_strangers(host: str, keys: tuple[str, ...]) -> None:

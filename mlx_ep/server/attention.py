@@ -28,12 +28,11 @@ from mlx_ep.cost.shape import ModelShape
 from mlx_ep.cost.step import step_cost
 from mlx_ep.loading import memory_limit
 from mlx_ep.models.tensor_parallel import tensor_problem
+from mlx_ep.server.copies import TYPICAL_CONTEXT, CopiesRoom
 from mlx_ep.server.pools import EngineOptions
 from mlx_ep.tune.cache import cache_folder
 
 Mode = Literal["replicated", "tensor", "data"]
-# Of a sequence, where nobody said how long they get.
-TYPICAL_CONTEXT = 2048
 _ARMS: dict[Mode, str] = {
     "replicated": "ep-replicated", "tensor": "ep-tensor", "data": "ep-gathered",
 }  # fmt: skip
@@ -59,6 +58,7 @@ def choose_mode(
     memory: int,
     context: int = TYPICAL_CONTEXT,
     problems: Mapping[Mode, str],
+    copies: CopiesRoom | None = None,
 ) -> ServingAttention:
     """What every rank takes. Pure.
 
@@ -68,9 +68,17 @@ def choose_mode(
         memory: bytes of the smallest rank, for weights and KV caches.
         context: tokens of a sequence.
         problems: by mode, why it is not possible.
+        copies: what it takes that every rank has every expert; None: that is not to
+            be.
     """
     if num_ranks == 1:
         return ServingAttention("replicated", "there is one rank")
+    if copies is not None and copies.fits:
+        return ServingAttention(
+            "data",
+            "every rank can hold every expert, and then answers its requests alone: "
+            "no layer waits for another rank",
+        )
     modes: list[Mode] = [mode for mode in _ARMS if not problems.get(mode)]
     fits = {m: _held(shape, m, num_ranks, memory, context) for m in modes}
     served = {mode: min(sequences, fits[mode]) for mode in modes}
@@ -110,6 +118,7 @@ def choose_config(
     options: EngineOptions,
     shape: ModelShape,
     outline: nn.Module,
+    copies: CopiesRoom | None = None,
 ) -> tuple[EPConfig, ServingAttention]:
     """The configuration of `--attention auto`; every rank must call it.
 
@@ -118,6 +127,7 @@ def choose_config(
     Args:
         config: with strategy ``replicated`` and attention ``auto``.
         outline: the model with its shapes; nothing of it is evaluated.
+        copies: see `choose_mode`.
     """
     chip = str(mx.device_info().get("device_name", platform.machine()))
     facts: list[tuple[str, int]] = gather_objects(
@@ -132,6 +142,7 @@ def choose_config(
         memory=int(min(limit for _, limit in facts) * options.kv_fraction),
         context=min(options.context or TYPICAL_CONTEXT, TYPICAL_CONTEXT),
         problems={"tensor": tensor_problem(outline, comm.size)},
+        copies=copies,
     )
     mode, reason = broadcast_object(comm, [choice.mode, choice.reason])
     changed: dict[str, dict[str, Any]] = {

@@ -26,7 +26,7 @@ import mlx.core as mx
 
 from mlx_ep.comm import Comm, note_progress, on_end
 from mlx_ep.server.checks import check_request
-from mlx_ep.server.doorbell import Doorbell
+from mlx_ep.server.doorbell import SLOW_GATHER, Doorbell
 from mlx_ep.server.experts import ExpertLoads
 from mlx_ep.server.grammar import Grammars
 from mlx_ep.server.messages import (
@@ -82,8 +82,11 @@ class ServingEngine:
         self._comm, self._worker, self._scheduler = comm, worker, scheduler
         self._vocabulary, self._grammars, self._notes = vocabulary, grammars, notes
         self._options = options
-        self._exchange = StepExchange(comm, options.max_num_seqs)
         self._bell = Doorbell(comm)
+        by_bell = worker.is_apart and self._bell.gather_seconds() < SLOW_GATHER
+        self._exchange = StepExchange(
+            comm, options.max_num_seqs, self._bell.gather if by_bell else None
+        )
         self._loads = ExpertLoads(worker.model, comm, attention == "data")
         # Signal handlers of the main thread ask too, whatever it is doing.
         self._lock = threading.RLock()

@@ -58,6 +58,12 @@ class ExpertLoads:
         assert self._recorder is not None
         both = self._recorder.coactivations
         counts = np.diagonal(both, axis1=1, axis2=2)
+        if self._state.group.is_apart and self._own_tokens:
+            # sync: likewise; each rank computes its own tokens, and no others.
+            own = mx.array(counts.astype(np.int32))[None]
+            of_ranks = to_host(self._comm.all_gather(own))
+            self.ranks = tuple(map(tuple, of_ranks.sum(axis=2).T.tolist()))  # on host
+            return np.asarray(of_ranks.sum(axis=0))  # on host
         if self._own_tokens and self._comm.size > 1:
             # sync: once in many steps, or where somebody asks.
             counts = to_host(self._comm.all_reduce(mx.array(counts.astype(np.int32))))

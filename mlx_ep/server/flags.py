@@ -39,10 +39,22 @@ def make_parser() -> cli.Parser:
     _add_answer_flags(parser)
     _add_engine_flags(parser)
     cli.add_ep_flags(parser, has_data=True)
+    copies = parser._option_string_actions["--replica-memory"]
+    copies.default = None
+    copies.help = (copies.help or "").removesuffix(".") + (
+        " (default: with --attention data all, where they fit beside KV caches, else 0)"
+    )
+    parser.finishers.insert(0, _note_copies)
     attention = parser._option_string_actions["--attention"]
     attention.help = (attention.help or "").replace("with --prompts-file: ", "")
     parser.finishers.append(_finish)
     return parser
+
+
+def _note_copies(args: argparse.Namespace) -> None:
+    """Whether the server says how many copies of experts there are."""
+    args.chooses_copies = args.replica_memory is None
+    args.replica_memory = args.replica_memory or "0"
 
 
 def _add_address_flags(parser: argparse.ArgumentParser) -> None:

@@ -10,11 +10,14 @@ same graph, and so is the pass that takes them. A payload is msgpack: rank 0's d
 and what a rank has to say of the tokens that it drew. It mostly is nothing, or short
 enough for the row. What is longer, such as a prompt, follows in a second collective,
 whose size all ranks have read in the rows.
+
+Where no layer exchanges anything (strategy `local`), nothing waits inside a collective:
+each rank reads its own tokens, and rows and payloads travel over sockets (`Doorbell`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -54,7 +57,8 @@ class Sent(NamedTuple):
     """What is under way.
 
     Attributes:
-        rows: of all ranks, not evaluated.
+        rows: of all ranks, not evaluated; of this rank alone, where it tells the others
+            by itself.
         payload: of this rank.
     """
 
@@ -63,14 +67,21 @@ class Sent(NamedTuple):
 
 
 class StepExchange:
-    """The collective of every step: `send`, then `receive`, on every rank.
+    """The exchange of every step: `send`, then `receive`, on every rank.
 
     Args:
         num_places: sequences at most; alike on all ranks.
+        gather: takes the place of collectives, for ranks whose tokens come from no
+            collective: gives every rank's bytes, in rank order.
     """
 
-    def __init__(self, comm: Comm, num_places: int) -> None:
-        self._comm, self._num_places = comm, num_places
+    def __init__(
+        self,
+        comm: Comm,
+        num_places: int,
+        gather: Callable[[bytes], list[bytes]] | None = None,
+    ) -> None:
+        self._comm, self._num_places, self._gather = comm, num_places, gather
 
     def send(
         self,
@@ -88,7 +99,7 @@ class StepExchange:
         first = mx.array([len(payload), *status], mx.int32)
         last = mx.array(np.frombuffer(text, np.int32))
         rows = mx.concatenate([first, words, last])[None]
-        if self._comm.size > 1:
+        if self._comm.size > 1 and self._gather is None:
             rows = self._comm.all_gather(rows)
         mx.async_eval(rows)
         return Sent(rows, payload)
@@ -96,21 +107,40 @@ class StepExchange:
     def words(self, sent: Sent, rank: int) -> Int32[mx.array, " places"]:
         """The words of a rank, not evaluated."""
         start = 1 + STATUS
+        if self._gather is not None:
+            assert rank == self._comm.rank, "those of others are not here yet"
+            rank = 0
         return sent.rows[rank, start : start + self._num_places]
 
     def receive(self, sent: Sent) -> list[Heard]:
         """Hear what all ranks have told."""
         # sync: the step depends on what rank 0 decided, and on the tokens.
         rows = to_host(sent.rows)
+        if self._gather is not None:
+            return self._receive_by_itself(rows[0], sent.payload)
         sizes = rows[:, 0].tolist()  # on host
         long = self._gather_long(sent.payload, sizes) if max(sizes) > INLINE else []
         heard = []
         for rank, (size, row) in enumerate(zip(sizes, rows, strict=True)):
             short = row[-INLINE // 4 :].tobytes()
             text = (short if size <= INLINE else long[rank])[:size]
-            status = row[1 : 1 + STATUS].tolist()  # on host
-            heard.append(Heard(status, self._tokens(row), text))
+            heard.append(self._heard(row, text))
         return heard
+
+    def _receive_by_itself(self, row: np.ndarray, payload: bytes) -> list[Heard]:
+        """Tell the others this rank's row and payload, and hear theirs."""
+        assert self._gather is not None
+        numbers = row[: -INLINE // 4]
+        parts = self._gather(numbers.tobytes() + payload)
+        size = numbers.nbytes
+        return [
+            self._heard(np.frombuffer(part[:size], np.int32), part[size:])
+            for part in parts
+        ]
+
+    def _heard(self, row: np.ndarray, payload: bytes) -> Heard:
+        status = row[1 : 1 + STATUS].tolist()  # on host
+        return Heard(status, self._tokens(row), payload)
 
     def _tokens(self, row: np.ndarray) -> dict[int, int]:
         words = row[1 + STATUS : 1 + STATUS + self._num_places]

@@ -264,8 +264,11 @@ class RequestScheduler:
             for place, active in self.places.items()  # in the order of entering
             if active.owner == owner and active.left
         ]
-        if pending and pending[0].place != of.oldest:
-            of.oldest, of.waited = pending[0].place, 0
+        oldest = pending[0].place if pending else -1
+        if oldest != of.oldest:
+            of.oldest, of.waited = oldest, 0
+        if not pending:
+            return []
         chunks = choose_chunks(pending, self._prefill_step, of.waited)
         is_served = any(place == of.oldest for place, _ in chunks)
         of.waited = 0 if is_served else of.waited + 1

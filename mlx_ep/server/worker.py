@@ -150,6 +150,15 @@ class Worker:
         """Sequences on this rank."""
         return sum(map(self._is_here, self.running.values()))
 
+    @property
+    def is_apart(self) -> bool:
+        """Whether ranks hold sequences of their own, and no layer exchanges anything.
+
+        Then a rank without tokens in a pass has nothing to do in it.
+        """
+        is_alone = bool(self.model.expert_parallel.group.is_apart)
+        return self.own_attention and self.comm.size > 1 and is_alone
+
     # One step, in this order ----------------------------------------------------------
 
     def words(self) -> Int32[mx.array, " places"]:

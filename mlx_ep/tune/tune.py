@@ -117,6 +117,7 @@ def tune(
     moves_rows: bool = False,
     dispatch_dtype: DispatchDtype = "model",
     placement: Placement | None = None,
+    is_apart: bool = False,
     watch: TimedLayers = _unwatched,
 ) -> ModelPolicy:
     """Decide what runs the experts of every layer and moves its rows.
@@ -136,6 +137,8 @@ def tune(
         moves_rows: whether rows are exchanged, by something that takes a mover.
         dispatch_dtype: what rows travel in.
         placement: of the experts; default: contiguous.
+        is_apart: whether each rank computes its own tokens with all experts, as one
+            rank alone does: all choices of its rows are there, and no layer waits.
         watch: shows how many of the shapes are checked and timed.
 
     Raises:
@@ -147,7 +150,9 @@ def tune(
     for layer in layers:
         firsts.setdefault(str(layer.shape), layer)
     experts = {
-        key: ExpertsProblem(layer, num_experts, comm.size, wish.runner)
+        key: ExpertsProblem(
+            layer, num_experts, 1 if is_apart else comm.size, wish.runner
+        )
         for key, layer in firsts.items()
     }
     shapes = {

@@ -102,6 +102,7 @@ STRATEGIES: list[dict[str, Any]] = [
      "low_latency_tokens": 16},
     {"strategy": "all_to_all"},
     {"strategy": "auto"},
+    {"strategy": "auto", "replica_memory": "all"},
 ]  # fmt: skip
 
 

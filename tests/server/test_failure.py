@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import pytest
 
@@ -26,6 +27,19 @@ def _check(outcomes: list[RankOutcome], word: str) -> None:
 def test_a_rank_raises(num_ranks: int) -> None:
     outcomes = run_commands(num_ranks, [*COMMAND, "raise"])
     _check(outcomes, "a step went wrong")
+
+
+def test_a_rank_raises_that_tells_over_sockets() -> None:
+    _check(run_commands(2, [*COMMAND, "raise", "local"]), "a step went wrong")
+
+
+@pytest.mark.parametrize(
+    "name", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.slow)]
+)
+def test_a_rank_is_gone_that_tells_over_sockets(name: str) -> None:
+    start = time.monotonic()
+    _check(run_commands(2, [*COMMAND, name, "local"]), "")
+    assert time.monotonic() - start < 40  # the limits of a step are longer
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import msgpack
 import pytest
 
 from mlx_ep.comm import GroupComm
+from mlx_ep.server.doorbell import Doorbell
 from mlx_ep.server.messages import INLINE, Details, StepExchange, decode, encode
 from mlx_ep.server.prefix_cache import PrefixHit
 from mlx_ep.server.requests import Request, Sampling
@@ -48,14 +49,30 @@ def test_tokens_status_and_payloads_of_every_rank() -> None:
         assert words == [0, 0, 1, 2**28 + 3, 0, 0]  # of rank 2
 
 
-def _tell(group: mx.distributed.Group) -> list[object]:
-    rank = group.rank()
-    exchange = StepExchange(GroupComm(group), 6)
+def test_ranks_that_exchange_nothing_tell_the_same_over_sockets() -> None:
+    """The long payload needs no second turn; a rank's own words are not waited for."""
+    rows = run_ranks(3, _tell, True)
+    assert [heard for heard, _ in rows[0]] == [heard for heard, _ in rows[2]]
+    for rank, told in enumerate(rows):
+        for size, (heard, words) in zip((0, INLINE, INLINE + 1), told, strict=True):
+            assert [h.status[0] for h in heard] == [0, 1, 2]
+            assert heard[1].payload == bytes([1]) * size
+            assert heard[2].tokens == {2: 0, 3: 2**28 + 2}
+            assert words[rank] == 1 and words[3] == 2**28 + rank + 1
+
+
+def _tell(group: mx.distributed.Group, by_sockets: bool = False) -> list[object]:
+    rank, comm = group.rank(), GroupComm(group)
+    bell = Doorbell(comm) if by_sockets else None
+    exchange = StepExchange(comm, 6, bell and bell.gather)
+    of_rank = rank if by_sockets else 2
     told = []
     for size in (0, INLINE, INLINE + 1):
         words = mx.zeros(6, mx.int32)
         words[rank], words[3] = 1, 2**28 + rank + 1
         payload = bytes([rank]) * (size if rank == 1 else 5)
         sent = exchange.send(words, [rank, 2, 2**31 - 1], payload)
-        told.append((exchange.receive(sent), exchange.words(sent, 2).tolist()))
+        told.append((exchange.receive(sent), exchange.words(sent, of_rank).tolist()))
+    if bell is not None:
+        bell.close()
     return told

@@ -157,6 +157,19 @@ def test_a_pass_is_bounded(most: int) -> None:
     assert len(chunks) == 1 or all(left[place] == count for place, count in chunks)
 
 
+def test_steps_without_a_prompt_are_no_patience() -> None:
+    scheduler = _scheduler()
+    scheduler.add(_request("first", most=100))
+    scheduler.decide()
+    for _ in range(PATIENCE + 2):
+        assert scheduler.decide().prefill == {}
+    scheduler.ended(0, "first")
+    # In the same place: it has waited for nothing yet, and the shorter one goes first.
+    scheduler.add(_request("long", 50))
+    scheduler.add(_request("short", 3))
+    assert scheduler.decide().prefill == {0: [(1, 2)]}
+
+
 def test_what_is_cached_is_not_processed() -> None:
     hits = {0: None, 1: PrefixHit(4, 30)}
     scheduler = _scheduler(limits=[10**9] * 2, find=lambda owner, _: hits[owner])

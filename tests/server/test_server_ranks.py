@@ -194,10 +194,12 @@ def _ask_long(address: str, answers: list[Any], stream: bool) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("attention", ["replicated", "data"])
 @pytest.mark.slow
-def test_a_rank_that_is_gone(number: signal.Signals) -> None:
+def test_a_rank_that_is_gone(number: signal.Signals, attention: str) -> None:
     limits = {"MLX_EP_LIMITS": "decode=3"}
-    with serving_ranks(2, env=limits) as (started, address):
+    flags = ["--attention", attention]
+    with serving_ranks(2, *flags, env=limits) as (started, address):
         answers: list[Any] = []
         threads = [
             threading.Thread(target=_ask_long, args=(address, answers, stream))

@@ -11,6 +11,7 @@ from mlx_ep.server.requests import Request
 from tests.support.ranks import run_ranks
 from tests.support.serving import (
     DATA,
+    LOCAL,
     TENSOR,
     Outcome,
     Script,
@@ -63,7 +64,8 @@ def _play(
         _check(outcome, expected, CANCELLED)
     # The same prompts again: all but their last tokens are there.
     assert (ranks[0][1].state.cache_hits > 0) == (kept > 0)
-    assert ranks[0][1].state.cache_bytes <= kept * (num_ranks if config == DATA else 1)
+    is_own = config in (DATA, LOCAL)
+    assert ranks[0][1].state.cache_bytes <= kept * (num_ranks if is_own else 1)
     for (others,) in ranks[1:]:
         assert (others.running, others.kv_bytes) == (0, 0)
 
@@ -77,6 +79,8 @@ def _play(
         (2, TENSOR, 0, True),
         (2, DATA, 10**7, True),
         (2, DATA, 0, False),
+        (2, LOCAL, 10**7, True),
+        (3, LOCAL, 0, False),
     ],
 )
 def test_tokens_are_those_of_mlx_lm_alone(
@@ -92,7 +96,12 @@ def test_tokens_are_those_of_mlx_lm_alone(
 @pytest.mark.parametrize(
     ("num_ranks", "config"),
     # The embedded model has 2 KV heads, which more ranks do not divide.
-    [(n, c) for n in (1, 2, 3, 4) for c in ({}, TENSOR, DATA) if c != TENSOR or n < 3],
+    [
+        (n, c)
+        for n in (1, 2, 3, 4)
+        for c in ({}, TENSOR, DATA, LOCAL)
+        if c != TENSOR or n < 3
+    ],
 )
 @pytest.mark.parametrize(("kept", "look_ahead"), [(0, False), (10**7, True)])
 def test_64_requests_at_16(

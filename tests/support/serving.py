@@ -25,6 +25,8 @@ from tests.support.waiting import LONG, until
 
 TERMS = ["bug", "daemon", "deadlock", "worm", "zombie", "patch", "cookie"]
 DATA = {"strategy": "auto"}
+# Every rank has every expert, and answers its requests alone.
+LOCAL = {"strategy": "local", "replica_memory": "all"}
 TENSOR = {"attention": "tensor"}
 
 

@@ -1,4 +1,7 @@
-"""A rank that serves two long answers, as a command: ``KIND`` is what goes wrong.
+"""A rank that serves two long answers, as a command: ``KIND [local]``.
+
+KIND is what goes wrong; with ``local`` every rank has every expert, and ranks tell each
+other over sockets.
 
 Rank 0 prints each event that ends a request. In a step, the last rank raises
 (``raise``), or kills or stops itself (``SIGKILL``, ``SIGSTOP``).
@@ -14,7 +17,7 @@ from typing import Any
 from mlx_ep.comm import GroupComm, guard, init
 from mlx_ep.loading import find_model
 from mlx_ep.server.requests import Request, Sampling, Token
-from tests.support.serving import load_engine
+from tests.support.serving import LOCAL, load_engine
 
 FAILS_AT = 30  # step
 
@@ -23,7 +26,9 @@ def main() -> None:
     kind = sys.argv[1]
     comm: GroupComm = init()
     with guard(comm.group):
-        engine = load_engine(comm.group, str(find_model("jargon-moe")), {}, {})
+        config = LOCAL if "local" in sys.argv else {}
+        engine = load_engine(comm.group, str(find_model("jargon-moe")), config, {})
+        assert (engine._exchange._gather is not None) == ("local" in sys.argv)
         if comm.rank == comm.size - 1:
             _fail_later(engine._worker, kind)
         if comm.rank == 0:

@@ -29,8 +29,8 @@ def passes(count: int, tokens: int) -> list[np.ndarray]:
     return list(np.argsort(keys, -1)[..., :K].astype(np.int32))
 
 
-def recorded(steps: list[np.ndarray]) -> RoutingRecorder:
-    recorder = RoutingRecorder([PLACEMENT] * LAYERS)
+def recorded(steps: list[np.ndarray], is_apart: bool = False) -> RoutingRecorder:
+    recorder = RoutingRecorder([PLACEMENT] * LAYERS, is_apart)
     observers = [recorder.observer(layer) for layer in range(LAYERS)]
     observers[0](mx.array(steps[0][0]))  # before start: not recorded
     recorder.start()
@@ -75,6 +75,17 @@ def test_balancedness(caplog: pytest.LogCaptureFixture) -> None:
         "last_1000_average_balancedness=0.833 current_pass_activated_balancedness=0.833"
     )
     assert "forward_pass_id=1" in lines[-1]
+
+
+def test_a_rank_that_computes_alone_says_nothing_of_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    steps = passes(4, 3)
+    with caplog.at_level(logging.DEBUG, "mlx_ep"):
+        recorder = recorded(steps, is_apart=True)
+    assert (recorder.balancedness, caplog.records) == ([], [])
+    assert (recorder.num_passes, recorder.num_tokens) == (4, 12)
+    np.testing.assert_array_equal(recorder.coactivations, recorded(steps).coactivations)
 
 
 def test_a_file_and_back(tmp_path: Path) -> None:

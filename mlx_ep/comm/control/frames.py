@@ -63,7 +63,11 @@ class Session:
         return bool(self._keys)
 
     def receive(self, data: bytes) -> list[dict[str, Any]]:
-        """The messages that are complete by now.
+        """The messages that are complete by now; see `receive_bytes`."""
+        return [json.loads(text) for text in self.receive_bytes(data)]
+
+    def receive_bytes(self, data: bytes) -> list[bytes]:
+        """The texts of the frames that are complete by now.
 
         What a server has to answer to an opening is in `opening` afterwards.
 
@@ -80,7 +84,10 @@ class Session:
 
     def seal(self, message: dict[str, Any]) -> bytes:
         """The frame of a message; frames have to be sent in the order of the calls."""
-        text = json.dumps(message).encode()
+        return self.seal_bytes(json.dumps(message).encode())
+
+    def seal_bytes(self, text: bytes) -> bytes:
+        """Likewise, of a text that is no JSON; of `MOST` bytes at most."""
         side = "server" if self._is_server else "client"
         number = self._sent.to_bytes(8, "big")
         self._sent += 1
@@ -104,7 +111,7 @@ class Session:
             self.opening = MAGIC + self._nonce
         return True
 
-    def _next(self) -> dict[str, Any] | None:
+    def _next(self) -> bytes | None:
         if len(self._buffer) < 4:
             return None
         length = int.from_bytes(self._buffer[:4], "big")
@@ -121,9 +128,7 @@ class Session:
         if not hmac.compare_digest(expected, frame[-TAG:]):
             raise RefusedError("it does not know the secret of this run")
         self._received += 1
-        text = _xor(frame[4:-TAG], self._keys[f"{side} cipher"], number)
-        message: dict[str, Any] = json.loads(text)
-        return message
+        return _xor(frame[4:-TAG], self._keys[f"{side} cipher"], number)
 
 
 def _tag(key: bytes, data: bytes) -> bytes:
