@@ -7,13 +7,18 @@ import re
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
+import mlx.core as mx
 import mlx_lm
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_ep import EPConfig, load
 from mlx_ep.loading import find_model
 from tests.support.launchers import mpirun_command, rank_environment
-from tests.support.ranks import run_commands
+from tests.support.ranks import run_commands, run_ranks
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.requires("mpi")
 
@@ -98,3 +103,23 @@ def test_a_ring_has_no_stages_of_several_ranks() -> None:
     assert [one.returncode for one in outcomes] == [2] * 4, outcomes
     assert "needs groups of some of the ranks" in outcomes[0].stderr
     assert "Traceback" not in outcomes[0].stderr
+
+
+def reads_in_chunks(group: mx.distributed.Group, directory: str) -> None:
+    """The last stage starts on a chunk once the first one has computed the next."""
+    done = Path(directory) / "second chunk"
+    config = EPConfig(strategy="replicated", runner="gather", warmup=False, pp=2)
+    model, _ = load("jargon-moe", group, config)
+    cache = make_prompt_cache(model)
+    for number in range(3):
+        logits = model(mx.arange(7)[None], cache=cache)
+        if number == 0 and group.rank() == 1:
+            until(done.exists, lambda: "the first stage waits for the last one")
+        mx.eval([layer.state for layer in cache])
+        if number == 1 and group.rank() == 0:
+            done.touch()
+    mx.eval(logits)
+
+
+def test_stages_are_busy_with_different_chunks(tmp_path) -> None:
+    run_ranks(2, reads_in_chunks, str(tmp_path), transport="mpi")

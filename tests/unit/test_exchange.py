@@ -114,6 +114,11 @@ def test_the_line_that_infinilm_prints(strategy, ep_size, num_ranks, line):
     assert backend_line(config, num_ranks) == f"MoE EP backend: {line}"
 
 
+def test_the_line_of_a_pipeline_is_that_of_a_stage():
+    line = "MoE EP backend: local_allreduce  TP=2  DP=1  EP=2  PP=3"
+    assert backend_line(EPConfig(strategy="replicated", pp=3), 6) == line
+
+
 def test_a_dense_model_has_no_backend():
     line = backend_line(EPConfig(), 2, is_dense=True)
     assert line == "MoE EP backend: disabled  TP=2  DP=1  EP=1"
