@@ -18,6 +18,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlx_ep.loading import find_model
 from tests.support import tiny
+from tests.support.launchers import free_ports
 from tests.support.ranks import run_commands, start_commands
 from tests.support.usage import assert_usage_errors
 from tests.support.waiting import LONG, until
@@ -78,7 +79,7 @@ def _launch(
     ids=["script", "module", "module after --", "mpi"],
 )  # fmt: skip
 def test_launch_forms(form: list[str], expected: str) -> None:
-    port = [] if "mpi" in form else ["-p", str(20000 + os.getpid() % 10000)]
+    port = [] if "mpi" in form else ["-p", str(free_ports(2)[0])]
     done = _launch(*port, *form, *ASK, "2")
     lines = done.stdout.splitlines()
     assert lines[0].startswith("rank 0: experts 0..7 (8 of 16 per layer), "), done

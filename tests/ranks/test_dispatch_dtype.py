@@ -11,6 +11,7 @@ from tests.support.kernel_reference import calc_diff
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.requires("ranks")
+MPI, SLOW = pytest.mark.requires("mpi"), pytest.mark.slow
 
 D, E, K = 160, 7, 3
 DTYPES = (mx.float32, mx.bfloat16)
@@ -187,7 +188,7 @@ def check_model(group):
         assert 1e-8 < calc_diff(by_strategy[0], exact) < 5e-3
 
 
-def check_all(group, small):
+def check_all(group, names):
     from mlx_ep import Placement
     from mlx_ep.comm import GroupComm
 
@@ -196,7 +197,7 @@ def check_all(group, small):
         tuple(tuple(range(r, E, comm.size)) for r in range(comm.size))
     )
     for case in routing_cases(comm.size, E, K):
-        if case.name not in CASES[: 2 if small else None]:
+        if case.name not in names:
             continue
         for dtype in DTYPES:
             for form in ("bf16", "int8", "mxfp8"):
@@ -208,21 +209,17 @@ def check_all(group, small):
 
 
 @pytest.mark.parametrize(
-    ("transport", "num_ranks", "small"),
+    ("transport", "num_ranks", "names"),
     [
-        pytest.param("ring", 1, True, id="one"),
-        pytest.param("mpi", 2, False, id="mpi-2", marks=pytest.mark.requires("mpi")),
-        pytest.param("mpi", 3, True, id="mpi-3", marks=pytest.mark.requires("mpi")),
-        pytest.param(
-            "mpi",
-            4,
-            False,
-            id="mpi-4",
-            marks=[pytest.mark.requires("mpi"), pytest.mark.slow],
-        ),
-        pytest.param("ring", 2, True, id="ring-2", marks=pytest.mark.slow),
-        pytest.param("ring", 3, True, id="ring-3", marks=pytest.mark.slow),
+        pytest.param("ring", 1, CASES[:2], id="one"),
+        # The fast ones over MPI share the cases.
+        pytest.param("mpi", 2, CASES[2:], id="mpi-2", marks=MPI),
+        pytest.param("mpi", 3, CASES[:2], id="mpi-3", marks=MPI),
+        pytest.param("mpi", 2, CASES[:2], id="mpi-2-rest", marks=[MPI, SLOW]),
+        pytest.param("mpi", 4, CASES, id="mpi-4", marks=[MPI, SLOW]),
+        pytest.param("ring", 2, CASES[:2], id="ring-2", marks=SLOW),
+        pytest.param("ring", 3, CASES[:2], id="ring-3", marks=SLOW),
     ],
 )
-def test_rows_in_another_dtype(transport, num_ranks, small):
-    run_ranks(num_ranks, check_all, small, transport=transport)
+def test_rows_in_another_dtype(transport, num_ranks, names):
+    run_ranks(num_ranks, check_all, names, transport=transport)

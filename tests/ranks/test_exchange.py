@@ -379,7 +379,8 @@ def check_replicated(comm):
     ("transport", "num_ranks", "small"),
     [
         pytest.param("ring", 1, False, id="one"),
-        pytest.param("mpi", 2, False, id="mpi-2", marks=MPI),
+        # Fast: 2 ranks have `ring-2` and `test_fuzzing`, MPI has all cases on 4.
+        pytest.param("mpi", 2, False, id="mpi-2", marks=[MPI, pytest.mark.slow]),
         pytest.param("mpi", 3, False, id="mpi-3", marks=[MPI, pytest.mark.slow]),
         pytest.param("mpi", 4, False, id="mpi-4", marks=MPI),
         pytest.param("ring", 2, True, id="ring-2"),
