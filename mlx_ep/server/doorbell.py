@@ -125,15 +125,24 @@ class Doorbell:
         if listener is not None:
             self._links = links_to_others(listener, key, size, CONNECT_LIMIT)
         else:
-            peer = _reach(addresses, port)
-            self._links = [link_to_rank_0(peer, key, self._comm.rank)]
+            self._links = [_reach(addresses, port, key, self._comm.rank)]
 
 
-def _reach(addresses: list[str], port: int) -> socket.socket:
+def _reach(addresses: list[str], port: int, key: bytes, rank: int) -> SealedLink:
+    """To rank 0 at the first address where it answers.
+
+    Hosts may have an address in common, such as that of a bridge between containers,
+    where another program listens, or this host itself.
+
+    Raises:
+        OSError: rank 0 answers nowhere.
+    """
     problem: OSError | None = None
     for address in addresses:
         try:
-            return socket.create_connection((address, port), CONNECT_LIMIT)
+            limit = CONNECT_LIMIT / len(addresses)
+            peer = socket.create_connection((address, port), limit)
+            return link_to_rank_0(peer, key, rank)
         except OSError as error:
             problem = error
     raise problem or OSError("rank 0 has no address")
