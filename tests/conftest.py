@@ -6,7 +6,9 @@ Where the tier is missing the test is skipped, or fails if MLX_EP_REQUIRE names 
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("requires"):
         for tier in mark.args:
             require(tier)
+
+
+@pytest.fixture(autouse=True)
+def own_log_handlers() -> Iterator[None]:
+    """A command that a test runs here logs to that test's standard error only."""
+    logger = logging.getLogger("mlx_ep")
+    handlers, level, goes_on = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers, logger.propagate = handlers, goes_on
+    logger.setLevel(level)
 
 
 @pytest.fixture

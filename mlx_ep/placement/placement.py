@@ -304,8 +304,8 @@ class Placement:
         return self.own_slots(expert_ids, rank)
 
     def own_slots(
-        self, expert_ids: Integer[mx.array, "T K"], rank: int
-    ) -> Integer[mx.array, "T K"]:
+        self, expert_ids: Integer[mx.array, "... K"], rank: int
+    ) -> Integer[mx.array, "... K"]:
         """The slot of `rank`'s own copy of each routed expert; -1 where it has none.
         For a rank that computes its tokens alone.
         """

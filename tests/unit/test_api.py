@@ -266,8 +266,8 @@ def test_what_moves_rows_is_given_when_the_group_is_made(
 
 
 BAD_CONFIGURATIONS = {
-    "strategy='foo'": "strategy must be one of replicated, gathered, all_to_all, auto, "
-    "or an alias (disabled, none,",
+    "strategy='foo'": "strategy must be one of replicated, gathered, all_to_all, "
+    "local, auto, or an alias (disabled, none,",
     "strategy=3": "strategy must be a text; got 3",
     "strategy=['auto']": "strategy must be a text; got ['auto']",
     "mode='fast'": "mode must be one of auto, low_latency, normal; got 'fast'",
