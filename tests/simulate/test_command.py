@@ -233,13 +233,15 @@ def test_plots(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert running.max() > 0 and 0 < pool.max() <= 100
 
 
-def test_a_bar_on_a_terminal_only(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_on_a_terminal_only(folder: Path) -> None:
     """It counts requests up to the last one."""
     assert "req" not in run_command(TUTORIAL.split()).err
-    monkeypatch.setattr(io.StringIO, "isatty", lambda self: True)
-    err = run_command(TUTORIAL.split()).err
+    err = run_command(TUTORIAL.split(), _Terminal).err
     assert "0/20" in err and "req" in err
 
 

@@ -212,7 +212,8 @@ def test_exchanges_follow_active_tokens_and_not_weights(
         return exchange_ns(name, levels, [tokens] * 2, 2, model, settings)
 
     assert took(64, sizes[1]) == took(64)
-    assert took(640) == pytest.approx(10 * took(64), rel=1e-3)
+    # Beyond 64 tokens in one mode of all_to_all.
+    assert took(1280) == pytest.approx(10 * took(128), rel=1e-2)
     assert 0 < took(1) < took(2) / 1.9
 
 
