@@ -56,6 +56,8 @@ WIDTH, EXPERT_WIDTH = 2048, 768  # of Qwen3-30B-A3B
 QUICK_WIDTHS = (512, 256)
 FAST = 0.1  # the quantile that computations are taken to need: of rounds, or samples
 ROUNDS = 4  # in which all is timed: a machine can be slow for seconds
+# Seconds for rounds: where they are long there are fewer, but no fewer than two.
+MOST_SECONDS = 105.0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -169,7 +171,7 @@ def calibrate(
 ) -> Profile:
     """The profile of this cluster, the same on every rank. Every rank must call it.
 
-    All is timed in `ROUNDS` rounds; see `Rounds`.
+    All is timed in `ROUNDS` rounds (see `Rounds`), or as many as `MOST_SECONDS` allow.
 
     Args:
         packings: names in `PACKINGS`.
@@ -186,18 +188,25 @@ def calibrate(
         timer = Timer(comm, seconds=0.01, longest=0.02, most=5, clock=clock)
     else:
         timer = replace(timer, rounds=Rounds())
+    lengths: list[float] = []
     for _ in range(1 if quick else ROUNDS):
+        begun = time.perf_counter()
         if timer.rounds is not None:
             timer.rounds.begin()
         mine = _of_this_rank(timer, packings, widths, QUICK_SIZES if quick else SIZES)
+        lengths.append(time.perf_counter() - begun)
         between()
+        next_ends = sum(lengths) + max(lengths)
+        if len(lengths) > 1 and timer.agreed(next_ends > MOST_SECONDS):
+            break
     ranks = gather_objects(comm, to_json(replace(mine, memory_bytes=memory)))
     profiles = [from_json(rank) for rank in ranks]
     found = slowest(profiles)
     seconds = time.perf_counter() - started
     note = (
         f"Measured by mlx_ep.calibrate on {comm.size} ranks in {seconds:.0f} s: "
-        f"the fast tenth of {'samples' if quick else 'rounds'}, of collectives the "
+        f"the fast tenth of {'samples' if quick else f'{len(lengths)} rounds'}, of "
+        "collectives the "
         f"median; the slowest rank counts; experts of {widths[0]} x {widths[1]}"
         f"{', --quick: do not rely on it' if quick else ''}."
     )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -202,10 +205,44 @@ def test_expert_parallelism_halves_experts(folder: Path) -> None:
     assert two.pool.num_blocks > one.pool.num_blocks
 
 
-def test_plots(folder: Path) -> None:
+def test_plots(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TTFT and ITL, running and waiting requests, KV blocks: with the run's numbers."""
+    drawn: list[tuple[str, list[tuple[np.ndarray, np.ndarray]]]] = []
+    close = plt.close
+
+    def keep(figure: Any) -> None:
+        for axis in figure.axes:
+            lines = [(line.get_xdata(), line.get_ydata()) for line in axis.lines]
+            drawn.append((axis.get_ylabel(), lines))
+        close(figure)
+
+    monkeypatch.setattr(plt, "close", keep)
     outcome = run_command([*TUTORIAL.split(), "--plot", "p.png"])
     assert outcome.code == 0
     assert Path("p.png").read_bytes().startswith(b"\x89PNG")
+    labels = [label for label, _ in drawn]
+    assert labels == ["TTFT (ms)", "ITL (ms)", "requests", "KV blocks in use (%)"]
+    with open("out.csv") as file:
+        rows = list(csv.DictReader(file))
+    ttft, itl = drawn[0][1][0], drawn[1][1][0]
+    assert sorted(ttft[1]) == sorted(int(row["TTFT"]) / 1e6 for row in rows)
+    gaps = [gap for row in rows for gap in json.loads(row["ITL"])]
+    assert sorted(itl[1]) == pytest.approx(sorted(gap / 1e6 for gap in gaps))
+    running, _waiting = (np.array(line[1]) for line in drawn[2][1])
+    pool = np.array(drawn[3][1][0][1])
+    assert running.max() > 0 and 0 < pool.max() <= 100
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_on_a_terminal_only(folder: Path) -> None:
+    """It counts requests up to the last one."""
+    assert "req" not in run_command(TUTORIAL.split()).err
+    err = run_command(TUTORIAL.split(), _Terminal).err
+    assert "0/20" in err and "req" in err
 
 
 def _measure(file: Path, simulated: Path, factor: float) -> None:

@@ -81,6 +81,19 @@ def test_without_shared_experts_nothing_is_beside(tmp_path: Path) -> None:
     assert (none == single).all()
 
 
+def test_split_shared_experts_are_not_beside(tmp_path: Path) -> None:
+    """Split attention splits shared experts too, and one sum is of both."""
+    make_folder(tmp_path, c=cluster(*MEMBERS["replicated"]))
+    trace = write_trace(tmp_path / "t.jsonl", trace_lines(1))
+    group = make_engine(tmp_path / "c.json", trace).groups[0].instances
+    none, single = (
+        ProfileTimes(group, PROFILE, SHARED, overlap=way) for way in ("none", "single")
+    )
+    assert single.arm == "ep-tensor"
+    batch = BATCHES["single tokens"]
+    assert (_ns(none, batch, 1) == _ns(single, batch, 1)).all()
+
+
 @pytest.mark.parametrize("arm", ["ep-replicated", "ep-gathered", "ep-all-to-all"])
 @pytest.mark.parametrize("tokens", [1, 2, 16, 400, 5000])
 def test_hidden_is_never_more_than_the_exchange(arm: str, tokens: int) -> None:

@@ -193,6 +193,57 @@ def test_communication_follows_tokens(tmp_path: Path) -> None:
     assert 0 < busy - idle < 4 * 10
 
 
+@pytest.mark.parametrize("name", ["allgather", "gathered", "all_to_all", "replicated"])
+def test_exchanges_follow_active_tokens_and_not_weights(
+    name: str, tmp_path: Path
+) -> None:
+    """Ten times the experts' width moves nothing more; ten times the tokens as many
+    times the bytes, less what a message costs.
+    """
+    sizes = []
+    for width in (32, 320):
+        file = tmp_path / f"{width}.json"
+        file.write_text(json.dumps(MOE | {"moe_intermediate_size": width}))
+        sizes.append(read_model("m", file))
+    assert sizes[1].expert_weights == 10 * sizes[0].expert_weights
+    levels, settings = [(2, LinkLevel(16.0, 0.0))], EngineSettings()
+
+    def took(tokens: int, model: ModelSizes = sizes[0]) -> float:
+        return exchange_ns(name, levels, [tokens] * 2, 2, model, settings)
+
+    assert took(64, sizes[1]) == took(64)
+    # Beyond 64 tokens in one mode of all_to_all.
+    assert took(1280) == pytest.approx(10 * took(128), rel=1e-2)
+    assert 0 < took(1) < took(2) / 1.9
+
+
+def test_activated_experts_drive_latency(tmp_path: Path) -> None:
+    """As many tokens take longer where they choose more different experts."""
+    weights = tmp_path / "weights.json"
+    batch = [StepBatch(decodes=[100] * 8)]
+    took = {}
+    for chosen in (2, 4, 16):
+        weights.write_text(json.dumps([1.0] * chosen + [0.0] * (16 - chosen)))
+        flags = ("--expert-routing-policy", "CUSTOM", "--expert-routing-file")
+        took[chosen] = _bundle_step(
+            tmp_path, cluster(instance()), batch, *flags, str(weights)
+        )
+    # 2 us for an expert, in each of 4 layers.
+    assert took[4] - took[2] > 4 * 2 * 1.5
+    assert took[16] - took[4] > 4 * 2 * 5
+    # Twice the tokens with the same two experts: fewer than two experts' worth.
+    weights.write_text(json.dumps([1.0] * 2 + [0.0] * 14))
+    more = _bundle_step(
+        tmp_path,
+        cluster(instance()),
+        [StepBatch(decodes=[100] * 16)],
+        *flags,
+        str(weights),
+    )
+    attention = 4 * (attention_us(0, 0, 16, 100) - attention_us(0, 0, 8, 100))
+    assert more - attention - took[2] < took[16] - took[4]
+
+
 def test_steps_are_padded_to_graphs(tmp_path: Path) -> None:
     make_folder(tmp_path, c=two_members())
     trace = write_trace(tmp_path / "t.jsonl", trace_lines(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -175,7 +176,10 @@ class ProfileTimes:
                 link=self._link,
                 placement=self._placement,
             )
-            self._found[key] = StepParts.of(cost, self._shape.num_layers)
+            parts = StepParts.of(cost, self._shape.num_layers)
+            if self.arm == "ep-tensor":  # shared experts are split: the sum is of both
+                parts = replace(parts, shared=0.0)
+            self._found[key] = parts
         return self._found[key]
 
     def _scores(self, batch: StepBatch, steps: int) -> np.ndarray:

@@ -24,9 +24,15 @@ class Outcome(NamedTuple):
     err: str
 
 
-def run_command(argv: Sequence[str | Path]) -> Outcome:
-    """The command with these arguments: exit code and what it printed."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
+def run_command(
+    argv: Sequence[str | Path], stream: type[io.StringIO] = io.StringIO
+) -> Outcome:
+    """The command with these arguments: exit code and what it printed.
+
+    Args:
+        stream: what its standard error is.
+    """
+    out, err, code = io.StringIO(), stream(), 0
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(out),
