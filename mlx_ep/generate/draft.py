@@ -15,6 +15,7 @@ from mlx_lm.models.cache import (
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
+from mlx_ep.api import RunnerName, has_routed_experts, run_alone
 from mlx_ep.comm import Comm, agreed
 from mlx_ep.loading import find_model
 
@@ -24,9 +25,14 @@ class Draft:
     """A draft model that every rank has found and none has read.
 
     It is small: every rank holds all of it, and drafts without a collective.
+
+    Attributes:
+        path: its folder.
+        runner: of its experts; None: mlx-lm's own block.
     """
 
     path: Path
+    runner: RunnerName | None = None
 
     def outline(self) -> nn.Module:
         """The model, whose weights are not read."""
@@ -34,22 +40,50 @@ class Draft:
         return model
 
     def load(self) -> nn.Module:
-        """Read it, all of it."""
+        """Read it, all of it.
+
+        Raises:
+            ValueError: its runner cannot run its experts.
+        """
         model, _ = mlx_lm.load(str(self.path))
-        return model
+        if self.runner is None:
+            return model
+        try:
+            return run_alone(model, self.runner)
+        except ValueError as error:
+            raise ValueError(f"--draft-runner {self.runner}: {error}") from error
 
 
-def prepare_draft(path_or_repo: str, tokenizer: TokenizerWrapper, comm: Comm) -> Draft:
+def prepare_draft(
+    path_or_repo: str,
+    tokenizer: TokenizerWrapper,
+    comm: Comm,
+    runner: RunnerName | None = None,
+) -> Draft:
     """Find a draft model; no weight is read. Every rank must call it.
 
     Args:
         path_or_repo: what ``mlx_lm.generate --draft-model`` takes, or ``jargon-moe``.
         tokenizer: of the model that it drafts for.
+        runner: of its experts; None: mlx-lm's own block.
 
     Raises:
-        ValueError: on every rank: there is no such model, or its tokens are others.
+        ValueError: on every rank: there is no such model, its tokens are others, or it
+            has no routed experts for a runner.
     """
-    return Draft(agreed(comm, lambda: _checked_path(path_or_repo, tokenizer)))
+    return agreed(comm, lambda: _checked(path_or_repo, tokenizer, runner))
+
+
+def _checked(
+    path_or_repo: str, tokenizer: TokenizerWrapper, runner: RunnerName | None
+) -> Draft:
+    draft = Draft(_checked_path(path_or_repo, tokenizer), runner)
+    if runner is not None and not has_routed_experts(draft.outline()):
+        raise ValueError(
+            f"--draft-runner {runner} is for a draft with routed experts; "
+            f"--draft-model {path_or_repo} has none. Leave --draft-runner out."
+        )
+    return draft
 
 
 def _checked_path(path_or_repo: str, tokenizer: TokenizerWrapper) -> Path:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ep import cli
-from mlx_ep.api import PreparedModel
+from mlx_ep.api import PreparedModel, RunnerName
 from mlx_ep.comm import Comm
 from mlx_ep.generate.draft import Draft, check_trimmable, prepare_draft
 from mlx_ep.generate.row_cache import check_row_caches
@@ -40,6 +40,12 @@ def add_reuse_flags(parser: argparse.ArgumentParser) -> None:
         default=3,
         help="Tokens it drafts at a time.",
     )
+    group.add_argument(
+        "--draft-runner",
+        choices=get_args(RunnerName),
+        help="What runs the draft's routed experts, as --runner (default: mlx-lm's own "
+        "code).",
+    )
 
 
 def check_reuse_flags(args: argparse.Namespace) -> None:
@@ -52,6 +58,11 @@ def check_reuse_flags(args: argparse.Namespace) -> None:
                 f"--{flag.replace('_', '-')} does not go with --prompts-file: mlx-lm "
                 "cannot."
             )
+    if args.draft_runner is not None and args.draft_model is None:
+        raise ValueError(
+            f"--draft-runner {args.draft_runner} runs the experts of a draft: it needs "
+            "--draft-model."
+        )
     attention = args.config.attention
     if args.prompt_cache_file is not None and attention != "replicated":
         raise ValueError(
@@ -80,7 +91,7 @@ def find_draft(
     """
     if args.draft_model is None:
         return None
-    draft = prepare_draft(args.draft_model, prepared.tokenizer, comm)
+    draft = prepare_draft(args.draft_model, prepared.tokenizer, comm, args.draft_runner)
     if args.prompts_file is None:
         check_trimmable(prepared.weights.outline())
     else:

@@ -48,6 +48,7 @@ def _without_counts(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     [
         (2, []),
         pytest.param(1, [], marks=pytest.mark.slow),
+        pytest.param(2, ["--draft-runner", "blas"], marks=pytest.mark.slow),
         pytest.param(2, ["--attention", "data"], marks=pytest.mark.slow),
         pytest.param(2, ["--attention", "tensor"], marks=pytest.mark.slow),
         pytest.param(2, ["--overlap", "two"], marks=pytest.mark.slow),
@@ -60,7 +61,8 @@ def test_answers_are_those_without_a_draft(
     num_ranks: int, flags: list[str], tmp_path: Path
 ) -> None:
     draft = ["--draft-model", str(find_model("jargon-moe")), "--num-draft-tokens", "3"]
-    expected, said = _answers(num_ranks, tmp_path, *flags)
+    alone = [] if "--draft-runner" in flags else flags
+    expected, said = _answers(num_ranks, tmp_path, *alone)
     assert "Draft:" not in said
     assert "draft_tokens" not in expected[0]
     got, said = _answers(num_ranks, tmp_path, *flags, *draft)
@@ -104,6 +106,13 @@ def test_wrong_drafts_for_a_batch(tmp_path: Path) -> None:
         2,
         [
             ([*file, "--draft-model", dense], "must have the model's tokens"),
+            (
+                [
+                    *["--model", dense, "--draft-model", dense],
+                    *["--draft-runner", "gather"],
+                ],
+                "is for a draft with routed experts",
+            ),
             (
                 [*file, "--model", window, "--draft-model", dense],
                 "this model's (RotatingKVCache) cannot",
