@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 # MLX comes from its CPU build on Linux; on a Mac the mlx package has Metal.
 CPU := $(if $(filter Linux,$(shell uname -s)),cpu)
 comma := ,
+# A test's processes read what is compiled; compiling it again is 2 seconds for each that
+# checks shapes. Empty: not set, whatever the caller's environment says.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test lint test-slow test-oracle fuzz fault soak clean
 
