@@ -28,6 +28,7 @@ from mlx_ep.measure.links import SMALL as SMALL_BYTES
 from tests.support.host_kernels import installed
 from tests.support.ranks import run_commands
 
+SLOW = pytest.mark.slow
 NO_FLAGS = argparse.Namespace(json=None, model=None)
 SMALL = CheckedLayer(width=128, expert_width=64, slots=4, top_k=3, tokens=(3,))
 
@@ -280,9 +281,26 @@ def test_everything_fits_80_columns() -> None:
     assert max(map(len, lines)) <= 80
 
 
+# ``python -m mlx_ep.doctor``, but that the experts it checks are small.
+WITH_SMALL_EXPERTS = f"""
+import os, runpy, sys
+from mlx_ep import measure
+from mlx_ep.measure import CheckedLayer, check_experts
+measure.check_experts = lambda: check_experts({SMALL})
+sys.argv = ["mlx_ep.doctor", *(word.format(**os.environ) for word in sys.argv[1:])]
+sys.modules.pop("mlx_ep.doctor.__main__", None)
+runpy.run_module("mlx_ep.doctor", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.requires("ranks")
-def test_on_two_ranks(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mlx_ep.doctor", "--model", "jargon-moe"]
+@pytest.mark.parametrize(
+    "started",
+    [["-c", WITH_SMALL_EXPERTS], pytest.param(["-m", "mlx_ep.doctor"], marks=SLOW)],
+    ids=["small experts", "its own"],
+)
+def test_on_two_ranks(started: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, *started, "--model", "jargon-moe"]
     first, second = run_commands(2, [*command, "--json", str(tmp_path / "d.json")])
     assert (first.returncode, second.returncode) == (0, 0), first.stderr
     assert second.stdout == ""
@@ -320,12 +338,8 @@ def test_ranks_with_other_files_of_a_model_are_told(tmp_path: Path) -> None:
         shutil.copytree(find_model("jargon-moe"), folder)
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"rope_theta": 1', '"rope_theta": 2'))
-    script = (
-        "import os, sys; from mlx_ep.doctor import main; "
-        f"model = '{tmp_path}/' + os.environ['MLX_RANK']; "
-        "sys.argv = ['mlx_ep.doctor', '--model', model, '--json', '-']; main()"
-    )
-    ranks = run_commands(2, [sys.executable, "-c", script])
+    flags = ["--model", f"{tmp_path}/{{MLX_RANK}}", "--json", "-"]
+    ranks = run_commands(2, [sys.executable, "-c", WITH_SMALL_EXPERTS, *flags])
     assert [rank.returncode for rank in ranks] == [1, 1], ranks[0].stderr
     found = json.loads(ranks[0].stdout)  # --json - leaves the output to JSON alone
     assert not found["is_right"]

@@ -43,7 +43,7 @@ def random_model(rng: random.Random, folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     "count",
-    [8, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
+    [4, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
 )
 def test_the_context_it_offers_fits_and_the_next_step_does_not(
     count: int, tmp_path: Path
