@@ -8,8 +8,8 @@ machines would take.
 
 Then on 2 ranks, each on a core of its own: a prompt in chunks through 2 stages, as they
 are queued, against the same chunks of which each waits until the last stage has had
-the one before. Where S stages are busy at once, C chunks take C + S - 1 times a stage's
-work instead of C * S.
+the one before (and its logits are made, to know that). Where S stages are busy at once,
+C chunks take C + S - 1 times a stage's work instead of C * S.
 """
 
 from __future__ import annotations

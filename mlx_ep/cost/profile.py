@@ -89,6 +89,7 @@ class Profile:
     )
     loop_layer_seconds: float = quantity("s", "and to each layer", 0.0)
     sequence_seconds: float = quantity("s", "and for each sequence of it", 0.0)
+    logit_seconds: float = quantity("s", "and for each of its logits", 0.0)
     memory_bytes: float = quantity("B", "that weights and caches may take")
     links: Mapping[str, Link] = field(default_factory=dict)
     experts: Mapping[str, MatrixCost] = field(default_factory=dict)
@@ -117,8 +118,8 @@ class Profile:
 
 # Numbers that nobody publishes: 0, and not in `sources`, where a profile has none.
 MEASURED_ONLY = (
-    "loop_seconds", "loop_layer_seconds", "sequence_seconds", "query_seconds",
-    "unseen_seconds", "score_seconds", "prompt_score_seconds",
+    "loop_seconds", "loop_layer_seconds", "sequence_seconds", "logit_seconds",
+    "query_seconds", "unseen_seconds", "score_seconds", "prompt_score_seconds",
 )  # fmt: skip
 
 # What stands for a runner in `Profile.experts` where mlx-lm's own block runs.

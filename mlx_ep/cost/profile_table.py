@@ -23,6 +23,7 @@ def profile_table(profile: Profile) -> str:
         "loop_seconds": ("us", 1e6),
         "loop_layer_seconds": ("us", 1e6),
         "sequence_seconds": ("us", 1e6),
+        "logit_seconds": ("ns", 1e9),
         "query_seconds": ("ns", 1e9),
         "unseen_seconds": ("ns", 1e9),
         "score_seconds": ("ns", 1e9),

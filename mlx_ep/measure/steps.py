@@ -19,6 +19,7 @@ from mlx_ep.measure.timer import Timer
 
 FEW_LAYERS, MANY_LAYERS = 2, 10
 SEQUENCES = 16  # the second batch, which tells apart what grows with sequences
+VOCABULARY = 8192  # the second one, which tells apart what grows with logits
 _ENOUGH = 1 << 20  # tokens of a sequence: it does not end while it is timed
 
 
@@ -56,8 +57,8 @@ def fixed_times(
 
 
 def loop_times(timer: Timer, dtype: mx.Dtype) -> dict[str, float]:
-    """What a loop over batches adds to the forward step, to each layer of it, and each
-    sequence in it.
+    """What a loop over batches adds to the forward step, to each layer of it, each
+    sequence in it and each of its logits.
 
     mlx-lm's BatchGenerator (masks, sampling, log probabilities, handing out tokens)
     beside the same step alone, for one and for more sequences; it is what
@@ -71,16 +72,19 @@ def loop_times(timer: Timer, dtype: mx.Dtype) -> dict[str, float]:
             for case in cases
             for make in (_batch_step, _decode_step)
         }
+        | {(_choose, n, SEQUENCES): _choose(n, SEQUENCES) for n in (TINY, VOCABULARY)}
     )
     one, deep, many = (
         steps[_batch_step, *case] - steps[_decode_step, *case] for case in cases
     )
     each = max(0.0, (many - one) / (SEQUENCES - 1))
     layer = max(0.0, (deep - one) / (MANY_LAYERS - FEW_LAYERS))
+    few, all_ = (steps[_choose, n, SEQUENCES] for n in (TINY, VOCABULARY))
     return {
         "loop_seconds": max(0.0, one - each - FEW_LAYERS * layer),
         "loop_layer_seconds": layer,
         "sequence_seconds": each,
+        "logit_seconds": max(0.0, (all_ - few) / (VOCABULARY - TINY) / SEQUENCES),
     }
 
 
@@ -103,6 +107,20 @@ def _batch_step(model: nn.Module, sequences: int) -> Callable[[], object]:
     while not generator.next()[1]:  # the prompts
         pass
     return generator.next
+
+
+def _choose(vocabulary: int, sequences: int) -> Callable[[], None]:
+    """A call that takes log probabilities and the most likely of them."""
+    logits = mx.random.normal((sequences, vocabulary))
+    # sync: what is timed must not include making them.
+    mx.eval(logits)
+
+    def run() -> None:
+        scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        # sync: this is what is timed.
+        mx.eval(scores, mx.argmax(scores, axis=-1))
+
+    return run
 
 
 def tiny_model(kind: str, layers: int, dtype: mx.Dtype) -> nn.Module:

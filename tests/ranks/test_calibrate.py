@@ -63,7 +63,7 @@ def _check(profile: Profile) -> None:
         is_difference = item.name in (
             "block_seconds", "step_seconds", "layer_seconds", "loop_seconds",
             "sequence_seconds", "loop_layer_seconds", "score_seconds",
-            "prompt_score_seconds", "element_seconds",
+            "prompt_score_seconds", "element_seconds", "logit_seconds",
         )  # fmt: skip
         assert math.isfinite(number), item.name
         assert number > 0 or (is_difference and number == 0), item.name

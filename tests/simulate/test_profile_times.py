@@ -80,16 +80,20 @@ def test_the_loop_is_counted_per_step_and_sequence(tmp_path: Path) -> None:
         "loop_seconds": 0.25,
         "sequence_seconds": 0.125,
         "loop_layer_seconds": 0.5,
+        "logit_seconds": 0.001,
     }
+    vocabulary = SHAPE.head.weights / SHAPE.layer.width
+    each = 0.125 + 0.001 * vocabulary
+    assert vocabulary >= 1
     looped = _times(tmp_path, overridden(PROFILE, added))
     plain, batch = _times(tmp_path), StepBatch(decodes=[1] * 4)
     more = _seconds(looped, batch) - _seconds(plain, batch)
     layers = SHAPE.num_layers
-    assert more == pytest.approx(0.25 + 4 * 0.125 + layers * 0.5)
+    assert more == pytest.approx(0.25 + 4 * each + layers * 0.5)
     # A prompt is a forward of its own.
     both = replace(batch, prefills=[(8, 0)])
     more = _seconds(looped, both) - _seconds(plain, both)
-    assert more == pytest.approx(0.25 + 4 * 0.125 + 2 * layers * 0.5)
+    assert more == pytest.approx(0.25 + 4 * each + 2 * layers * 0.5)
 
 
 def test_scores_are_those_of_the_cost_model(tmp_path: Path) -> None:

@@ -112,19 +112,22 @@ class ProfileTimes:
         scores = np.array([self._scores(batch, steps) for batch in filled])  # on host
         prefill, decode = scores.max(axis=0)
         total = scores.sum(axis=1).max(axis=0)
-        total = total + profile.loop_seconds + making * profile.sequence_seconds
+        # Each weight of the head is one of `width` that make a logit.
+        logits = self._shape.head.weights / self._shape.layer.width
+        each = profile.sequence_seconds + logits * profile.logit_seconds
+        total = total + profile.loop_seconds + making * each
         looped = profile.loop_layer_seconds * self._shape.num_layers
         prompts = max(len(batch.prefills) for batch in filled)
         middle = filling // prompts // 2 * prompts if prompts else 0
         if filling < LEAST_PROMPT * prompts:
             middle = 0
-        for tokens, logits, first, own in (
+        for tokens, wanted, first, own in (
             (single, single, single // 2, decode),
             (last, last, last // 2, np.zeros(steps)),
             (filling, 0, middle, prefill),
         ):
             if tokens:
-                total = total + looped + self._body(tokens, logits, first, own)
+                total = total + looped + self._body(tokens, wanted, first, own)
         return np.rint(total * 1e9).astype(np.int64)[None]
 
     def _body(
