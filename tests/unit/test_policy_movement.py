@@ -20,6 +20,7 @@ from mlx_ep.tune import (
     MovementProblem,
     MovementShape,
     agree,
+    check,
     default_movement,
     explain,
     facts,
@@ -28,6 +29,7 @@ from mlx_ep.tune import (
 )
 from mlx_ep.types import DispatchDtype
 from tests.support.switches import KERNELS, D, E, K, fail, make_layer, make_switch
+from tests.support.waiting import LONG
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -98,6 +100,13 @@ def test_a_backend_that_moves_nothing_is_refused() -> None:
         agree(problem_of("rows"), [none], "metal")
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All sizes are timed, also where the host is so busy that one takes long."""
+    monkeypatch.setattr(check, "MAX_SECONDS", LONG)
+
+
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("job", ["rows", "ranks", "pairs"])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_a_right_movement_is_measured(job: Job, num_ranks: int) -> None:
@@ -108,6 +117,7 @@ def test_a_right_movement_is_measured(job: Job, num_ranks: int) -> None:
         assert sorted(result.seconds) == list(result.seconds)
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("form", ["int8", "mxfp8"])
 def test_rows_in_8_bits_are_a_job_of_their_own(form: DispatchDtype) -> None:
     """Only where they travel so; the strategy gathered has no other one."""
