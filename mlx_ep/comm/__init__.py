@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         note_progress,
         note_step,
         on_end,
+        rank_0_addresses,
     )
     from mlx_ep.comm.objects import (
         agreed,
@@ -44,16 +45,16 @@ if TYPE_CHECKING:
     )
     from mlx_ep.comm.schedules import Schedule, choose_schedule
     from mlx_ep.comm.sealed import (
+        Entrance,
         SealedLink,
         link_to_rank_0,
-        links_to_others,
         run_key,
     )
 
 _HOMES = {
+    "Entrance": "sealed",
     "SealedLink": "sealed",
     "link_to_rank_0": "sealed",
-    "links_to_others": "sealed",
     "run_key": "sealed",
     "Comm": "base",
     "GroupComm": "group",
@@ -69,6 +70,7 @@ _HOMES = {
     "note_progress": "liveness",
     "note_step": "liveness",
     "on_end": "liveness",
+    "rank_0_addresses": "liveness",
     "Limits": "control.limits",
     "UsageError": "liveness",
     "transport_of_environment": "capabilities",
@@ -112,9 +114,10 @@ __all__ = [
     "agreed",
     "raise_problems",
     "shortened",
+    "Entrance",
     "SealedLink",
+    "rank_0_addresses",
     "link_to_rank_0",
-    "links_to_others",
     "run_key",
 ]
 

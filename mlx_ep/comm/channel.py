@@ -24,7 +24,7 @@ import psutil
 
 import mlx_ep
 from mlx_ep.comm.control.limits import Limits
-from mlx_ep.comm.control.meeting import Meeting, find_meeting
+from mlx_ep.comm.control.meeting import Meeting, find_meeting, own_addresses
 from mlx_ep.comm.control.progress import LayerStage, ProgressPage
 from mlx_ep.comm.environment import check_environment
 
@@ -243,7 +243,7 @@ class Liveness:
         if self.meeting.kind != "late":
             return
         if self.rank == 0:
-            addresses = self.meeting.addresses or _own_addresses()
+            addresses = self.meeting.addresses or own_addresses()
             self.meeting = replace(self.meeting, addresses=addresses)
             self._send(kind="meet", meeting=self.meeting.to_json())
             self._is_listening.wait()
@@ -341,17 +341,6 @@ def _meeting_of_group(rank: int, size: int) -> Meeting:
     if (launched.rank, launched.num_ranks) != (rank, size):
         return Meeting("late")  # a part of the ranks
     return find_meeting(os.environ, launched.transport, launched.hosts)
-
-
-def _own_addresses() -> tuple[str, ...]:
-    """This host's IPv4 addresses, the loopback last."""
-    found = [
-        entry.address
-        for entries in psutil.net_if_addrs().values()
-        for entry in entries
-        if entry.family == socket.AF_INET
-    ]
-    return tuple(sorted(found, key=lambda it: it.startswith("127.")))[:16]
 
 
 def _launcher_pid() -> int | None:

@@ -24,7 +24,7 @@ import mlx.core as mx
 
 from mlx_ep.comm.channel import TOLD_TO_END, Liveness, say
 from mlx_ep.comm.control.limits import Limits
-from mlx_ep.comm.control.meeting import find_meeting
+from mlx_ep.comm.control.meeting import find_meeting, own_addresses
 from mlx_ep.comm.control.progress import LayerStage
 from mlx_ep.comm.environment import Launched
 from mlx_ep.comm.objects import shortened
@@ -171,6 +171,15 @@ def on_end(say_goodbye: Callable[[str], object] | None) -> None:
     """
     if Liveness.current is not None:
         Liveness.current.on_end = say_goodbye
+
+
+def rank_0_addresses() -> tuple[str, ...]:
+    """On rank 0: where the other ranks reach it, as the launcher told or as it finds.
+
+    The watch of rank 0 listens at these.
+    """
+    told = Liveness.current.meeting.addresses if Liveness.current else ()
+    return told or own_addresses()
 
 
 def note_progress(

@@ -2,10 +2,10 @@
 
 For what cannot be a collective, because a rank that waits must not take a core. Each
 message is encrypted, authenticated and numbered as those between watches are
-(`mlx_ep.comm.control.frames`); nothing is unpickled. The key comes from a random token
-that rank 0 sends by a collective, and from MLX_EP_SECRET where that is set: whoever can
-read the group's traffic still does not know it then. Rank 0 listens only until all
-ranks are connected, and hears strangers beside each other, none of whom it waits for.
+(`mlx_ep.comm.control.frames`), and ranks come in by such a door as theirs (`wire`);
+nothing is unpickled. The key comes from a random token that rank 0 sends by a
+collective, and from MLX_EP_SECRET where that is set: whoever can read the group's
+traffic still does not know it then. Rank 0 listens until all ranks are connected.
 
 A rank that is gone or stopped is the watch's business: whoever waits here is ended by
 its own, with the reason (docs/reliability.md).
@@ -13,19 +13,24 @@ its own, with the reason (docs/reliability.md).
 
 from __future__ import annotations
 
+import logging
 import os
 import selectors
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Sequence
+from typing import Any
 
 from mlx_ep.comm.control.frames import RefusedError, Session
-from mlx_ep.comm.control.meeting import SECRET, secret_key
+from mlx_ep.comm.control.meeting import PORTS_TRIED, SECRET, secret_key
+from mlx_ep.comm.control.wire import Door, Wire, serve
 
-MOST_STRANGERS = 128  # heard at the same time; the oldest makes room
+TICK = 0.5  # seconds between looks for newcomers that took too long
 PIECE = 1 << 20  # bytes of a message in one frame
 MOST_MESSAGE = 256 << 20  # bytes
 _MORE, _LAST = b"\1", b"\0"
+
+_log = logging.getLogger("mlx_ep")
 
 
 def run_key(token: str) -> bytes:
@@ -40,14 +45,18 @@ class SealedLink:
         peer: connected; `session` has shown that the other side is a rank.
         session: of this connection.
         rank: of the other side.
-        texts: of frames that came with the greeting.
+        texts: of frames that came with its greeting.
     """
 
     def __init__(
-        self, peer: socket.socket, session: Session, rank: int, texts: list[bytes]
+        self,
+        peer: socket.socket,
+        session: Session,
+        rank: int,
+        texts: Sequence[bytes] = (),
     ) -> None:
         self.rank = rank
-        self._peer, self._session, self._texts = peer, session, texts
+        self._peer, self._session, self._texts = peer, session, list(texts)
         peer.settimeout(None)
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -124,7 +133,7 @@ def link_to_rank_0(peer: socket.socket, key: bytes, rank: int) -> SealedLink:
         peer.sendall(session.opening)
         while not session.is_open:
             session.receive_bytes(_some(peer))
-        peer.sendall(session.seal_bytes(str(rank).encode()))
+        peer.sendall(session.seal({"kind": "hello", "rank": rank}))
         while not texts:
             texts = session.receive_bytes(_some(peer))
     except OSError:
@@ -136,96 +145,71 @@ def link_to_rank_0(peer: socket.socket, key: bytes, rank: int) -> SealedLink:
     return SealedLink(peer, session, 0, texts[1:])
 
 
-def links_to_others(
-    listener: socket.socket, key: bytes, size: int, limit: float
-) -> list[SealedLink]:
-    """Rank 0's side: to ranks 1, 2, ... in this order. The listener is closed.
+class Entrance:
+    """Where rank 0 lets the others in, until all of them are.
 
     Args:
-        size: the number of ranks.
-        limit: seconds for all of them.
+        addresses: where to listen, at the same port of each.
 
     Raises:
-        TimeoutError: some have not come.
+        OSError: no port is free at all of them.
     """
-    door = _Door(listener, key, set(range(1, size)))
-    deadline = time.monotonic() + limit
-    try:
-        while door.missing and (left := deadline - time.monotonic()) > 0:
-            door.turn(left)
-    finally:
-        door.close()
-    if door.missing:
-        for link in door.links:
-            link.close()
-        names = ", ".join(map(str, sorted(door.missing)))
-        raise TimeoutError(f"rank {names} did not connect within {limit:g} s")
-    return sorted(door.links, key=lambda link: link.rank)
 
-
-class _Door:
-    """Who has come and has not shown yet that it is a rank."""
-
-    def __init__(self, listener: socket.socket, key: bytes, missing: set[int]) -> None:
-        self.missing, self.links = missing, list[SealedLink]()
-        self._key, self._listener = key, listener
-        self._guests: dict[socket.socket, Session] = {}
+    def __init__(self, addresses: tuple[str, ...]) -> None:
         self._selector = selectors.DefaultSelector()
-        listener.setblocking(False)
-        self._selector.register(listener, selectors.EVENT_READ)
+        self._missing: set[int] = set()
+        self._links: list[SealedLink] = []
+        for attempt in range(PORTS_TRIED):
+            try:
+                self._door = Door(
+                    self._selector, addresses, (0,), self._on_hello, self._log
+                )
+                break
+            except OSError:  # the port of the first one is taken at another one
+                if attempt + 1 == PORTS_TRIED:
+                    raise
+        self.port = self._door.port
 
-    def turn(self, seconds: float) -> None:
-        """Hear whoever says something within `seconds`."""
-        for found, _ in self._selector.select(seconds):
-            if found.fileobj is self._listener:
-                self._admit()
-            elif (guest := found.fileobj) in self._guests:
-                assert isinstance(guest, socket.socket)
-                try:
-                    self._hear(guest)
-                except (OSError, RefusedError):
-                    self._drop(guest)
+    def links(self, key: bytes, size: int, limit: float) -> list[SealedLink]:
+        """To ranks 1, 2, ... in this order. Nobody listens any more afterwards.
 
-    def close(self) -> None:
-        for guest in list(self._guests):
-            self._drop(guest)
-        self._selector.close()
-        self._listener.close()
+        Args:
+            key: see `run_key`.
+            size: the number of ranks.
+            limit: seconds for all of them.
 
-    def _admit(self) -> None:
-        with suppress(OSError):  # it is gone already
-            guest, _ = self._listener.accept()
-            guest.setblocking(False)
-            if len(self._guests) >= MOST_STRANGERS:
-                self._drop(next(iter(self._guests)))
-            self._guests[guest] = Session(self._key, is_server=True)
-            self._selector.register(guest, selectors.EVENT_READ)
-
-    def _hear(self, guest: socket.socket) -> None:
-        """Raises:
-        OSError, RefusedError: it is no rank.
+        Raises:
+            TimeoutError: some have not come.
         """
-        session = self._guests[guest]
-        was_open = session.is_open
-        texts = session.receive_bytes(_some(guest))
-        if session.is_open and not was_open:
-            guest.sendall(session.opening)
-        if not texts:
-            return
-        rank = int(texts[0])
-        if rank not in self.missing:
-            raise RefusedError("it is a rank that is here already")
-        self.missing.remove(rank)
-        del self._guests[guest]
-        self._selector.unregister(guest)
-        guest.setblocking(True)
-        guest.sendall(session.seal_bytes(b"welcome"))
-        self.links.append(SealedLink(guest, session, rank, texts[1:]))
+        self._missing = set(range(1, size))
+        deadline = time.monotonic() + limit
+        self._door.open(key)
+        try:
+            while self._missing and (left := deadline - time.monotonic()) > 0:
+                serve(self._selector, min(left, TICK))
+                self._door.tick()
+        finally:
+            self._door.close()
+            self._selector.close()
+        if self._missing:
+            for link in self._links:
+                link.close()
+            names = ", ".join(map(str, sorted(self._missing)))
+            raise TimeoutError(f"rank {names} did not connect within {limit:g} s")
+        return sorted(self._links, key=lambda link: link.rank)
 
-    def _drop(self, guest: socket.socket) -> None:
-        del self._guests[guest]
-        self._selector.unregister(guest)
-        guest.close()
+    def _on_hello(self, wire: Wire, messages: list[dict[str, Any]]) -> None:
+        rank = messages[0]["rank"]
+        if rank not in self._missing:
+            self._log(f"rank {rank} came a second time")
+            wire.close()
+            return
+        self._missing.remove(rank)
+        wire.send({"kind": "welcome"})
+        self._links.append(SealedLink(wire.socket, wire.session, rank))
+
+    def _log(self, text: str) -> None:
+        _log.warning("connections between ranks: %s", text)
 
 
 def _some(peer: socket.socket) -> bytes:

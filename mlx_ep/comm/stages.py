@@ -7,6 +7,7 @@ import atexit
 import mlx.core as mx
 from jaxtyping import Shaped
 
+from mlx_ep.comm.alone import AloneComm
 from mlx_ep.comm.base import Comm
 from mlx_ep.comm.group import GroupComm
 
@@ -37,19 +38,13 @@ class StageLink:
         self.count = num_stages
         self.index = comm.rank // self._members
         if self._members == 1:
-            # A backend whose launcher variables are not set gives a group of one.
-            other = "ring" if comm.transport == "mpi" else "nccl"
-            made = mx.distributed.init(strict=False, backend=other)
-            assert made.size() == 1
-            self.group = GroupComm(made, transport="none")
+            self.group: Comm = AloneComm()
             return
         made = comm.group.split(self.index, comm.rank)
-        self.group = GroupComm(made, transport=comm.transport)
+        members = GroupComm(made, transport=comm.transport)
+        self.group = members
         # MPI ends the job where a group is freed after MPI has finished.
-        atexit.register(self._free)
-
-    def _free(self) -> None:
-        del self.group.group
+        atexit.register(lambda: delattr(members, "group"))
 
     def receive(self, like: Shaped[mx.array, "*shape"]) -> Shaped[mx.array, "*shape"]:
         """What the same rank of the stage before sends, of the shape of `like`."""

@@ -36,8 +36,8 @@ class RowsRunner(Protocol):
 Runner = PairRunner | RowsRunner
 
 # (row, slot) pairs, foreign ones among them, up to which they are sorted in Python: in
-# decode NumPy's functions take 10 to 60 us each where a layer's weights have gone
-# through the caches since the last call (measured on x86), lists a few in all.
+# decode NumPy's functions take 10 to 60 us each (measured on x86), lists a few in all;
+# it seems to be the layer's weights, which have gone through the caches in between.
 FEW_PAIRS = 256
 _first = itemgetter(0)
 

@@ -226,9 +226,8 @@ class Placement:
     ) -> list[list[int]]:
         """The slots on `rank` that `serve` chooses, -1 where another rank serves.
 
-        In Python, for steps of decode: NumPy's functions take 10 to 60 us each where
-        a layer's weights have gone through the caches since the last call (measured on
-        x86), and there is one call per layer.
+        In Python, for steps of decode: NumPy's functions take 10 to 60 us each
+        between layers (measured on x86), and there is one call per layer.
 
         Args:
             expert_ids: [T, K] with T up to `DECODE_TOKENS`.

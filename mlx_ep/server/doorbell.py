@@ -16,17 +16,16 @@ import struct
 import time
 from contextlib import suppress
 
-import psutil
-
 from mlx_ep.comm import (
     Comm,
+    Entrance,
     SealedLink,
     broadcast_object,
     gather_objects,
     host_id,
     link_to_rank_0,
-    links_to_others,
     raise_problems,
+    rank_0_addresses,
     run_key,
 )
 
@@ -52,17 +51,15 @@ class Doorbell:
         if comm.size == 1:
             return
         is_one_host = len(set(gather_objects(comm, host_id()))) == 1
-        listener, place = None, None
+        entrance, place = None, None
         if comm.rank == 0:
-            addresses = ["127.0.0.1"] if is_one_host else _own_addresses()
-            bound = addresses[0] if is_one_host else ""
-            listener = socket.create_server((bound, 0), backlog=128)
-            token = secrets.token_hex(32)
-            place = [addresses, listener.getsockname()[1], token]
+            addresses = ("127.0.0.1",) if is_one_host else rank_0_addresses()
+            entrance = Entrance(addresses)
+            place = [list(addresses), entrance.port, secrets.token_hex(32)]
         place = broadcast_object(comm, place)
         problem = ""
         try:
-            self._connect(listener, *place)
+            self._connect(entrance, *place)
         except OSError as error:
             problem = f"rank {comm.rank} has no connection to rank 0: {error}"
         raise_problems(gather_objects(comm, problem))
@@ -113,7 +110,7 @@ class Doorbell:
 
     def _connect(
         self,
-        listener: socket.socket | None,
+        entrance: Entrance | None,
         addresses: list[str],
         port: int,
         token: str,
@@ -122,8 +119,8 @@ class Doorbell:
         OSError: a rank and rank 0 do not meet.
         """
         key, size = run_key(token), self._comm.size
-        if listener is not None:
-            self._links = links_to_others(listener, key, size, CONNECT_LIMIT)
+        if entrance is not None:
+            self._links = entrance.links(key, size, CONNECT_LIMIT)
         else:
             self._links = [_reach(addresses, port, key, self._comm.rank)]
 
@@ -156,10 +153,3 @@ def _parts(whole: bytes, num_ranks: int) -> list[bytes]:
         parts.append(whole[at : at + size])
         at += size
     return parts
-
-
-def _own_addresses() -> list[str]:
-    """This host's IPv4 addresses, the loopback left out."""
-    entries = [e for found in psutil.net_if_addrs().values() for e in found]
-    found = {e.address for e in entries if e.family == socket.AF_INET}
-    return sorted(a for a in found if not a.startswith("127."))

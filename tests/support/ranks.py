@@ -334,11 +334,9 @@ def _run_job(
 
 
 def _is_of_the_host(outputs: Sequence[str], launcher: str) -> bool:
-    """Whether ranks did not start for a reason that is gone the next time.
-
-    Between finding a free port and using it, another process can take it; Open MPI's
-    launcher gives up where a thread of its own does not answer soon enough.
-    """
+    """Whether ranks did not start for a reason that is gone the next time."""
+    # A port that was free a moment ago; and a thread of Open MPI's launcher, which
+    # gives up where that does not answer soon enough.
     is_taken = any("bind socket" in output for output in outputs)
     return is_taken or "PMIx server's listener thread failed to start" in launcher
 

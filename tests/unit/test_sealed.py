@@ -8,17 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mlx_ep.comm import SealedLink, link_to_rank_0, links_to_others, run_key
-from mlx_ep.comm.sealed import MOST_STRANGERS, PIECE
+from mlx_ep.comm import Entrance, SealedLink, link_to_rank_0, run_key
+from mlx_ep.comm.control.wire import MOST_NEWCOMERS
+from mlx_ep.comm.sealed import PIECE
 from mlx_ep.server.doorbell import _reach
 
 KEY = run_key("a token of this run")
 Wire = tuple[socket.socket, socket.socket]
 
 
-def _listener() -> tuple[socket.socket, tuple[str, int]]:
-    listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-    return listener, listener.getsockname()
+def _entrance() -> tuple[Entrance, tuple[str, int]]:
+    entrance = Entrance(("127.0.0.1",))
+    return entrance, ("127.0.0.1", entrance.port)
 
 
 def _send_all(link: SealedLink, texts: list[bytes]) -> None:
@@ -33,10 +34,10 @@ def _join(address: tuple[str, int], rank: int, key: bytes = KEY) -> SealedLink:
 @pytest.fixture
 def links() -> Iterator[tuple[SealedLink, SealedLink, Wire]]:
     """Rank 0's side, rank 1's, and the wire of both, which a test may cut into."""
-    listener, address = _listener()
+    entrance, address = _entrance()
     door = socket.create_server(("127.0.0.1", 0))
     with ThreadPoolExecutor() as pool:
-        zero = pool.submit(links_to_others, listener, KEY, 2, 60.0)
+        zero = pool.submit(entrance.links, KEY, 2, 60.0)
         one = pool.submit(_join, door.getsockname(), 1)
         left, _ = door.accept()
         right = socket.create_connection(address, 60)
@@ -52,10 +53,10 @@ def links() -> Iterator[tuple[SealedLink, SealedLink, Wire]]:
 
 
 def test_messages_of_any_length_arrive_in_their_order() -> None:
-    listener, address = _listener()
+    entrance, address = _entrance()
     texts = [b"", b"!", bytes(range(256)) * 9, bytes(2 * PIECE), b"x" * (2 * PIECE + 1)]
     with ThreadPoolExecutor() as pool:
-        zero = pool.submit(links_to_others, listener, KEY, 3, 60.0)
+        zero = pool.submit(entrance.links, KEY, 3, 60.0)
         two, one = (_join(address, rank) for rank in (2, 1))
         links = zero.result()
         assert [link.rank for link in links] == [1, 2]
@@ -106,12 +107,12 @@ def test_a_length_beyond_bounds_is_refused(
         zero.receive()
 
 
-def test_strangers_keep_no_rank_out() -> None:
-    listener, address = _listener()
+def test_strangers_keep_no_rank_out(caplog: pytest.LogCaptureFixture) -> None:
+    entrance, address = _entrance()
     with ThreadPoolExecutor() as pool:
-        zero = pool.submit(links_to_others, listener, KEY, 2, 60.0)
+        zero = pool.submit(entrance.links, KEY, 2, 60.0)
         silent = [
-            socket.create_connection(address, 60) for _ in range(MOST_STRANGERS + 9)
+            socket.create_connection(address, 60) for _ in range(MOST_NEWCOMERS + 9)
         ]
         loud = socket.create_connection(address, 60)
         loud.sendall(b"GET / HTTP/1.1\r\n\r\n")
@@ -125,14 +126,16 @@ def test_strangers_keep_no_rank_out() -> None:
             end.close()
         one.close()
         link.close()
+    assert caplog.text.count("turned away a connection from 127.0.0.1") == 1
+    assert "connections of strangers from 127.0.0.1" in caplog.text
     with pytest.raises(OSError):  # nobody listens any more
         socket.create_connection(address, 1)
 
 
 def test_a_rank_that_is_here_is_not_let_in_twice() -> None:
-    listener, address = _listener()
+    entrance, address = _entrance()
     with ThreadPoolExecutor() as pool:
-        zero = pool.submit(links_to_others, listener, KEY, 3, 60.0)
+        zero = pool.submit(entrance.links, KEY, 3, 60.0)
         one = _join(address, 1)
         with pytest.raises(OSError):
             _join(address, 1)
@@ -142,11 +145,11 @@ def test_a_rank_that_is_here_is_not_let_in_twice() -> None:
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
-    listener, address = _listener()
+    entrance, address = _entrance()
     with ThreadPoolExecutor() as pool:
         one = pool.submit(_join, address, 1)
         with pytest.raises(TimeoutError, match="rank 2 did not connect within"):
-            links_to_others(listener, KEY, 3, 2.0)
+            entrance.links(KEY, 3, 2.0)
         one.result().close()
 
 
@@ -155,9 +158,9 @@ def test_the_secret_of_a_run_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> N
     without = run_key(read)
     monkeypatch.setenv("MLX_EP_SECRET", "what all hosts were given")
     key = run_key(read)
-    listener, address = _listener()
+    entrance, address = _entrance()
     with ThreadPoolExecutor() as pool:
-        zero = pool.submit(links_to_others, listener, key, 2, 5.0)
+        zero = pool.submit(entrance.links, key, 2, 5.0)
         with pytest.raises(OSError):
             _join(address, 1, without)
         one = _join(address, 1, key)
@@ -169,7 +172,7 @@ def test_another_program_at_rank_0s_address_is_passed_by(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Hosts may share an address, where something else listens at that port."""
-    listener, address = _listener()
+    entrance, address = _entrance()
     stranger = socket.create_server(("127.0.0.1", 0))
     places = {"bridge": stranger.getsockname(), "rank 0": address}
     connect = socket.create_connection
@@ -177,7 +180,7 @@ def test_another_program_at_rank_0s_address_is_passed_by(
         socket, "create_connection", lambda to, limit: connect(places[to[0]], limit)
     )
     with ThreadPoolExecutor() as pool:
-        zero = pool.submit(links_to_others, listener, KEY, 2, 30.0)
+        zero = pool.submit(entrance.links, KEY, 2, 30.0)
         one = pool.submit(_reach, ["bridge", "rank 0"], 0, KEY, 1)
         guest, _ = stranger.accept()
         guest.recv(1 << 12)

@@ -20,6 +20,7 @@ import hmac
 import json
 import os
 import secrets
+import socket
 import stat
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import psutil
 
 SECRET = "MLX_EP_SECRET"
 CONTROL = "MLX_EP_CONTROL"
@@ -202,3 +205,14 @@ def _same_host_name(
         firsts = {hosts[0].rpartition(":")[0] for hosts in ring_hosts}
         return json.dumps(list(map(list, ring_hosts))) if len(firsts) == 1 else ""
     return ""
+
+
+def own_addresses() -> tuple[str, ...]:
+    """This host's IPv4 addresses, the loopback last."""
+    found = [
+        entry.address
+        for entries in psutil.net_if_addrs().values()
+        for entry in entries
+        if entry.family == socket.AF_INET
+    ]
+    return tuple(sorted(found, key=lambda it: it.startswith("127.")))[:16]

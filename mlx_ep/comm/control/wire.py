@@ -140,10 +140,14 @@ class Door:
         self._strangers: Counter[str] = Counter()
         self._listeners: list[socket.socket] = []
         self.port = 0
-        for address in addresses:
-            listener = _listen(address, (self.port,) if self.port else ports)
-            self.port = listener.getsockname()[1]
-            self._listeners.append(listener)
+        try:
+            for address in addresses:
+                listener = _listen(address, (self.port,) if self.port else ports)
+                self.port = listener.getsockname()[1]
+                self._listeners.append(listener)
+        except OSError:
+            self.close()
+            raise
 
     def open(self, secret: bytes) -> None:
         """Lets those in who know the secret."""
