@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -17,7 +19,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_ep import EPConfig, load
 from mlx_ep.loading import find_model
 from tests.support.launchers import mpirun_command, rank_environment
-from tests.support.ranks import run_commands, run_ranks
+from tests.support.ranks import run_commands, run_ranks, start_commands
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.requires("mpi")
@@ -123,3 +125,26 @@ def reads_in_chunks(group: mx.distributed.Group, directory: str) -> None:
 
 def test_stages_are_busy_with_different_chunks(tmp_path) -> None:
     run_ranks(2, reads_in_chunks, str(tmp_path), transport="mpi")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (signal.SIGKILL, "rank 1 ended without a word"),
+        (signal.SIGSTOP, "rank 1 stopped"),
+        (signal.SIGTERM, "rank 1 was told to end (SIGTERM)"),
+    ],
+)
+def test_a_rank_of_another_stage_that_fails_ends_all(number, reason) -> None:
+    """In the middle of a prompt, whose chunks go from stage to stage."""
+    words = "What is a hacker? " * 400
+    argv = [sys.executable, "-m", "mlx_ep.generate", "--pp", "2", "--no-warmup"]
+    argv += ["--prompt", words, "--ignore-chat-template", "--prefill-step-size", "1"]
+    with start_commands(2, argv, env={"MLX_EP_LIMITS": "stopped=2"}) as started:
+        until(lambda: "strategy: replicated" in started.outcome(0).stdout)
+        os.kill(started.processes[1].pid, number)
+        outcomes = started.wait()
+    assert all(outcome.returncode for outcome in outcomes), outcomes
+    assert reason in outcomes[0].stderr
+    assert "Traceback" not in outcomes[0].stderr
