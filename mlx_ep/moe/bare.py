@@ -7,50 +7,52 @@ need not be there; where this rank has all experts nothing has to be assigned, e
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import mlx.core as mx
 from jaxtyping import Float, Float32
 
 from mlx_ep.comm import note_layer
-from mlx_ep.exchange import Replicated
+from mlx_ep.exchange import CountedComm
 from mlx_ep.experts import Runner, run_experts
+from mlx_ep.placement import Placement
 from mlx_ep.rows import serving_local_slots
 from mlx_ep.types import CompleteRouting, CompleteRows, Routing, Rows
 
-if TYPE_CHECKING:
-    from mlx_ep.moe.group import ExpertGroup
 
+class BareLayer(NamedTuple):
+    """What such a layer takes of its `ExpertGroup`, where `counted` has the counters.
 
-def is_bare(group: ExpertGroup) -> bool:
-    """Whether nothing in a layer needs its stages, as long as they are not timed."""
-    changes_routing = group.share_routing or group.capacity is not None
-    is_watched = group.check_nan or group.observe is not None
-    is_cut = bool(group.eval_layers) or group.overlap.wanted != "none"
-    return type(group.strategy) is Replicated and not (
-        changes_routing or is_watched or is_cut
-    )
+    Attributes:
+        has_all: whether this rank serves every expert, in the slot of its number.
+        levels_rows: among copies of experts, see `serving_slots`.
+    """
 
+    placement: Placement
+    counted: CountedComm
+    has_all: bool
+    levels_rows: bool
 
-def bare_sum(
-    group: ExpertGroup,
-    x: Float[mx.array, "... D"],
-    routing: Routing,
-    runner: Runner,
-    extra: Float[mx.array, "T D"] | None,
-) -> Float32[mx.array, "... D"]:
-    """`ExpertGroup.weighted_sum` of a group that `is_bare`."""
-    layer, (ids, gates) = group.step.layer, routing
-    if group.has_all and isinstance(routing, CompleteRouting):
-        rows: Rows = CompleteRows(x, ids, gates)
-    else:
-        note_layer(layer, "assign")
-        placement, levels = group.placement, group.levels_rows
-        of_ids = serving_local_slots(ids, placement, group.comm.rank, levels, [gates])
-        rows = Rows(x, of_ids, gates)
-    note_layer(layer, "experts")
-    partial = run_experts(rows, runner, group.counters)
-    note_layer(layer, "combine")
-    total = group.counted.all_reduce(partial if extra is None else partial + extra)
-    note_layer(layer, "evaluating up to here")
-    return total
+    def weighted_sum(
+        self,
+        x: Float[mx.array, "... D"],
+        routing: Routing,
+        runner: Runner,
+        extra: Float[mx.array, "T D"] | None,
+        layer: int,
+    ) -> Float32[mx.array, "... D"]:
+        """As `ExpertGroup.weighted_sum`; `layer` is its number in the model."""
+        counted, (ids, gates) = self.counted, routing
+        if self.has_all and isinstance(routing, CompleteRouting):
+            rows: Rows = CompleteRows(x, ids, gates)
+        else:
+            note_layer(layer, "assign")
+            placement, levels = self.placement, self.levels_rows
+            of_ids = serving_local_slots(ids, placement, counted.rank, levels, [gates])
+            rows = Rows(x, of_ids, gates)
+        note_layer(layer, "experts")
+        partial = run_experts(rows, runner, counted.counters)
+        note_layer(layer, "combine")
+        total = counted.all_reduce(partial if extra is None else partial + extra)
+        note_layer(layer, "evaluating up to here")
+        return total

@@ -27,7 +27,7 @@ from mlx_ep.exchange import (
 )
 from mlx_ep.experts import Runner, run_experts, run_slots
 from mlx_ep.metrics import Counters, StageTimings
-from mlx_ep.moe.bare import bare_sum, is_bare
+from mlx_ep.moe.bare import BareLayer
 from mlx_ep.moe.overlap import Operation, Overlap
 from mlx_ep.moe.step import Step
 from mlx_ep.placement import Placement, check_everywhere
@@ -131,8 +131,16 @@ class ExpertGroup:
             self.step.tokens = before
 
     @cached_property
-    def _is_bare(self) -> bool:
-        return is_bare(self)
+    def _bare(self) -> BareLayer | None:
+        """None: something in a layer needs its stages even where nobody times them."""
+        changes_routing = self.share_routing or self.capacity is not None
+        is_watched = self.check_nan or self.observe is not None
+        is_cut = bool(self.eval_layers) or self.overlap.wanted != "none"
+        if changes_routing or is_watched or is_cut:
+            return None
+        if type(self.strategy) is not Replicated:
+            return None
+        return BareLayer(self.placement, self.counted, self.has_all, self.levels_rows)
 
     @cached_property
     def has_all(self) -> bool:
@@ -141,7 +149,7 @@ class ExpertGroup:
 
     def keeps_axes(self, num_tokens: int) -> bool:
         """Whether `weighted_sum` of a `CompleteRouting` keeps its leading axes."""
-        if not self._is_bare or self.timings.enabled:
+        if self._bare is None or self.timings.enabled:
             return False
         return self.has_all or (num_tokens == 1 and not uses_metal())
 
@@ -164,8 +172,8 @@ class ExpertGroup:
                 the shared experts; that sum is added. Only with strategy `replicated`,
                 where it joins the one collective of the layer.
         """
-        if self._is_bare and not self.timings.enabled:
-            return bare_sum(self, x, routing, runner, extra)
+        if (bare := self._bare) is not None and not self.timings.enabled:
+            return bare.weighted_sum(x, routing, runner, extra, self.step.layer)
         # Where tokens differ between ranks, a part would be added to other tokens.
         assert extra is None or not self.strategy.is_sharded
 
