@@ -1,8 +1,9 @@
 """A layer of strategy `replicated` without its stages: experts, and one sum.
 
 In decode Python is a good part of a layer, and slow, since the weights have gone
-through the caches. Where nobody looks at the stages or at what goes through them they
-need not be there; where this rank has all experts nothing has to be assigned, either.
+through the caches. Where nobody looks at the stages or at what goes through them, or
+stops between them, they need not be there; where this rank has all experts nothing has
+to be assigned, either.
 """
 
 from __future__ import annotations
@@ -26,9 +27,8 @@ def is_bare(group: ExpertGroup) -> bool:
     """Whether nothing in a layer needs its stages, as long as they are not timed."""
     changes_routing = group.share_routing or group.capacity is not None
     is_watched = group.check_nan or group.observe is not None
-    is_cut = bool(group.eval_layers) or group.overlap.wanted != "none"
     return type(group.strategy) is Replicated and not (
-        changes_routing or is_watched or is_cut
+        changes_routing or is_watched or group.eval_layers
     )
 
 

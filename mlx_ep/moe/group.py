@@ -134,6 +134,12 @@ class ExpertGroup:
     def _is_bare(self) -> bool:
         return is_bare(self)
 
+    @property
+    def _needs_no_stages(self) -> bool:
+        """Whether nobody looks at the stages of this call, or stops between them."""
+        is_cut = self.timings.enabled or self.overlap.turns is not None
+        return self._is_bare and not is_cut
+
     @cached_property
     def has_all(self) -> bool:
         """Whether this rank serves every expert, in the slot of its number."""
@@ -141,7 +147,7 @@ class ExpertGroup:
 
     def keeps_axes(self, num_tokens: int) -> bool:
         """Whether `weighted_sum` of a `CompleteRouting` keeps its leading axes."""
-        if not self._is_bare or self.timings.enabled:
+        if not self._needs_no_stages:
             return False
         return self.has_all or (num_tokens == 1 and not uses_metal())
 
@@ -164,8 +170,12 @@ class ExpertGroup:
                 the shared experts; that sum is added. Only with strategy `replicated`,
                 where it joins the one collective of the layer.
         """
-        if self._is_bare and not self.timings.enabled:
-            return bare_sum(self, x, routing, runner, extra)
+        if self._needs_no_stages:
+            total = bare_sum(self, x, routing, runner, extra)
+            if self.overlap.mode != "none":
+                # What the block computes next runs while it is under way.
+                mx.async_eval(total)
+            return total
         # Where tokens differ between ranks, a part would be added to other tokens.
         assert extra is None or not self.strategy.is_sharded
 
