@@ -7,19 +7,21 @@ without it. Medians over samples of the slower rank.
 One MoE layer with a shared expert (qwen2_moe): per T the layer with `overlap` none and
 single, the exchange alone and the shared expert alone.
 
-Steps of a model of 4 such layers with attention: per number of tokens with `overlap`
-none, single, two and auto, which has measured them itself when the model was made. And
-the milliseconds of a layer's exchange that were hidden, as `--timings` shows them.
+Steps of a model of 4 such layers with attention: per number of tokens in the ways none,
+single and two; what `auto` takes, which has measured them itself when the model was
+made; and the milliseconds of a layer's exchange that were hidden, as `--timings` shows
+them. "computing" is a step without the link less its exchanges without it.
 
     python -m benchmarks.bench_overlap [--quick] [--check] [--json FILE]
 
 Targets: where there is enough to compute (the shared expert alone takes longer than the
-exchange alone; a step without the link takes longer than its exchanges), the layer with
+exchange alone; a step's computing takes longer than its exchanges), the layer with
 single and the step with the best overlap have at least 0.9 of the throughput that they
-have without the link. `auto` has at least 0.98 of the throughput of none, everywhere:
-steps of both in turn, now one first, now the other, each pair with its ratio. Missed is
-where the median's interval (95 %, bootstrap) lies below; a wider one than 4 % tells too
-little, and is missed too.
+have without the link. `auto` has at least 0.98 of the throughput of a model without
+overlap, everywhere: steps of both in turn, now one first, now the other, each pair with
+its ratio. Missed is
+where the median's interval (95 %, bootstrap) lies below; a wider one than 4 % tells
+too little, and is missed too.
 """
 
 from __future__ import annotations
@@ -53,8 +55,10 @@ LEAST_SHARE = 0.9
 LAYERS = 4
 SIZES = (
     *(("decode", 1), ("decode", 4), ("decode", 16)),
-    *(("prompt", 32), ("prompt", 128)),
+    *(("prompt", 32), ("prompt", 64)),
 )
+HIDDEN_PASSES = 4
+STEP_COLUMNS = ("exchanges", "computing", "none", "single", "two", "free")
 QUICK_SIZES = (("decode", 8), ("prompt", 64))
 MODEL = tiny.QWEN2_MOE | {
     "hidden_size": D,
@@ -92,22 +96,26 @@ def measure(group, tokens, samples):
     return results
 
 
-def measure_steps(group, sizes, samples):
-    """On a rank: (kind, tokens) -> arm -> samples; and what is hidden, by overlap."""
+def make_steps(group, overlap):
+    """A model of several layers whose steps can be cut, and its `expert_parallel`."""
     import mlx_ep
     from mlx_ep import EPConfig
+
+    model = tiny.make_model(MODEL | {"num_hidden_layers": LAYERS})
+    config = EPConfig(overlap=overlap, runner="gather", warmup=False)
+    mlx_ep.parallelize(model, group, config)
+    mx.eval(model.parameters())
+    return model
+
+
+def time_steps(group, model, sizes, samples):
+    """On a rank: (kind, tokens) -> way -> samples, and of the exchange alone."""
     from mlx_ep.api.overlap import always
     from mlx_ep.comm import GroupComm
 
-    comm = GroupComm(group)
-    model = tiny.make_model(MODEL | {"num_hidden_layers": LAYERS})
-    config = EPConfig(overlap="auto", runner="gather", warmup=False)
-    mlx_ep.parallelize(model, group, config)
-    mx.eval(model.parameters())
-    parallel = model.expert_parallel
+    comm, parallel = GroupComm(group), model.expert_parallel
     choose = {mode: always(mode) for mode in ("none", "single", "two")}
-    choose["auto"] = parallel.overlaps.choose
-    results, hidden = {}, {}
+    results = {}
     for kind, size in sizes:
         step = step_of(model, kind, size)
 
@@ -118,48 +126,49 @@ def measure_steps(group, sizes, samples):
         arms = {mode: partial(run, mode) for mode in choose}
         x = mx.zeros((size, D))
         arms["exchange"] = lambda x=x: mx.eval(comm.all_reduce(x))
-        results[kind, size] = interleaved(arms, samples, barrier=comm.barrier)
+        results[kind, size] = interleaved(arms, samples, 1, barrier=comm.barrier)
+    return results
+
+
+def time_hidden(group, model, sizes):
+    """On a rank: (kind, tokens, way) -> ms a layer, as `--timings` has them."""
+    from mlx_ep.api.overlap import always
+    from mlx_ep.comm import GroupComm
+
+    comm, parallel, hidden = GroupComm(group), model.expert_parallel, {}
+    for kind, size in sizes:
+        step = step_of(model, kind, size)
         for mode in ("single", "two"):
+            parallel.two_batch.choose = always(mode)
             exposure = parallel.group.overlap.exposure
             for times in exposure.times.values():
                 times.clear()
             parallel.group.timings.enabled = True
-            for _ in range(8):
+            for _ in range(HIDDEN_PASSES):
                 comm.barrier()
-                run(mode)
+                step()
             parallel.group.timings.enabled = False
             hidden[kind, size, mode] = exposure.per_layer()
-    chosen = {each: parallel.overlaps.choose(*each) for each in sizes}
-    return results, hidden, chosen
+    return hidden
 
 
-def measure_pairs(group, sizes, seconds):
+def time_pairs(group, plain, auto, sizes, seconds):
     """On a rank: (kind, tokens) -> seconds of none and of auto, ``[rounds, 2]``.
 
     Args:
+        plain: a model without overlap; `auto`: one that has measured its ways.
         seconds: about what each size may take; rank 0 says how many rounds that is.
     """
-    import mlx_ep
-    from mlx_ep import EPConfig
-    from mlx_ep.api.overlap import always
     from mlx_ep.comm import GroupComm
 
-    comm = GroupComm(group)
-    model = tiny.make_model(MODEL | {"num_hidden_layers": LAYERS})
-    config = EPConfig(overlap="auto", runner="gather", warmup=False)
-    mlx_ep.parallelize(model, group, config)
-    mx.eval(model.parameters())
-    parallel = model.expert_parallel
-    choose = (always("none"), parallel.overlaps.choose)
-    results = {}
+    comm, results = GroupComm(group), {}
     for kind, size in sizes:
-        step = step_of(model, kind, size)
+        steps = [step_of(model, kind, size) for model in (plain, auto)]
 
-        def timed(arm, step=step):
-            parallel.two_batch.choose = choose[arm]
+        def timed(arm, steps=steps):
             comm.barrier()
             start = time.perf_counter()
-            step()
+            steps[arm]()
             return time.perf_counter() - start
 
         alone = [timed(arm) + timed(1 - arm) for arm in (0, 1, 0)][-1]
@@ -170,6 +179,24 @@ def measure_pairs(group, sizes, seconds):
                 found[number, arm] = timed(arm)
         results[kind, size] = found
     return results
+
+
+def measure_free(group, tokens, sizes, samples, samples_of_steps):
+    """On a rank, without the link: layers and steps."""
+    layers = measure(group, tokens, samples)
+    model = make_steps(group, "two")
+    return layers, time_steps(group, model, sizes, samples_of_steps)
+
+
+def measure_slow(group, tokens, sizes, samples, samples_of_steps, seconds):
+    """On a rank, through the link: layers, steps, what is hidden, and `auto`."""
+    layers = measure(group, tokens, samples)
+    model, plain = make_steps(group, "auto"), make_steps(group, "none")
+    overlaps = model.expert_parallel.overlaps
+    chosen = {each: overlaps.choose(*each) for each in sizes}
+    found = time_pairs(group, plain, model, sizes, seconds)
+    times = time_steps(group, model, sizes, samples_of_steps)
+    return layers, times, time_hidden(group, model, sizes), chosen, found
 
 
 def told_apart(ranks, rng):
@@ -211,76 +238,11 @@ def medians(per_rank):
     }
 
 
-def steps(free, slow):
-    """A record of each size, and the targets."""
+def layer_records(free, slow):
+    """A record of each T, and the targets."""
     records, targets = [], []
-    times, without = (medians([rank[0] for rank in ranks]) for ranks in (slow, free))
-    for (kind, size), here in times.items():
-        there = without[kind, size]
-        best = min(there["none"], there["single"], there["two"])
-        of_free = {m: best / here[m] for m in ("none", "single", "two", "auto")}
-        record = {
-            "kind": kind,
-            "tokens": size,
-            "exchanges_us": LAYERS * here["exchange"] * 1e6,
-            **{f"{mode}_us": here[mode] * 1e6 for mode in of_free},
-            "free_us": best * 1e6,
-            "auto": slow[0][2][kind, size],
-            "of_free": max(of_free.values()),
-            "hidden_ms": {
-                mode: [max(alone - exposed, 0.0) for _, alone, exposed in found]
-                for mode in ("single", "two")
-                for found in [slow[0][1][kind, size, mode]]
-            },
-        }
-        records.append(record)
-        name = f"{kind}, {size} tokens"
-        if record["free_us"] > record["exchanges_us"]:
-            targets.append(
-                Target(
-                    f"{name}: best overlap, of a free link",
-                    record["of_free"],
-                    LEAST_SHARE,
-                    at_least=True,
-                )
-            )
-    return records, targets
-
-
-def steps_table(records):
-    headers = (
-        *("step", "exchanges us", "none us", "single us", "two us", "auto us"),
-        *("without the link us", "auto is", "best of free", "hidden ms: single", "two"),
-    )
-    lines = [
-        (
-            f"{r['kind']} {r['tokens']}",
-            *(f"{r[f'{n}_us']:.0f}" for n in ("exchanges", "none", "single", "two")),
-            f"{r['auto_us']:.0f}",
-            f"{r['free_us']:.0f}",
-            r["auto"],
-            f"{r['of_free']:.2f}",
-            *(
-                " ".join(f"{ms:.2f}" for ms in r["hidden_ms"][mode]) or "-"
-                for mode in ("single", "two")
-            ),
-        )
-        for r in records
-    ]
-    return markdown_table(headers, lines)
-
-
-def main():
-    args = arguments(__doc__, samples=60).parse_args()
-    tokens = QUICK_TOKENS if args.quick else TOKENS
-    samples = args.samples // 4 if args.quick else args.samples
-    print(heading("overlap"))
-    free = medians(run_pinned(2, measure, tokens, samples, timeout=200))
-    with Link(LATENCY, BANDWIDTH) as link:
-        slow = medians(run_pinned(2, measure, tokens, samples, timeout=200, link=link))
-    records, targets = [], []
-    for num_tokens in tokens:
-        here, there = slow[num_tokens], free[num_tokens]
+    for num_tokens, here in slow.items():
+        there = free[num_tokens]
         best = min(there["none"], there["single"])
         record = {
             "tokens": num_tokens,
@@ -297,6 +259,10 @@ def main():
         if record["applies"]:
             name = f"T={num_tokens}, throughput with overlap, of that without the link"
             targets.append(Target(name, record["share"], LEAST_SHARE, at_least=True))
+    return records, targets
+
+
+def layers_table(records):
     headers = (
         *("T", "exchange us", "shared us", "layer none us", "layer single us"),
         *("without the link us", "hidden us", "of free", "shared > exchange"),
@@ -305,33 +271,112 @@ def main():
         (num, *(f"{v:.0f}" for v in values), f"{share:.2f}", "yes" if applies else "no")
         for num, *values, share, applies in (record.values() for record in records)
     ]
-    print(markdown_table(headers, lines) + "\n")
-    sizes = QUICK_SIZES if args.quick else SIZES
-    samples = max(samples // 6, 5)
-    free = run_pinned(2, measure_steps, sizes, samples, timeout=300)
-    with Link(LATENCY, BANDWIDTH) as link:
-        slow = run_pinned(2, measure_steps, sizes, samples, timeout=300, link=link)
-    step_records, step_targets = steps(free, slow)
-    print(steps_table(step_records) + "\n")
-    with Link(LATENCY, BANDWIDTH) as link:
-        seconds = 2 if args.quick else 16
-        found = run_pinned(2, measure_pairs, sizes, seconds, timeout=300, link=link)
-    pair_records, pair_targets = pairs(found)
+    return markdown_table(headers, lines)
+
+
+def step_records(free, slow, hidden, chosen):
+    """A record of each size, and the targets."""
+    records, targets = [], []
+    for (kind, size), here in slow.items():
+        there = free[kind, size]
+        best = min(there["none"], there["single"], there["two"])
+        exchanges = LAYERS * here["exchange"]
+        record = {
+            "kind": kind,
+            "tokens": size,
+            "exchanges_us": exchanges * 1e6,
+            "computing_us": max(best - LAYERS * there["exchange"], 0.0) * 1e6,
+            **{f"{mode}_us": here[mode] * 1e6 for mode in ("none", "single", "two")},
+            "free_us": best * 1e6,
+            "auto": chosen[kind, size],
+            "of_free": max(best / here[m] for m in ("none", "single", "two")),
+            "hidden_ms": {
+                mode: [
+                    max(alone - exposed, 0.0)
+                    for _, alone, exposed in hidden[kind, size, mode]
+                ]
+                for mode in ("single", "two")
+            },
+        }
+        records.append(record)
+        if record["computing_us"] > record["exchanges_us"]:
+            name = f"{kind}, {size} tokens: best overlap, of a free link"
+            targets.append(Target(name, record["of_free"], LEAST_SHARE, at_least=True))
+    return records, targets
+
+
+def steps_table(records):
+    headers = (
+        *("step", "exchanges us", "computing us", "none us", "single us", "two us"),
+        *("without the link us", "auto is", "best of free", "hidden ms: single"),
+        "two",
+    )
+    lines = [
+        (
+            f"{r['kind']} {r['tokens']}",
+            *(f"{r[f'{n}_us']:.0f}" for n in STEP_COLUMNS),
+            r["auto"],
+            f"{r['of_free']:.2f}",
+            *(
+                " ".join(f"{ms:.2f}" for ms in r["hidden_ms"][mode]) or "-"
+                for mode in ("single", "two")
+            ),
+        )
+        for r in records
+    ]
+    return markdown_table(headers, lines)
+
+
+def pairs_table(records):
     lines = [
         (r["pairs"], r["rounds"], *(f"{r[n]:.3f}" for n in ("of_none", "low", "high")))
-        for r in pair_records
+        for r in records
     ]
     headers = ("none / auto", "pairs", "median", "95 % from", "to")
-    print(markdown_table(headers, lines) + "\n")
-    least_auto = min(record["of_none"] for record in pair_records)
+    return markdown_table(headers, lines)
+
+
+def main():
+    args = arguments(__doc__, samples=40).parse_args()
+    tokens = QUICK_TOKENS if args.quick else TOKENS
+    sizes = QUICK_SIZES if args.quick else SIZES
+    samples = max(args.samples // (4 if args.quick else 1), 5)
+    of_steps = max(samples // 5, 5)
+    print(heading("overlap"))
+    free = run_pinned(2, measure_free, tokens, sizes, samples, of_steps, timeout=200)
+    with Link(LATENCY, BANDWIDTH) as link:
+        slow = run_pinned(
+            2,
+            measure_slow,
+            *(tokens, sizes, samples, of_steps, 2 if args.quick else 10),
+            timeout=300,
+            link=link,
+        )
+    if not link.runs_first:
+        print("The link's threads wait for a core as all others do.\n")
+    layers, targets = layer_records(
+        medians([rank[0] for rank in free]), medians([rank[0] for rank in slow])
+    )
     shares = [target.value for target in targets]
+    print(layers_table(layers) + "\n")
+    _, _, hidden, chosen, _ = slow[0]
+    steps, step_targets = step_records(
+        medians([rank[1] for rank in free]),
+        medians([rank[1] for rank in slow]),
+        hidden,
+        chosen,
+    )
+    print(steps_table(steps) + "\n")
+    of_pairs, pair_targets = pairs([rank[4] for rank in slow])
+    print(pairs_table(of_pairs) + "\n")
+    least_auto = min(record["of_none"] for record in of_pairs)
     worst = f"at least {min(shares):.2f}" if shares else "nowhere enough to hide it"
     figure = (
         f"overlap (single, 2 ranks, {LATENCY * 1e6:.0f} us, {BANDWIDTH / 1e9:g} GB/s): "
         f"{worst} of the throughput without the link where shared experts take longer; "
         f"steps with auto: at least {least_auto:.2f} of none"
     )
-    records += step_records + pair_records
+    records = [*layers, *steps, *of_pairs]
     return finish(args, records, targets + step_targets + pair_targets, figure)
 
 

@@ -1,15 +1,17 @@
 """Experts, layers or both over four ranks: bytes held, tokens a second, and the flow.
 
-A random 4-bit Qwen3-MoE of about 400 MB over MPI. First on 4 ranks: its experts spread
+A random 4-bit Qwen3-MoE of about 120 MB over MPI. First on 4 ranks: its experts spread
 over all (EP 4), its layers (PP 4), and two stages of two ranks (2 x 2). Each generates
 the same tokens from the same prompt, arms in turn. On a machine with fewer cores than
 ranks the ranks share them, and seconds say what the sum of the work is, not what four
 machines would take.
 
 Then on 2 ranks, each on a core of its own: a prompt in chunks through 2 stages, as they
-are queued, against the same chunks of which each waits until the last stage has had
-the one before (and its logits are made, to know that). Where S stages are busy at once,
-C chunks take C + S - 1 times a stage's work instead of C * S.
+are queued, against the same chunks of which each waits (at a barrier) until the last
+stage has had the one before. Where S stages are busy at once, C chunks take C + S - 1
+times a stage's work instead of C * S.
+
+    python -m benchmarks.bench_pipeline [--quick] [--check] [--json FILE]
 """
 
 from __future__ import annotations
@@ -40,10 +42,10 @@ from mlx_ep.api import load
 from mlx_ep.config import EPConfig
 from mlx_ep.metrics import markdown_table
 
-CONFIG = Path(__file__).parent / "configs" / "qwen3-moe-400mb"
+CONFIG = Path(__file__).parent / "configs" / "qwen3-moe-100mb"
 ARMS = {"EP 4": 1, "2 x 2": 2, "PP 4": 4}  # stages
-PROMPT, CHUNK, TOKENS = 128, 32, 16
-FLOW_PROMPT, FLOW_CHUNK = 256, 32
+CHUNK, TOKENS = 16, 16
+FLOW_CHUNK = 16
 NUM_STAGES = 2
 FLOW_LIMIT = 0.8  # of the time of chunks that wait for each other
 
@@ -55,10 +57,14 @@ def _load(group: mx.distributed.Group, stages: int, runner: str) -> Any:
 
 
 def compare(
-    group: mx.distributed.Group, samples: int
+    group: mx.distributed.Group, samples: int, length: int
 ) -> dict[str, tuple[list[int], int, tuple[float, ...], tuple[float, ...]]]:
-    """By arm: tokens, bytes this rank holds, seconds of prompts and of tokens."""
-    prompt = mx.array(np.random.default_rng(0).integers(0, 8192, (1, PROMPT)))
+    """By arm: tokens, bytes this rank holds, seconds of prompts and of tokens.
+
+    Args:
+        length: tokens of the prompt.
+    """
+    prompt = mx.array(np.random.default_rng(0).integers(0, 8192, (1, length)))
     models = {name: _load(group, stages, "gather") for name, stages in ARMS.items()}
     caches: dict[str, Any] = {}
     tokens: dict[str, list[int]] = {}
@@ -66,7 +72,7 @@ def compare(
     def read(name: str) -> Callable[[], None]:
         def prefill() -> None:
             caches[name] = make_prompt_cache(models[name])
-            logits = chunks(models[name], prompt, CHUNK, caches[name], waits=False)
+            logits = chunks(models[name], prompt, CHUNK, caches[name])
             tokens[name] = [int(logits[0, -1].argmax().item())]
 
         return prefill
@@ -80,7 +86,8 @@ def compare(
         return decode
 
     barrier = barrier_of(group)
-    reads = interleaved({n: read(n) for n in ARMS}, samples, 1, barrier=barrier)
+    warmup = int(samples > 1)
+    reads = interleaved({n: read(n) for n in ARMS}, samples, warmup, barrier=barrier)
     writes = interleaved({n: write(n) for n in ARMS}, samples, 0, barrier=barrier)
     held = {
         name: model.expert_parallel.reports[group.rank()].held_bytes
@@ -93,33 +100,41 @@ def compare(
 
 
 def chunks(
-    model: Any, prompt: mx.array, size: int, cache: Any, waits: bool
+    model: Any,
+    prompt: mx.array,
+    size: int,
+    cache: Any,
+    between: Callable[[], None] = lambda: None,
 ) -> mx.array:
     """A prompt's logits, chunk by chunk as mlx-lm's generate_step reads it.
 
     Args:
-        waits: whether each chunk has gone through all stages before the next begins.
+        between: called when this rank has computed a chunk.
     """
     logits = prompt
     for start in range(0, prompt.shape[1], size):
         logits = model(prompt[:, start : start + size], cache=cache)
-        mx.eval(logits if waits else [layer.state for layer in cache])
+        mx.eval([layer.state for layer in cache])
+        between()
     mx.eval(logits)
     return logits
 
 
-def flow(group: mx.distributed.Group, samples: int) -> dict[str, tuple[float, ...]]:
-    """Seconds of a prompt in chunks through two stages."""
-    prompt = mx.array(np.random.default_rng(0).integers(0, 8192, (1, FLOW_PROMPT)))
+def flow(
+    group: mx.distributed.Group, samples: int, length: int
+) -> dict[str, tuple[float, ...]]:
+    """Seconds of a prompt of `length` tokens in chunks through two stages."""
+    prompt = mx.array(np.random.default_rng(0).integers(0, 8192, (1, length)))
     model = _load(group, NUM_STAGES, "blas")
+    barrier = barrier_of(group)
 
-    def run(waits: bool) -> Callable[[], None]:
+    def run(between: Callable[[], None]) -> Callable[[], None]:
         return lambda: mx.eval(
-            chunks(model, prompt, FLOW_CHUNK, make_prompt_cache(model), waits)
+            chunks(model, prompt, FLOW_CHUNK, make_prompt_cache(model), between)
         )
 
-    arms = {"queued": run(False), "one by one": run(True)}
-    found = interleaved(arms, samples, 1, barrier=barrier_of(group))
+    arms = {"queued": run(lambda: None), "one by one": run(barrier)}
+    found = interleaved(arms, samples, 1, barrier=barrier)
     return {name: arm.seconds for name, arm in found.items()}
 
 
@@ -128,8 +143,9 @@ def main() -> int:
     parser = arguments(__doc__, samples=3)
     args: argparse.Namespace = parser.parse_args()
     samples = 1 if args.quick else args.samples
+    length, flow_length = (32, 64) if args.quick else (64, 128)
     print(heading("Experts, layers, or both over four ranks"))
-    ranks = run_pinned(4, compare, samples, transport="mpi", timeout=500)
+    ranks = run_pinned(4, compare, samples, length, transport="mpi", timeout=500)
     records: list[dict[str, Any]] = []
     for name in ARMS:
         held = [rank[name][1] / 1e6 for rank in ranks]
@@ -140,7 +156,7 @@ def main() -> int:
                 "arm": name,
                 "tokens": ranks[0][name][0],
                 "held_mb": held,
-                "prompt_tokens_per_s": PROMPT / reads,
+                "prompt_tokens_per_s": length / reads,
                 "tokens_per_s": TOKENS / writes,
             }
         )
@@ -155,10 +171,12 @@ def main() -> int:
     ]
     headings = ["arm", "MB held by rank", "prompt tokens/s", "tokens/s"]
     print(markdown_table(headings, rows), "\n")
-    flows = run_pinned(NUM_STAGES, flow, samples, transport="mpi", timeout=300)
+    flows = run_pinned(
+        NUM_STAGES, flow, samples, flow_length, transport="mpi", timeout=300
+    )
     arms = {name: slowest([Samples(rank[name]) for rank in flows]) for name in flows[0]}
     queued = ratio(arms["queued"], arms["one by one"]).median
-    count = FLOW_PROMPT // FLOW_CHUNK
+    count = flow_length // FLOW_CHUNK
     least = (count + NUM_STAGES - 1) / (count * NUM_STAGES)
     print(
         f"{count} chunks of {FLOW_CHUNK} tokens through {NUM_STAGES} stages: "

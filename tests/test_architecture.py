@@ -43,8 +43,8 @@ MAY_IMPORT = {
         "types", "comm", "config", "cost", "metrics", "models", "placement", "tune",
     },
     "api": {
-        "comm", "config", "cost", "exchange", "loading", "metrics", "models", "moe",
-        "placement", "rows", "tune",
+        "comm", "config", "cost", "exchange", "experts", "loading", "metrics",
+        "models", "moe", "placement", "rows", "tune",
     },
     "__init__": {
         "api", "comm", "config", "exchange", "moe", "placement", "rows", "types",

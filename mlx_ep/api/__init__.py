@@ -1,6 +1,6 @@
 """Where all parts meet: a model becomes expert-parallel."""
 
-from mlx_ep.api.alone import has_routed_experts, run_alone
+from mlx_ep.api.alone import has_routed_experts, run_alone, runner_problem
 from mlx_ep.api.calls import load, parallelize
 from mlx_ep.api.install import ExpertParallel
 from mlx_ep.api.prepared import PreparedModel, prepare
@@ -15,4 +15,5 @@ __all__ = [
     "parallelize",
     "prepare",
     "run_alone",
+    "runner_problem",
 ]

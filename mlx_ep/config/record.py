@@ -243,8 +243,7 @@ class EPConfig:
         int,
         Flag(
             help="N stages of ranks: each stage holds some of the layers, and spreads "
-            "their experts over its ranks; MPI, or a ring with one rank a stage "
-            "(docs/pipeline.md)",
+            "their experts over its ranks; MPI or a ring (docs/pipeline.md)",
             metavar="N",
             least=1,
         ),

@@ -15,7 +15,12 @@ from mlx_lm.models.cache import (
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
-from mlx_ep.api import RunnerName, has_routed_experts, run_alone
+from mlx_ep.api import (
+    RunnerName,
+    has_routed_experts,
+    run_alone,
+    runner_problem,
+)
 from mlx_ep.comm import Comm, agreed
 from mlx_ep.loading import find_model
 
@@ -68,8 +73,8 @@ def prepare_draft(
         runner: of its experts; None: mlx-lm's own block.
 
     Raises:
-        ValueError: on every rank: there is no such model, its tokens are others, or it
-            has no routed experts for a runner.
+        ValueError: on every rank: there is no such model, its tokens are others, or
+            the runner cannot run its experts.
     """
     return agreed(comm, lambda: _checked(path_or_repo, tokenizer, runner))
 
@@ -78,10 +83,17 @@ def _checked(
     path_or_repo: str, tokenizer: TokenizerWrapper, runner: RunnerName | None
 ) -> Draft:
     draft = Draft(_checked_path(path_or_repo, tokenizer), runner)
-    if runner is not None and not has_routed_experts(draft.outline()):
+    if runner is None:
+        return draft
+    if not has_routed_experts(draft.outline()):
         raise ValueError(
             f"--draft-runner {runner} is for a draft with routed experts; "
             f"--draft-model {path_or_repo} has none. Leave --draft-runner out."
+        )
+    if problem := runner_problem(draft.outline(), runner):
+        raise ValueError(
+            f"--draft-runner {runner} cannot run the experts of --draft-model "
+            f"{path_or_repo} here: {problem}. Give another one, or leave it out."
         )
     return draft
 

@@ -199,20 +199,24 @@ def _random_quantized(
     *lead, groups = scales
     width = groups * module.group_size
 
-    def packed(index: int) -> Draw:
-        def draw(key: mx.array, shape: tuple[int, ...]) -> mx.array:
-            numbers = mx.random.normal((*lead, width), key=key) * width**-0.5
-            return mx.quantize(
-                numbers.astype(dtype), module.group_size, module.bits, module.mode
-            )[index]
+    def draw(key: mx.array) -> Sequence[mx.array]:
+        """Weights, scales and biases: the parts of one random matrix."""
+        numbers = mx.random.normal((*lead, width), key=key) * width**-0.5
+        return mx.quantize(
+            numbers.astype(dtype), module.group_size, module.bits, module.mode
+        )
 
-        return draw
-
-    # One key for all of them: they are the parts of one random matrix.
-    filled: dict[str, mx.array] = {
-        name: _each(path, name, own[name], stack, packed(index))
-        for index, name in enumerate(names)
-    }
+    filled: dict[str, mx.array]
+    if stack is None:
+        filled = dict(zip(names, draw(_key(path)), strict=True))
+    elif not stack.experts:
+        filled = {name: own[name] for name in names}
+    else:
+        drawn = [draw(_key(f"{path}:{expert}")) for expert in stack.experts]
+        filled = {
+            name: mx.stack([stack.cut(name, one) for one in parts])
+            for name, parts in zip(names, zip(*drawn), strict=True)
+        }
     if "bias" in own:
         filled["bias"] = mx.zeros(own["bias"].shape, dtype)
     return filled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +22,10 @@ from mlx_ep.loading.sizes import (
     held_bytes,
     layer_copy_bytes,
 )
-from mlx_ep.loading.working import working_memory
+from mlx_ep.loading.working import WorkingMemory, working_memory
+from mlx_ep.models import find_moe_sites
 from mlx_ep.models.tensor_parallel import connect, split_dense
-from mlx_ep.placement import Placement
+from mlx_ep.placement import Placement, StageLayers
 
 
 @dataclass(frozen=True)
@@ -165,16 +166,28 @@ def rank_needs(
     placement: Placement,
     workload: Workload,
     memory: Sequence[int] | None = None,
+    stages: Sequence[StageLayers] = (),
 ) -> list[RankNeed]:
     """What every rank would hold, in rank order.
 
     Args:
+        placement: of the ranks; with `stages` of those of one stage.
         memory: bytes that each rank may hold.
+        stages: the layers of each stage of a pipeline; none: every rank holds all.
 
     Raises:
         ValueError: the dense part cannot be split as asked for, or the model's caches
             are not known.
     """
+    if stages:
+        of_stages: list[RankNeed] = []
+        for stage in stages:
+            first = len(of_stages)
+            own = None if memory is None else memory[first:]
+            held = replace(placement, stage=stage)
+            needs = rank_needs(model, held, workload, own)
+            of_stages += [replace(need, rank=first + need.rank) for need in needs]
+        return of_stages
     needs = []
     caches: int | None = None
     for rank in range(placement.num_ranks):
@@ -193,13 +206,30 @@ def rank_needs(
                 dense_bytes=held_bytes(made) - read,
                 expert_bytes=experts,
                 cache_bytes=caches,
-                working_bytes=working_memory(
-                    made, workload.step_tokens, placement.part(rank)
-                ).of(slots, placement.num_experts),
+                working_bytes=_working(model, made, placement, rank, workload).of(
+                    slots, placement.num_experts
+                ),
                 memory=None if memory is None else memory[rank],
             )
         )
     return needs
+
+
+def _working(
+    model: ModelOutline,
+    made: nn.Module,
+    placement: Placement,
+    rank: int,
+    workload: Workload,
+) -> WorkingMemory:
+    """Of a rank's model; of a stage that of all layers, of which it has the widest or
+    as wide ones, without experts where it has none."""
+    tokens, part = workload.step_tokens, placement.part(rank)
+    if placement.stage is None:
+        return working_memory(made, tokens, part)
+    whole = model.make(replace(placement, stage=None), rank)
+    found = working_memory(whole, tokens, part)
+    return found if find_moe_sites(made) else replace(found, all_experts=0)
 
 
 def rank_outline(

@@ -25,10 +25,8 @@ from mlx_ep.loading.local import (
 from mlx_ep.loading.progress import watch_phase
 from mlx_ep.loading.rank_tensors import load_bytes
 from mlx_ep.loading.sizes import choose_placement, held_bytes, layer_copy_bytes
-from mlx_ep.models import check_hidden_states, layer_list
-from mlx_ep.placement import Placement, StageLayers, check_stages, cut_stages
-
-_TRIED_TOKENS = 8
+from mlx_ep.loading.stages import TRIED_TOKENS, model_stages
+from mlx_ep.placement import Placement, check_stages
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def checkpoint_weights(
         in_stage, num_experts, members, lambda: outline(checkpoint, whole, 0)
     )
     if config.pp > 1:
-        stages = _stages(outline(checkpoint, placement, 0), config, num_ranks)
+        stages = model_stages(outline(checkpoint, placement, 0), config, num_ranks)
         placement = replace(placement, stage=stages[rank // members])
         rank %= members
     if placement.parts is None:
@@ -92,7 +90,7 @@ def checkpoint_weights(
     rank_bytes += layer_copy_bytes(made, placement, rank)
     check_dtypes(made, checkpoint.tensors)
     with foreign_code(f"{path}: its model cannot run"):
-        run_shapes(made, _TRIED_TOKENS, make_caches(made))
+        run_shapes(made, TRIED_TOKENS, make_caches(made))
 
     def build(change: Change | None = None) -> tuple[nn.Module, int]:
         total = load_bytes(checkpoint, placement, rank).rank_bytes
@@ -137,7 +135,7 @@ def dummy_weights(
         in_stage, num_experts, members, lambda: build_dummy(description, whole, 0)
     )
     if config.pp > 1:
-        stages = _stages(build_dummy(description, placement, 0), config, num_ranks)
+        stages = model_stages(build_dummy(description, placement, 0), config, num_ranks)
         placement = replace(placement, stage=stages[rank // members])
         rank %= members
     model = build_dummy(description, placement, rank)
@@ -149,59 +147,3 @@ def dummy_weights(
 
     rank_bytes = held_bytes(model) + layer_copy_bytes(model, placement, rank)
     return RankWeights(placement, rank_bytes, build, lambda: model, config=description)
-
-
-def _stages(model: nn.Module, config: EPConfig, num_ranks: int) -> list[StageLayers]:
-    """The layers of each stage, by the bytes that a rank would hold of each.
-
-    Args:
-        model: all layers, with the experts of the first rank of a stage.
-        config: its `pp`, and its `memory`: a stage has the room of its smallest rank.
-
-    Raises:
-        ValueError: the model cannot be cut into so many stages, or into stages that
-            the ranks have room for.
-    """
-    path, layers = layer_list(model)
-    check_hidden_states(
-        model, lambda: run_shapes(model, _TRIED_TOKENS, make_caches(model))
-    )
-    sizes = [held_bytes(layer) for layer in layers]
-    shared = held_bytes(model) - sum(sizes)
-    room = _room(config, num_ranks, shared)
-    stages = cut_stages(sizes, config.pp, room)
-    for index, held in enumerate(stages if room else ()):
-        if (needed := sum(sizes[held.start : held.stop])) > room[index]:
-            raise ValueError(
-                f"--pp {config.pp} with this --memory leaves no room: a rank of stage "
-                f"{index} would hold {(shared + needed) / 1e9:g} GB, and may hold "
-                f"{(shared + room[index]) / 1e9:g} GB. Give more memory or more ranks."
-            )
-    name = path.rpartition(".")[2]
-    return [StageLayers(each.start, each.stop, len(layers), name) for each in stages]
-
-
-def _room(config: EPConfig, num_ranks: int, shared: int) -> list[int]:
-    """Bytes for layers on the smallest rank of each stage; empty without `memory`.
-
-    Args:
-        shared: bytes of what every rank holds, the embedding, last norm and head.
-    """
-    if config.memory is None:
-        return []
-    if len(config.memory) != num_ranks:
-        raise ValueError(
-            f"memory must have one number for each of the {num_ranks} ranks; got "
-            f"{len(config.memory)}."
-        )
-    members = num_ranks // config.pp
-    room = [
-        int(min(config.memory[first : first + members]) * 1e9) - shared
-        for first in range(0, num_ranks, members)
-    ]
-    if min(room) <= 0:
-        raise ValueError(
-            f"--memory must be more than {shared / 1e9:g} GB on every rank, which the "
-            f"embedding and the head take; got {min(config.memory):g} GB."
-        )
-    return room

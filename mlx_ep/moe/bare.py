@@ -1,8 +1,9 @@
 """A layer of strategy `replicated` without its stages: experts, and one sum.
 
 In decode Python is a good part of a layer, and slow, since the weights have gone
-through the caches. Where nobody looks at the stages or at what goes through them they
-need not be there; where this rank has all experts nothing has to be assigned, either.
+through the caches. Where nobody looks at the stages or at what goes through them, or
+stops between them, they need not be there; where this rank has all experts nothing has
+to be assigned, either.
 """
 
 from __future__ import annotations

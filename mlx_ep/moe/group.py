@@ -29,7 +29,7 @@ from mlx_ep.experts import Runner, run_experts, run_slots
 from mlx_ep.metrics import Counters, StageTimings
 from mlx_ep.moe.bare import BareLayer
 from mlx_ep.moe.overlap import Operation, Overlap
-from mlx_ep.moe.step import Step
+from mlx_ep.moe.step import Step, rank_0_routing
 from mlx_ep.placement import Placement, check_everywhere
 from mlx_ep.rows import Mover, serving_local_slots, uses_metal
 from mlx_ep.types import DispatchDtype, Routing, Rows, TokenCounts
@@ -135,12 +135,16 @@ class ExpertGroup:
         """None: something in a layer needs its stages even where nobody times them."""
         changes_routing = self.share_routing or self.capacity is not None
         is_watched = self.check_nan or self.observe is not None
-        is_cut = bool(self.eval_layers) or self.overlap.wanted != "none"
-        if changes_routing or is_watched or is_cut:
-            return None
-        if type(self.strategy) is not Replicated:
+        is_plain = type(self.strategy) is Replicated and not self.eval_layers
+        if changes_routing or is_watched or not is_plain:
             return None
         return BareLayer(self.placement, self.counted, self.has_all, self.levels_rows)
+
+    @property
+    def _without_stages(self) -> BareLayer | None:
+        """None: somebody looks at the stages of this call, or stops between them."""
+        is_cut = self.timings.enabled or self.overlap.turns is not None
+        return None if is_cut else self._bare
 
     @cached_property
     def has_all(self) -> bool:
@@ -149,7 +153,7 @@ class ExpertGroup:
 
     def keeps_axes(self, num_tokens: int) -> bool:
         """Whether `weighted_sum` of a `CompleteRouting` keeps its leading axes."""
-        if self._bare is None or self.timings.enabled:
+        if self._without_stages is None:
             return False
         return self.has_all or (num_tokens == 1 and not uses_metal())
 
@@ -172,8 +176,12 @@ class ExpertGroup:
                 the shared experts; that sum is added. Only with strategy `replicated`,
                 where it joins the one collective of the layer.
         """
-        if (bare := self._bare) is not None and not self.timings.enabled:
-            return bare.weighted_sum(x, routing, runner, extra, self.step.layer)
+        if (bare := self._without_stages) is not None:
+            total = bare.weighted_sum(x, routing, runner, extra, self.step.layer)
+            if self.overlap.mode != "none":
+                # What the block computes next runs while it is under way.
+                mx.async_eval(total)
+            return total
         # Where tokens differ between ranks, a part would be added to other tokens.
         assert extra is None or not self.strategy.is_sharded
 
@@ -379,17 +387,9 @@ class ExpertGroup:
         return self.step.tokens
 
     def _used(self, routing: Routing) -> Routing:
-        agreed = self._agreed(routing) if self.share_routing else routing
+        is_agreed = self.share_routing and not self.strategy.is_sharded
+        agreed = rank_0_routing(routing, self.counted) if is_agreed else routing
         return agreed if self.capacity is None else self._limited(agreed)
-
-    def _agreed(self, routing: Routing) -> Routing:
-        """Rank 0's routing, where ranks may have rounded to different experts."""
-        if self.strategy.is_sharded:
-            return routing
-        # Ids are below 2^24, which float32 holds exactly: one collective for both.
-        ids = routing.expert_ids.astype(mx.float32)
-        both = self.counted.broadcast(mx.stack([ids, routing.gates]))
-        return routing._replace(expert_ids=both[0].astype(mx.int32), gates=both[1])
 
     def _limited(self, routing: Routing) -> Routing:
         """The routing within the capacity; what is dropped is counted and warned of."""

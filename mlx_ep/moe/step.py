@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_ep.comm import Comm
 from mlx_ep.rows import limit_to_capacity
 from mlx_ep.types import Routing, TokenCounts, to_host
 
@@ -54,3 +55,11 @@ class Step:
             )
         self.dropped_pairs += dropped
         return Routing(mx.array(ids), routing.gates)
+
+
+def rank_0_routing(routing: Routing, comm: Comm) -> Routing:
+    """Rank 0's routing of the same tokens, where ranks may have rounded differently."""
+    # Ids are below 2^24, which float32 holds exactly: one collective for both.
+    ids = routing.expert_ids.astype(mx.float32)
+    both = comm.broadcast(mx.stack([ids, routing.gates]))
+    return routing._replace(expert_ids=both[0].astype(mx.int32), gates=both[1])

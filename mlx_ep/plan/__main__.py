@@ -25,6 +25,7 @@ from mlx_ep.plan.load import check_load_flags, make_load, print_load
 from mlx_ep.plan.picture import check_picture_flags, plot_record
 from mlx_ep.plan.report import needs_json, needs_table, workload_lines
 from mlx_ep.plan.speeds import speeds_text
+from mlx_ep.plan.stages import check_stage_flags, stages_json, stages_table
 
 
 def plan_text(plan: Plan, name: str) -> str:
@@ -41,6 +42,7 @@ def plan_text(plan: Plan, name: str) -> str:
         *([f"why: {plan.reason}"] if plan.reason else []),
         "",
         needs_table(needs),
+        *([] if plan.stages is None else ["", stages_table(plan.stages), ""]),
     ]
     if needs[0].memory is not None and not plan.fits:
         lines += ["It does not fit. What would, each by itself:"]
@@ -98,6 +100,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     content["fits"] = plan.fits if plan.needs[0].memory is not None else None
     content["advice"] = plan.advice
     content["launch"] = plan.launch
+    content["stages"] = [] if plan.stages is None else stages_json(plan.stages)
     content["profiles"] = [profile.name for profile in plan.profiles]
     content["predicted"] = [asdict(speed) for speed in plan.speeds]
     return content
@@ -112,6 +115,7 @@ def main() -> None:
         if args.write_placement is not None:
             cli.check_output("--write-placement", args.write_placement)
         check_picture_flags(args)
+        check_stage_flags(args)
         check_load_flags(args)
         if args.simulate is not None:
             return print_load(make_load(args), args)

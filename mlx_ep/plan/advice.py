@@ -29,15 +29,16 @@ def advice(
         split_of: how another workload would be split, with the same flags.
     """
     placement, needs = split.placement, split.needs
-    short = [need for need in needs if need.missing_bytes > 0]
-    found = [_memory(short), _more_ranks(model, placement, needs, workload)]
+    found = [memory_advice(needs), _more_ranks(model, placement, needs, workload)]
     found += [_context(workload, split_of)]
     if workload.attention != "tensor" and placement.num_ranks > 1:
         found.append(_tensor(workload, split_of))
     return [sentence for sentence in found if sentence]
 
 
-def _memory(short: Sequence[RankNeed]) -> str:
+def memory_advice(needs: Sequence[RankNeed]) -> str:
+    """How much more memory those ranks need that have too little."""
+    short = [need for need in needs if need.missing_bytes > 0]
     each = ", ".join(
         f"rank {need.rank} needs {format_bytes(need.total_bytes)}, "
         f"{format_bytes(need.missing_bytes)} more than it has"

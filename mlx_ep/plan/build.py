@@ -15,10 +15,11 @@ from mlx_ep.loading.caches import CacheQuantization
 from mlx_ep.loading.estimate import ModelOutline, RankNeed, Workload, fits, rank_needs
 from mlx_ep.models.tensor_parallel import plan_split
 from mlx_ep.placement import Placement
-from mlx_ep.plan.advice import advice
+from mlx_ep.plan.advice import advice, memory_advice
 from mlx_ep.plan.launch_line import launch_line, memory_of
 from mlx_ep.plan.speeds import Speed, calibrated_profile, predict, profiles_of
 from mlx_ep.plan.split import Split, SplitOf, split_of
+from mlx_ep.plan.stages import StagePlan, plan_stages, with_cost
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Plan:
         profiles: of every rank, that the speeds are predicted from.
         no_speeds: why there are none.
         speeds: predicted.
+        stages: of layers, with --pp; `placement` is then that of one stage.
     """
 
     model: ModelOutline
@@ -44,6 +46,7 @@ class Plan:
     profiles: Sequence[Profile] = ()
     no_speeds: str = ""
     speeds: Sequence[Speed] = ()
+    stages: StagePlan | None = None
 
     @property
     def fits(self) -> bool:
@@ -65,11 +68,12 @@ def make_plan(args: argparse.Namespace) -> Plan:
         replica_memory=args.replica_memory,
         placement_file=args.placement_file,
         ep_size=args.ep_size,
+        pp=args.pp,
+        attention=args.attention if args.pp > 1 else "replicated",
     )
     memory = None
     if args.memory is not None:
         memory = [int(gigabytes * 1e9) for gigabytes in args.memory]
-    split = split_of(model, config, num_ranks, memory)
     workload = Workload(
         context=args.context,
         sequences=args.sequences,
@@ -78,6 +82,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
         ),
         step=args.prefill_step_size,
     )
+    if config.pp > 1:
+        stages = plan_stages(model, config, num_ranks, workload, memory)
+        hints = [] if stages.fits else [memory_advice(stages.needs)]
+        line = launch_line(args, workload, num_ranks, 0)
+        plan = Plan(model, stages.placement, workload, stages.needs, hints, line)
+        return _with_speeds(replace(plan, stages=stages), args)
+    split = split_of(model, config, num_ranks, memory)
     workload, found, reason = _attention(model, split, workload, args.attention)
     hints = []
     if memory is not None and not found.fits:
@@ -145,7 +156,7 @@ def _attention(
 
 
 def _with_speeds(plan: Plan, args: argparse.Namespace) -> Plan:
-    num_ranks = plan.placement.num_ranks
+    num_ranks = len(plan.needs)
     profiles = _profiles(args, num_ranks)
     if not profiles:
         if args.link:
@@ -165,6 +176,19 @@ def _with_speeds(plan: Plan, args: argparse.Namespace) -> Plan:
         shape = model_shape(plan.model.config, name=args.model)
     except ValueError as error:
         return replace(plan, no_speeds=f"not predicted: {error}")
+    if plan.stages is not None:
+        alone = predict(
+            profiles,
+            shape,
+            prompt=plan.workload.context,
+            link=args.link,
+            fits_alone=_fit_alone(plan),
+            arms=(),
+        )
+        stages, speed = with_cost(
+            plan.stages, profiles, shape, plan.workload, args.link
+        )
+        return replace(plan, profiles=profiles, speeds=[*alone, speed], stages=stages)
     split = plan_split(plan.model.make(plan.placement, 0), num_ranks)
     speeds = predict(
         profiles,

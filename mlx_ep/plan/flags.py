@@ -40,7 +40,7 @@ def make_parser() -> cli.Parser:
         help="A hostfile of mlx.launch: as many ranks as it has hosts, each asked by "
         "ssh for its memory unless --memory says it.",
     )
-    cli.add_config_flags(cluster, [*cli.PLACEMENT, "attention"])
+    cli.add_config_flags(cluster, [*cli.PLACEMENT, "attention", "pp"])
     cluster.add_argument(
         "--write-placement",
         type=Path,

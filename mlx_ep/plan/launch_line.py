@@ -41,6 +41,8 @@ def launch_line(
         words += ["--placement", args.placement_file]
     if args.ep_size is not None:
         words += ["--ep", str(args.ep_size)]
+    if args.pp > 1:
+        words += ["--pp", str(args.pp)]
     words += ["--attention", workload.attention]
     words += ["--prefill-step-size", str(workload.step)]
     quantization = workload.quantization

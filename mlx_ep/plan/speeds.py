@@ -18,6 +18,7 @@ _TITLES = {
     "tp": "tp: mlx-lm's shard()",
     "ep-replicated": "ep, --attention replicated",
     "ep-tensor": "ep, --attention tensor",
+    "pp": "stages of layers, --pp",
 }
 
 
@@ -79,6 +80,7 @@ def predict(
     tensor_problem: str = "",
     fits: Mapping[str, bool] | None = None,
     fits_alone: Sequence[bool] | None = None,
+    arms: Sequence[str] = ("tp", "ep-replicated", "ep-tensor"),
 ) -> list[Speed]:
     """Every way to run a model on a cluster.
 
@@ -90,6 +92,7 @@ def predict(
         tensor_problem: why the model cannot be split by its `shard()`, or "".
         fits: by arm, whether it fits the memory; None: not known.
         fits_alone: for every rank, whether it holds the whole model.
+        arms: on several ranks.
 
     Raises:
         ValueError: the profile has no such link.
@@ -119,7 +122,7 @@ def predict(
     holds_alone = None if fits_alone is None else any(fits_alone)
     singles = (speed("single", profile, holds_alone) for profile in candidates)
     speeds = [max(singles, key=lambda single: single.decode)]
-    for arm in ("tp", "ep-replicated", "ep-tensor") if num_ranks > 1 else ():
+    for arm in arms if num_ranks > 1 else ():
         if tensor_problem and arm != "ep-replicated":
             speeds.append(Speed(arm, why_not=tensor_problem))
         else:

@@ -1,4 +1,4 @@
-"""Stages of a pipeline over MPI: mlx-lm's tokens, and fewer bytes on each rank."""
+"""Stages of a pipeline: the tokens of mlx-lm, and fewer bytes on each rank."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
+import psutil
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -20,7 +21,7 @@ from mlx_ep import EPConfig, load
 from mlx_ep.loading import find_model
 from tests.support.launchers import mpirun_command, rank_environment
 from tests.support.ranks import run_commands, run_ranks, start_commands
-from tests.support.waiting import until
+from tests.support.waiting import LONG, until
 
 pytestmark = pytest.mark.requires("mpi")
 
@@ -83,28 +84,31 @@ def test_ranks_that_are_not_divided_end_with_a_reason() -> None:
 
 
 @pytest.mark.parametrize(
-    "memory", [[], pytest.param(["--memory", "0.0035,1"], marks=pytest.mark.slow)]
+    ("ranks", "memory"),
+    [
+        (2, []),
+        pytest.param(2, ["--memory", "0.0035,1"], marks=pytest.mark.slow),
+        # Of two ranks each, which MLX makes no group of.
+        pytest.param(4, [], marks=pytest.mark.slow),
+        pytest.param(4, ["--memory", "0.0025,1,1,1"], marks=pytest.mark.slow),
+        pytest.param(6, ["--overlap", "single"], marks=pytest.mark.slow),
+    ],
 )
-def test_a_ring_has_stages_of_one_rank(tmp_path, memory) -> None:
-    """Even ones, and of a rank with little memory and one with much."""
+def test_two_stages_on_a_ring(tmp_path, ranks, memory) -> None:
+    """Even ones, and of ranks with little memory and with much."""
     argv = [sys.executable, "-m", "mlx_ep.generate", *FLAGS, "--pp", "2"]
     record = tmp_path / "record.json"
     argv += ["--max-tokens", "24", "--prefill-step-size", "5", "--json", str(record)]
     argv += memory
-    outcomes = run_commands(2, argv)
-    assert [one.returncode for one in outcomes] == [0, 0], outcomes
-    first = "rank 0: layers 0..0 of 4" if memory else "rank 0: layers 0..1 of 4"
+    outcomes = run_commands(ranks, argv)
+    assert [one.returncode for one in outcomes] == [0] * ranks, outcomes
+    first = (
+        "rank 0: layers 0..0 of 4"
+        if "--memory" in memory
+        else "rank 0: layers 0..1 of 4"
+    )
     assert first in outcomes[0].stdout + outcomes[0].stderr
     assert json.loads(record.read_text())["text"] == expected(24)
-
-
-@pytest.mark.slow
-def test_a_ring_has_no_stages_of_several_ranks() -> None:
-    argv = [sys.executable, "-m", "mlx_ep.generate", *FLAGS, "--pp", "2"]
-    outcomes = run_commands(4, argv)
-    assert [one.returncode for one in outcomes] == [2] * 4, outcomes
-    assert "needs groups of some of the ranks" in outcomes[0].stderr
-    assert "Traceback" not in outcomes[0].stderr
 
 
 def reads_in_chunks(group: mx.distributed.Group, directory: str) -> None:
@@ -127,24 +131,66 @@ def test_stages_are_busy_with_different_chunks(tmp_path) -> None:
     run_ranks(2, reads_in_chunks, str(tmp_path), transport="mpi")
 
 
+LONG_PROMPT = ["--pp", "2", "--no-warmup", "--prompt", "What is a hacker? " * 400]
+LONG_PROMPT += ["--ignore-chat-template", "--prefill-step-size", "1"]
+FAULTS = [
+    (signal.SIGKILL, "ended without a word"),
+    (signal.SIGSTOP, "stopped"),
+    (signal.SIGTERM, "was told to end (SIGTERM)"),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "reason"),
-    [
-        (signal.SIGKILL, "rank 1 ended without a word"),
-        (signal.SIGSTOP, "rank 1 stopped"),
-        (signal.SIGTERM, "rank 1 was told to end (SIGTERM)"),
-    ],
+    ("ranks", "number", "reason"),
+    [*((2, *fault) for fault in FAULTS), *((4, *fault) for fault in FAULTS[:2])],
 )
-def test_a_rank_of_another_stage_that_fails_ends_all(number, reason) -> None:
+def test_a_rank_of_another_stage_that_fails_ends_all(ranks, number, reason) -> None:
     """In the middle of a prompt, whose chunks go from stage to stage."""
-    words = "What is a hacker? " * 400
-    argv = [sys.executable, "-m", "mlx_ep.generate", "--pp", "2", "--no-warmup"]
-    argv += ["--prompt", words, "--ignore-chat-template", "--prefill-step-size", "1"]
-    with start_commands(2, argv, env={"MLX_EP_LIMITS": "stopped=2"}) as started:
+    argv = [sys.executable, "-m", "mlx_ep.generate", *LONG_PROMPT]
+    with start_commands(ranks, argv, env={"MLX_EP_LIMITS": "stopped=2"}) as started:
         until(lambda: "strategy: replicated" in started.outcome(0).stdout)
-        os.kill(started.processes[1].pid, number)
+        os.kill(started.processes[-1].pid, number)
         outcomes = started.wait()
     assert all(outcome.returncode for outcome in outcomes), outcomes
-    assert reason in outcomes[0].stderr
+    assert f"rank {ranks - 1} {reason}" in outcomes[0].stderr
     assert "Traceback" not in outcomes[0].stderr
+
+
+def rank_process(mpirun: int, rank: int) -> psutil.Process:
+    """A rank below mpirun; the watch beside it has its variables too."""
+    found = [
+        process
+        for process in psutil.Process(mpirun).children(recursive=True)
+        if "mlx_ep.generate" in process.cmdline()
+        and process.environ().get("OMPI_COMM_WORLD_RANK") == str(rank)
+    ]
+    return found[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "reason"), FAULTS)
+def test_over_mpi_too(tmp_path, number, reason) -> None:
+    """Of two stages of two ranks, one of the last stage."""
+    command, variables = mpirun_command(4)
+    argv = [*command, sys.executable, "-m", "mlx_ep.generate", *LONG_PROMPT]
+    variables |= {"MLX_EP_LIMITS": "stopped=2"}
+    told = tmp_path / "told"
+    with told.open("wb") as file:
+        process = subprocess.Popen(
+            argv, env=rank_environment(variables), stdin=subprocess.DEVNULL,
+            stdout=file, stderr=file,
+        )  # fmt: skip
+    try:
+        until(lambda: "strategy: replicated" in told.read_text())
+        ranks = [rank_process(process.pid, rank) for rank in range(4)]
+        os.kill(ranks[3].pid, number)
+        assert process.wait(LONG) != 0
+        until(lambda: not any(rank.is_running() for rank in ranks))
+    finally:
+        process.kill()
+        process.wait()
+    # Of a rank that is gone mpirun may say it, and end the others before they do.
+    if number != signal.SIGKILL:
+        assert f"rank 3 {reason}" in told.read_text()
+    assert "Traceback" not in told.read_text()

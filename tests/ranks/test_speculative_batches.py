@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import mlx_lm
 import pytest
 
 from mlx_ep.loading import find_model
@@ -74,6 +76,22 @@ def test_answers_are_those_without_a_draft(
     assert f"Draft: {accepted} of {drafted} tokens accepted (" in said
     assert got[3]["draft_tokens"] == 0
     assert got[1]["draft_tokens"] == 3  # 5 tokens: one, 3 drafted, one
+
+
+def test_one_prompt_and_a_runner_of_the_draft(tmp_path: Path) -> None:
+    """The text of mlx-lm, and most of what is drafted is taken."""
+    prompt = "What is a daemon?"
+    draft = str(find_model("jargon-moe"))
+    record = tmp_path / "record.json"
+    argv = [*GENERATE, "--prompt", prompt, "-m", "12", "--ignore-chat-template"]
+    argv += ["--draft-model", draft, "--draft-runner", "blas", "--json", str(record)]
+    outcomes = run_commands(2, argv)
+    assert [one.returncode for one in outcomes] == [0, 0], outcomes
+    model, tokenizer = mlx_lm.load(draft)
+    expected = mlx_lm.generate(model, tokenizer, prompt, max_tokens=12)
+    assert json.loads(record.read_text())["text"] == expected
+    told = re.search(r"Draft: (\d+) of (\d+)", outcomes[0].stdout + outcomes[0].stderr)
+    assert told is not None and 0 < int(told[1]) <= int(told[2])
 
 
 @pytest.mark.slow

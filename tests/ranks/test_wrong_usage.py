@@ -91,6 +91,7 @@ GENERATE = [
     ("--draft-model /no/such", "--draft-model must be a model folder"),
     ("--draft-runner blas", "it needs --draft-model"),
     ("--draft-runner fast --draft-model jargon-moe", "invalid choice: 'fast'"),
+    ("--draft-runner metal --draft-model jargon-moe", "through Metal here"),
     ("--num-draft-tokens 0", "must be 1 or more, got 0"),
     ("--prompt-cache-file /no/such", "--prompt-cache-file must be a file"),
     ("--prompt-cache-file {DIR}/text", "is not one that cache_prompt made"),

@@ -119,6 +119,32 @@ def test_stages_stay_where_something_needs_them() -> None:
     assert not shares.keeps_axes(1)
 
 
+def test_overlap_needs_stages_for_micro_batches_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And what is under way was started when the layer returns."""
+    switch, x, ids, gates = _case(5)
+    runs = install_runner(switch, lambda rows: Option("gather", "cpu"))
+    placement = Placement((tuple(range(6)), tuple(range(6))))
+    started: list[mx.array] = []
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: started.extend(arrays))
+    totals = {}
+    for overlap in ("none", "single", "auto"):
+        config = EPConfig(overlap=overlap)
+        group = ExpertGroup.from_config(_Comm(0), placement, config)
+        assert group.keeps_axes(1)
+        started.clear()
+        routing = CompleteRouting(ids, gates)
+        totals[overlap] = group.weighted_sum(x, routing, runs).tolist()
+        assert len(started) == (overlap == "single")
+        with group.overlap.passing("single"):
+            group.weighted_sum(x, routing, runs)
+            assert len(started) == 1 + (overlap == "single")
+        monkeypatch.setattr(group.overlap, "turns", object())
+        assert not group.keeps_axes(1)
+    assert totals["none"] == totals["single"] == totals["auto"]
+
+
 @pytest.mark.parametrize("num_rows", [1, 2, 9])
 def test_few_pairs_are_summed_as_many(
     num_rows: int, monkeypatch: pytest.MonkeyPatch

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_model
 
-from mlx_ep.api import has_routed_experts, run_alone
+from mlx_ep.api import has_routed_experts, run_alone, runner_problem
 from mlx_ep.comm import Comm, broadcast_object, gather_objects
 from mlx_ep.comm.alone import AloneComm
 from mlx_ep.experts import RUNNERS
 from mlx_ep.loading import find_model
+from mlx_ep.rows import uses_metal
 from tests.support import tiny
 
 
@@ -70,3 +71,17 @@ def test_a_draft_without_experts_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"for routed experts, and mlx_lm\.models\.qwen3"
     ):
         run_alone(model, "gather")
+
+
+def test_what_a_runner_cannot_run_is_known_before_weights_are_read() -> None:
+    model = load_model(find_model("jargon-moe"), lazy=True)[0]
+    for runner in ("auto", "gather", "blas"):
+        assert runner_problem(model, runner) == ""
+    plain = tiny.make_model(tiny.QWEN3_MOE)
+    plain.set_dtype(mx.bfloat16)
+    assert runner_problem(plain, "blas") == ""
+    if uses_metal():
+        assert runner_problem(plain, "metal") == runner_problem(plain, "gather") == ""
+    else:
+        assert "through Metal" in runner_problem(model, "metal")
+        assert "float32 only on a CPU" in runner_problem(plain, "gather")

@@ -11,6 +11,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_ep import EPConfig
+from mlx_ep.comm import GroupComm
+from mlx_ep.comm.stages import check_transport
 from mlx_ep.loading import checkpoint_weights, find_model
 from mlx_ep.models import check_hidden_states, connect_stages, keep_layers, layer_list
 from mlx_ep.models.pipeline import count_tokens
@@ -78,6 +80,16 @@ def test_stages_that_are_not_possible_are_refused() -> None:
     with pytest.raises(ValueError, match="must divide the 4 ranks"):
         check_stages(3, 4)
     assert check_stages(2, 4) == 2
+
+
+def test_transports_that_carry_no_messages_of_other_sizes_are_refused() -> None:
+    group = mx.distributed.init()
+    for transport in ("jaccl", "jaccl-ring", "none"):
+        with pytest.raises(ValueError, match=f"which {transport} does not carry"):
+            check_transport(GroupComm(group, transport=transport), 2)
+    for transport in ("ring", "mpi"):
+        check_transport(GroupComm(group, transport=transport), 2)
+    check_transport(GroupComm(group, transport="jaccl"), 1)
 
 
 def test_a_tensor_is_of_the_layer_of_its_first_number() -> None:
