@@ -12,33 +12,17 @@ import pytest
 from mlx_ep.cost.profile import find_profile, write_profile
 from mlx_ep.loading.estimate import RankNeed
 from mlx_ep.placement import read_placement
-from mlx_ep.plan import __main__ as command
-from mlx_ep.plan import build
 from mlx_ep.plan.speeds import Speed, predict, verdict
 from tests.support import tiny
 from tests.support.architectures import AFFINE
 from tests.support.hub_server import HubServer, Repository, use_cache
-
-
-def _run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *flags: str
-) -> tuple[int, str]:
-    """The exit code of the command, and what it printed."""
-    monkeypatch.setattr("sys.argv", ["mlx_ep.plan", *flags])
-    monkeypatch.setattr(build, "calibrated_profile", lambda num_ranks: None)
-    code = 0
-    try:
-        command.main()
-    except SystemExit as stop:
-        code = stop.code  # type: ignore[assignment]
-    captured = capsys.readouterr()
-    return code, captured.out + captured.err
+from tests.support.plan_command import run_plan
 
 
 def test_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    code, text = _run(
+    code, text = run_plan(
         monkeypatch,
         capsys,
         *("--model", "jargon-moe", "--memory", "0.06,0.04,0.02", "--chip", "m3-ultra"),
@@ -72,7 +56,7 @@ def test_command_says_what_would_fit(
     flags = ("--model", "jargon-moe", "--json", str(json_file))
 
     def plan(*more: str) -> tuple[int, str]:
-        return _run(monkeypatch, capsys, *flags, *more)
+        return run_plan(monkeypatch, capsys, *flags, *more)
 
     code, text = plan("--memory", "0.0265,0.0265", "--context", "4096")
     assert code == 1
@@ -116,7 +100,7 @@ def test_wrong_usage_is_one_line(
     flags: tuple[str, ...],
     match: str,
 ) -> None:
-    code, text = _run(monkeypatch, capsys, "--model", "jargon-moe", *flags)
+    code, text = run_plan(monkeypatch, capsys, "--model", "jargon-moe", *flags)
     assert code == 2
     assert match in text
     assert text.count("\n") == 1
@@ -125,7 +109,7 @@ def test_wrong_usage_is_one_line(
 def test_of_a_dense_model_it_says_what_runs_it(monkeypatch, capsys, tmp_path) -> None:
     model = tiny.save_checkpoint(tmp_path / "llama", tiny.LLAMA)
     flags = ("--model", str(model), "--ranks", "2")
-    code, text = _run(monkeypatch, capsys, *flags)
+    code, text = run_plan(monkeypatch, capsys, *flags)
     assert code == 2 and text.count("\n") == 1
     assert "dense), and mlx_ep.plan spreads or counts experts. mlx_ep.generate" in text
 
@@ -135,7 +119,7 @@ def test_shared_width_and_several_sequences(
 ) -> None:
     one, four = tmp_path / "1.json", tmp_path / "4.json"
     for file, sequences in ((one, "1"), (four, "4")):
-        code, text = _run(
+        code, text = run_plan(
             monkeypatch,
             capsys,
             *("--model", "jargon-moe", "--ranks", "4", "--ep", "2"),
@@ -171,7 +155,7 @@ def test_hub_repository(
         for name in ("me/m", str(folder)):
             file = tmp_path / "plan.json"
             flags = ("--model", name, "--ranks", "3", "--json", str(file))
-            assert _run(monkeypatch, capsys, *flags)[0] == 0
+            assert run_plan(monkeypatch, capsys, *flags)[0] == 0
             plans.append(json.loads(file.read_text())["ranks"])
         sent = hub.bytes_of("")
     assert plans[0] == plans[1]
@@ -248,7 +232,7 @@ def test_a_profile_that_cannot_be_right_is_warned_of(monkeypatch, capsys, tmp_pa
     file = tmp_path / "profile.json"
     write_profile(replace(find_profile("m3-ultra"), sync_seconds=3.0), file)
     flags = ("--model", "jargon-moe", "--ranks", "2", "--profile", str(file))
-    code, text = _run(monkeypatch, capsys, *flags)
+    code, text = run_plan(monkeypatch, capsys, *flags)
     assert code == 0, text
     assert "is implausible, measure it again" in " ".join(text.split())
     assert "sync_seconds = 3: must be from 1e-07 to 0.05" in " ".join(text.split())

@@ -13,7 +13,7 @@ from mlx_ep.cost.stages import StageSize, pipeline_cost
 from mlx_ep.cost.step import step_cost
 from mlx_ep.loading import checkpoint_weights, find_model, model_shape, read_config
 from tests.support import tiny
-from tests.unit.test_plan_command import _run
+from tests.support.plan_command import run_plan
 
 MODEL = ("--model", "jargon-moe")
 
@@ -32,7 +32,7 @@ def test_a_plan_is_what_generate_loads(monkeypatch, capsys, tmp_path, memory, pp
     file = tmp_path / "plan.json"
     given = ",".join(map(str, memory))
     flags = (*MODEL, "--pp", str(pp), "--memory", given, "--json", str(file))
-    _, text = _run(monkeypatch, capsys, *flags, "--context", "64")
+    _, text = run_plan(monkeypatch, capsys, *flags, "--context", "64")
     content = json.loads(file.read_text())
     config = EPConfig(pp=pp, memory=memory)
     path, members = find_model("jargon-moe"), len(memory) // pp
@@ -51,14 +51,14 @@ def test_a_plan_is_what_generate_loads(monkeypatch, capsys, tmp_path, memory, pp
 
 def json_of(monkeypatch, capsys, file, *flags):
     flags = (*MODEL, "--context", "64", "--json", str(file), *flags)
-    code, text = _run(monkeypatch, capsys, *flags)
+    code, text = run_plan(monkeypatch, capsys, *flags)
     assert code == 0, text
     return json.loads(file.read_text())
 
 
 def test_the_command_to_copy_and_the_table(monkeypatch, capsys, tmp_path):
     flags = (*MODEL, "--ranks", "4", "--pp", "2", "--chip", "m4-max")
-    code, text = _run(monkeypatch, capsys, *flags)
+    code, text = run_plan(monkeypatch, capsys, *flags)
     assert code == 0
     assert "--ranks 4 --pp 2 --attention replicated" in " ".join(
         text.replace("\\", "").split()
@@ -68,10 +68,10 @@ def test_the_command_to_copy_and_the_table(monkeypatch, capsys, tmp_path):
     assert first[4] == "2" and float(first[-2]) > 0
     assert "stages of layers, --pp" in text and "From stage to stage" in text
     # Without a profile there are no times.
-    code, text = _run(monkeypatch, capsys, *flags[:-2])
+    code, text = run_plan(monkeypatch, capsys, *flags[:-2])
     assert code == 0 and "ms a token" not in text
     # Weights have room, the cache of so many tokens has not.
-    code, text = _run(
+    code, text = run_plan(
         monkeypatch, capsys, *MODEL, "--pp", "2", "--memory", "0.02,0.02",
         "--context", "100000",
     )  # fmt: skip
@@ -94,7 +94,7 @@ def test_the_command_to_copy_and_the_table(monkeypatch, capsys, tmp_path):
     ],
 )
 def test_what_cannot_be_is_one_line(monkeypatch, capsys, flags, match):
-    code, text = _run(monkeypatch, capsys, *MODEL, *flags)
+    code, text = run_plan(monkeypatch, capsys, *MODEL, *flags)
     assert code == 2 and match in text and text.count("\n") == 1
 
 
