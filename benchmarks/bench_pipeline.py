@@ -143,7 +143,7 @@ def main() -> int:
     parser = arguments(__doc__, samples=3)
     args: argparse.Namespace = parser.parse_args()
     samples = 1 if args.quick else args.samples
-    length, flow_length = (32, 64) if args.quick else (64, 128)
+    length, flow_length = 32 if args.quick else 64, 128
     print(heading("Experts, layers, or both over four ranks"))
     ranks = run_pinned(4, compare, samples, length, transport="mpi", timeout=500)
     records: list[dict[str, Any]] = []

@@ -40,7 +40,7 @@ def test_the_sum_is_queued_before_the_shared_experts(monkeypatch) -> None:
     with monkeypatch.context() as patch:
         order, output = started(patch, "single")
     assert order == [
-        "queued (5, 64)",  # the experts of this rank and the sum over ranks
+        "queued (1, 5, 64)",  # the experts of this rank and the sum over ranks
         "shared experts built",
         "queued (1, 5, 64)",  # the shared experts, behind what the sum waits for
         "block done",

@@ -16,7 +16,7 @@ from mlx_ep.plan.speeds import Speed, predict, verdict
 from tests.support import tiny
 from tests.support.architectures import AFFINE
 from tests.support.hub_server import HubServer, Repository, use_cache
-from tests.support.plan import run_plan
+from tests.support.plan_command import run_plan
 
 
 def test_command(

@@ -13,7 +13,7 @@ from mlx_ep.cost.stages import StageSize, pipeline_cost
 from mlx_ep.cost.step import step_cost
 from mlx_ep.loading import checkpoint_weights, find_model, model_shape, read_config
 from tests.support import tiny
-from tests.support.plan import run_plan
+from tests.support.plan_command import run_plan
 
 MODEL = ("--model", "jargon-moe")
 

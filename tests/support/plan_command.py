@@ -1,4 +1,4 @@
-"""The command mlx_ep.plan in this process."""
+"""The command mlx_ep.plan, run in this process."""
 
 from __future__ import annotations
 
