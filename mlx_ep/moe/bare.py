@@ -1,8 +1,9 @@
-"""A layer of strategy `replicated` without its stages: experts, and one sum.
+"""A layer without its stages: experts, and one sum where strategy `replicated` has it.
 
 In decode Python is a good part of a layer, and slow, since the weights have gone
 through the caches. Where nobody looks at the stages or at what goes through them they
-need not be there; where this rank has all experts nothing has to be assigned, either.
+need not be there; where this rank has all experts nothing has to be assigned, and where
+it has tokens of its own beside (`local`) nothing is summed.
 """
 
 from __future__ import annotations
@@ -27,9 +28,8 @@ def is_bare(group: ExpertGroup) -> bool:
     changes_routing = group.share_routing or group.capacity is not None
     is_watched = group.check_nan or group.observe is not None
     is_cut = bool(group.eval_layers) or group.overlap.wanted != "none"
-    return type(group.strategy) is Replicated and not (
-        changes_routing or is_watched or is_cut
-    )
+    is_plain = type(group.strategy) is Replicated or (group.is_apart and group.has_all)
+    return is_plain and not (changes_routing or is_watched or is_cut)
 
 
 def bare_sum(
@@ -43,6 +43,8 @@ def bare_sum(
     layer, (ids, gates) = group.step.layer, routing
     if group.has_all and isinstance(routing, CompleteRouting):
         rows: Rows = CompleteRows(x, ids, gates)
+    elif group.is_apart:
+        rows = Rows(x, ids, gates)
     else:
         note_layer(layer, "assign")
         placement, levels = group.placement, group.levels_rows
@@ -50,7 +52,11 @@ def bare_sum(
         rows = Rows(x, of_ids, gates)
     note_layer(layer, "experts")
     partial = run_experts(rows, runner, group.counters)
-    note_layer(layer, "combine")
-    total = group.counted.all_reduce(partial if extra is None else partial + extra)
+    if group.is_apart:
+        assert extra is None, "a part of a sum over ranks that have other tokens"
+        total = partial
+    else:
+        note_layer(layer, "combine")
+        total = group.counted.all_reduce(partial if extra is None else partial + extra)
     note_layer(layer, "evaluating up to here")
     return total

@@ -137,7 +137,9 @@ class ExpertGroup:
     @cached_property
     def has_all(self) -> bool:
         """Whether this rank serves every expert, in the slot of its number."""
-        return self.placement.slots.has_all_in_order(self.comm.rank)
+        # Apart from the others it serves its own tokens by its own copies.
+        served = self.placement if self.is_apart else self.placement.slots
+        return served.has_all_in_order(self.comm.rank)
 
     def keeps_axes(self, num_tokens: int) -> bool:
         """Whether `weighted_sum` of a `CompleteRouting` keeps its leading axes."""
