@@ -86,11 +86,7 @@ class ExpertGroup:
         share_routing: bool = False,
         mover: Mover | None = None,
     ) -> ExpertGroup:
-        """The group that a configuration describes, with counters of its own.
-
-        Args:
-            mover: see `StrategyTable.create`.
-        """
+        """What a configuration describes; `mover`: see `StrategyTable.create`."""
         if config.strategy == "local":
             check_everywhere(placement)
         return cls(
@@ -135,10 +131,12 @@ class ExpertGroup:
         """None: something in a layer needs its stages even where nobody times them."""
         changes_routing = self.share_routing or self.capacity is not None
         is_watched = self.check_nan or self.observe is not None
-        is_plain = type(self.strategy) is Replicated and not self.eval_layers
-        if changes_routing or is_watched or not is_plain:
+        has_all, is_apart = self.has_all, self.is_apart
+        is_plain = type(self.strategy) is Replicated or (is_apart and has_all)
+        if changes_routing or is_watched or self.eval_layers or not is_plain:
             return None
-        return BareLayer(self.placement, self.counted, self.has_all, self.levels_rows)
+        placement, levels = self.placement, self.levels_rows
+        return BareLayer(placement, self.counted, has_all, is_apart, levels)
 
     @property
     def _without_stages(self) -> BareLayer | None:
@@ -149,7 +147,9 @@ class ExpertGroup:
     @cached_property
     def has_all(self) -> bool:
         """Whether this rank serves every expert, in the slot of its number."""
-        return self.placement.slots.has_all_in_order(self.comm.rank)
+        # Apart from the others it serves its own tokens by its own copies.
+        served = self.placement if self.is_apart else self.placement.slots
+        return served.has_all_in_order(self.comm.rank)
 
     def keeps_axes(self, num_tokens: int) -> bool:
         """Whether `weighted_sum` of a `CompleteRouting` keeps its leading axes."""

@@ -90,6 +90,7 @@ class Answers:
         ]
         self._by_id = {answer.request.id: answer for answer in self.answers}
         self._open: set[str] = set()
+        self._is_closing = False
 
     def _answer(self, index: int, stops: tuple[tuple[int, ...], ...]) -> AnswerSoFar:
         asked, texts = self.asked, self._service.texts
@@ -137,7 +138,10 @@ class Answers:
             self._open.add(answer.request.id)
 
     async def __aexit__(self, *_: object) -> None:
+        """When everything has been sent, or the client has gone."""
         self.close()
+        if self._is_closing:
+            self._service.engine.expect(-1)
 
     def close(self) -> None:
         """Cancel what is unfinished."""
@@ -196,6 +200,11 @@ class Answers:
     def _finish(self, answer: AnswerSoFar, finish: str, is_ours: bool) -> None:
         answer.finish = finish
         self._open.discard(answer.request.id)
+        if not self._open and not self._is_closing:
+            # Whoever has an answer often asks again at once; of several answers that
+            # end together, one would else hold up the last words of the others.
+            self._is_closing = True
+            self._service.engine.expect(1)
         if is_ours:  # the engine does not know yet
             self._service.engine.cancel(answer.request.id)
 

@@ -10,7 +10,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import asdict
 from importlib.resources import files
 from ipaddress import ip_address
@@ -126,10 +126,14 @@ class Generation:
         status: int | str = 200
         answers: Answers | None = None
         try:
-            body = read_body(await read_limited(receive, scope, self._access))
-            asked = await service.read(lambda: dialect.read(body))
-            answers = Answers(service, asked, f"{dialect.prefix}{uuid.uuid4().hex}")
-            async with answers:
+            text = await read_limited(receive, scope, self._access)
+            async with AsyncExitStack() as stack:
+                with service.reading():
+                    body = read_body(text)
+                    asked = await service.read(lambda: dialect.read(body))
+                    name = f"{dialect.prefix}{uuid.uuid4().hex}"
+                    answers = Answers(service, asked, name)
+                    await stack.enter_async_context(answers)
                 await self._answer(dialect, answers, asked, scope, receive, send)
         except GoneError:
             status = "client gone"

@@ -26,6 +26,7 @@ import mlx.core as mx
 
 from mlx_ep.comm import Comm, note_progress, on_end
 from mlx_ep.server.checks import check_request
+from mlx_ep.server.cores import share_cores
 from mlx_ep.server.doorbell import SLOW_GATHER, Doorbell
 from mlx_ep.server.experts import ExpertLoads
 from mlx_ep.server.grammar import Grammars
@@ -38,6 +39,7 @@ from mlx_ep.server.messages import (
     decode,
     encode,
 )
+from mlx_ep.server.newcomers import Newcomers
 from mlx_ep.server.pools import EngineOptions, Pools, resident_bytes
 from mlx_ep.server.requests import EngineState, RankState, Request, Stopping, Token
 from mlx_ep.server.scheduler import Decision, RequestScheduler
@@ -81,22 +83,22 @@ class ServingEngine:
         self.attention, self.context, self.pools = attention, context, pools
         self._comm, self._worker, self._scheduler = comm, worker, scheduler
         self._vocabulary, self._grammars, self._notes = vocabulary, grammars, notes
-        self._options = options
-        self._bell = Doorbell(comm)
+        self._options, self._bell = options, Doorbell(comm)
         by_bell = worker.is_apart and self._bell.gather_seconds() < SLOW_GATHER
         self._exchange = StepExchange(
             comm, options.max_num_seqs, self._bell.gather if by_bell else None
         )
+        self._cores = share_cores(comm, worker.is_apart)
         self._loads = ExpertLoads(worker.model, comm, attention == "data")
         # Signal handlers of the main thread ask too, whatever it is doing.
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
         self._deliver: dict[str, Deliver] = {}
         self._cancelled: list[str] = []  # while they waited
+        self._newcomers = Newcomers(self._wake)
         self._record: tuple[RecordAction, Future[dict[str, object]]] | None = None
         self._is_draining = self._is_stopping = False
-        self._stop_reason = ""
-        self._status = [0] * STATUS
+        self._stop_reason, self._status = "", [0] * STATUS
         self.goodbye: Callable[[], object] | None = None
         self._state = EngineState(
             0, 0, 0, (0, 0), 0, 0, sum(p.limit for p in worker.prefixes), attention,
@@ -124,7 +126,12 @@ class ServingEngine:
                 raise ValueError(f"The id {request.id} must be new; it is in use.")
             self._scheduler.add(request)
             self._deliver[request.id] = deliver
-            self._wake.notify()
+            self._newcomers.note()
+
+    def expect(self, count: int) -> None:
+        """See `Engine.expect`."""
+        with self._wake:
+            self._newcomers.expect(count)
 
     def cancel(self, request: str) -> None:
         """See `Engine.cancel`."""
@@ -190,6 +197,7 @@ class ServingEngine:
         on_end(self._fail)
         mx.random.seed(random.randrange(2**32) if self._options.seed is None
                        else self._options.seed)  # fmt: skip
+        self._cores.keep(True)
         try:
             while self._turn():
                 pass
@@ -199,6 +207,7 @@ class ServingEngine:
             raise  # among ranks `_fail` is still to be called, with the first reason
         finally:
             self._bell.close()
+            self._cores.keep(False)
         # Not where it raised: a peer may be gone, and the watch will say why.
         on_end(None)
         if self._comm.rank == 0:
@@ -220,7 +229,7 @@ class ServingEngine:
         if worker.looks_ahead:
             # Where ranks run sequences of their own, each has drawn for itself.
             drawn_by = self._comm.rank if self.attention == "data" else 0
-            worker.look_ahead(self._exchange.words(sent, drawn_by))
+            worker.look_ahead(lambda: self._exchange.words(sent, drawn_by))
         heard = self._exchange.receive(sent)
         told = [decode(rank.payload) for rank in heard]
         if self._comm.rank != 0:
@@ -245,6 +254,7 @@ class ServingEngine:
             while not (self._worker.running or self._has_news()):
                 note_progress("waiting")
                 self._wake.wait()
+            self._newcomers.wait(lambda: self._scheduler.has_room)
             for request in self._cancelled:
                 self._end(request, "cancelled")
             self._cancelled.clear()
@@ -266,7 +276,7 @@ class ServingEngine:
         if self._comm.rank != 0 and self.attention == "data":
             details = self._worker.details() | details
         payload = encode(decision, details) if self._comm.size > 1 or details else b""
-        return self._exchange.send(self._worker.words(), self._look(), payload)
+        return self._exchange.send(self._worker.drawn(), self._look(), payload)
 
     def _look(self) -> list[int]:
         """What this rank says of itself: looked at when sequences come or go."""
@@ -330,6 +340,8 @@ class ServingEngine:
     def _send_event(self, event: Token) -> None:
         deliver = self._deliver.get(event.request)
         if event.finish_reason is not None:
+            # Also where another rank has drawn by it.
+            self._grammars.forget(event.request)
             with self._lock:
                 self._deliver.pop(event.request, None)
         if deliver is not None:
@@ -338,7 +350,6 @@ class ServingEngine:
     def _end(
         self, request: str, reason: Literal["cancelled", "error"], message: str = ""
     ) -> None:
-        self._grammars.forget(request)
         self._send_event(Token(request, None, finish_reason=reason, message=message))
 
     def _end_all(self, reason: str) -> None:

@@ -87,7 +87,7 @@ class Grammars:
         self._matchers[request] = matcher
 
     def forget(self, request: str) -> None:
-        """The request has ended before it began."""
+        """The request has ended, perhaps before it began."""
         self._matchers.pop(request, None)
 
     def matcher(self, request: str, grammar: str | None) -> GrammarMatcher | None:

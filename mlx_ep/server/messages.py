@@ -53,16 +53,41 @@ class Heard(NamedTuple):
     payload: bytes
 
 
+class DrawnHere(NamedTuple):
+    """The tokens that are being drawn on this rank.
+
+    Attributes:
+        places: of their sequences.
+        tokens: not evaluated; None where there are none.
+    """
+
+    places: Sequence[int] = ()
+    tokens: Int32[mx.array, " B"] | None = None
+
+    def words(self, num_places: int) -> Int32[mx.array, " places"]:
+        """Token + 1 of every place that one is drawn for here, else 0."""
+        if self.tokens is None:
+            return mx.zeros(num_places, mx.int32)
+        # Row of each place; one row more, of zeros, for those that draw nothing here.
+        row_of = [len(self.places)] * num_places
+        for row, place in enumerate(self.places):
+            row_of[place] = row
+        none = mx.zeros(1, mx.int32)
+        return mx.concatenate([self.tokens + 1, none])[mx.array(row_of)]
+
+
 class Sent(NamedTuple):
     """What is under way.
 
     Attributes:
-        rows: of all ranks, not evaluated; of this rank alone, where it tells the others
-            by itself.
-        payload: of this rank.
+        rows: of all ranks, not evaluated; None where this rank tells the others by
+            itself, when it has read its tokens.
+        drawn, status, payload: of this rank.
     """
 
-    rows: Int32[mx.array, "P W"]
+    rows: Int32[mx.array, "P W"] | None
+    drawn: DrawnHere
+    status: Sequence[int]
     payload: bytes
 
 
@@ -84,40 +109,34 @@ class StepExchange:
         self._comm, self._num_places, self._gather = comm, num_places, gather
 
     def send(
-        self,
-        words: Int32[mx.array, " places"],
-        status: Sequence[int],
-        payload: bytes = b"",
+        self, drawn: DrawnHere, status: Sequence[int], payload: bytes = b""
     ) -> Sent:
-        """Tell; nothing is waited for.
-
-        Args:
-            words: token + 1 of every place that this rank drew one for, else 0; not
-                evaluated.
-        """
+        """Tell; nothing is waited for."""
+        if self._gather is not None:
+            return Sent(None, drawn, status, payload)
         text = payload.ljust(INLINE, b"\0") if len(payload) <= INLINE else bytes(INLINE)
         first = mx.array([len(payload), *status], mx.int32)
         last = mx.array(np.frombuffer(text, np.int32))
-        rows = mx.concatenate([first, words, last])[None]
-        if self._comm.size > 1 and self._gather is None:
+        rows = mx.concatenate([first, drawn.words(self._num_places), last])[None]
+        if self._comm.size > 1:
             rows = self._comm.all_gather(rows)
         mx.async_eval(rows)
-        return Sent(rows, payload)
+        return Sent(rows, drawn, status, payload)
 
     def words(self, sent: Sent, rank: int) -> Int32[mx.array, " places"]:
-        """The words of a rank, not evaluated."""
-        start = 1 + STATUS
-        if self._gather is not None:
+        """`DrawnHere.words` of a rank, not evaluated."""
+        if sent.rows is None:
             assert rank == self._comm.rank, "those of others are not here yet"
-            rank = 0
+            return sent.drawn.words(self._num_places)
+        start = 1 + STATUS
         return sent.rows[rank, start : start + self._num_places]
 
     def receive(self, sent: Sent) -> list[Heard]:
         """Hear what all ranks have told."""
+        if sent.rows is None:
+            return self._receive_by_itself(sent)
         # sync: the step depends on what rank 0 decided, and on the tokens.
         rows = to_host(sent.rows)
-        if self._gather is not None:
-            return self._receive_by_itself(rows[0], sent.payload)
         sizes = rows[:, 0].tolist()  # on host
         long = self._gather_long(sent.payload, sizes) if max(sizes) > INLINE else []
         heard = []
@@ -127,11 +146,16 @@ class StepExchange:
             heard.append(self._heard(row, text))
         return heard
 
-    def _receive_by_itself(self, row: np.ndarray, payload: bytes) -> list[Heard]:
+    def _receive_by_itself(self, sent: Sent) -> list[Heard]:
         """Tell the others this rank's row and payload, and hear theirs."""
         assert self._gather is not None
-        numbers = row[: -INLINE // 4]
-        parts = self._gather(numbers.tobytes() + payload)
+        numbers = np.zeros(1 + STATUS + self._num_places, np.int32)
+        numbers[: 1 + STATUS] = (len(sent.payload), *sent.status)
+        if sent.drawn.tokens is not None:
+            places = np.add(sent.drawn.places, 1 + STATUS)
+            # sync: likewise.
+            numbers[places] = to_host(sent.drawn.tokens) + 1
+        parts = self._gather(numbers.tobytes() + sent.payload)
         size = numbers.nbytes
         return [
             self._heard(np.frombuffer(part[:size], np.int32), part[size:])

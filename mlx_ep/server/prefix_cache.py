@@ -7,6 +7,7 @@ an entry holds is the rank's own business.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class PrefixHit(NamedTuple):
 
 @dataclass
 class _Entry:
-    tokens: np.ndarray
+    text: bytes  # see `_text`
     num_bytes: int
     content: Any
 
@@ -37,6 +38,8 @@ class PrefixCache:
     """Entries by their tokens; the one that was used longest ago goes first.
 
     An entry that begins another is not kept beside it: it would hold nothing new.
+    Sorted by their tokens, those with the most in common are neighbours: finding one
+    takes no longer where there are many.
 
     Args:
         limit: most bytes of all entries together; 0 keeps nothing.
@@ -48,18 +51,21 @@ class PrefixCache:
     def __init__(self, limit: int) -> None:
         self.limit, self.num_bytes = limit, 0
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
+        self._sorted: list[bytes] = []
+        self._keys: dict[bytes, int] = {}
         self._next = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def find(self, tokens: Sequence[int]) -> PrefixHit | None:
-        """The entry with the longest beginning of `tokens`; of equals the first."""
-        wanted, best = np.asarray(tokens, np.int32), None  # on host
-        for key, entry in self._entries.items():
-            common = _common(wanted, entry.tokens)
+        """The entry with the longest beginning of `tokens`; of equals one of them."""
+        wanted, best = _text(tokens), None
+        place = bisect_left(self._sorted, wanted)
+        for text in self._sorted[max(place - 1, 0) : place + 1]:
+            common = _common(wanted, text)
             if common > (best.num_tokens if best else 0):
-                best = PrefixHit(key, common)
+                best = PrefixHit(self._keys[text], common)
         return best
 
     def use(self, key: int) -> Any:
@@ -75,14 +81,18 @@ class PrefixCache:
             num_bytes: that it takes, counted alike on all ranks.
             content: what `use` gives.
         """
-        new = np.asarray(tokens, np.int32)  # on host
+        new = _text(tokens)
         if not self.has_room_for(num_bytes) or self._is_held(new):
             return
-        for key in [k for k, e in self._entries.items() if _begins(e.tokens, new)]:
-            self._drop(key)
+        place = bisect_left(self._sorted, new)
+        # What begins it is its neighbour: what is between would begin so too.
+        if place and new.startswith(self._sorted[place - 1]):
+            self._drop(self._keys[self._sorted[place - 1]])
         while self.num_bytes + num_bytes > self.limit:
             self._drop(next(iter(self._entries)))
         self._entries[self._next] = _Entry(new, num_bytes, content)
+        self._keys[new] = self._next
+        insort(self._sorted, new)
         self.num_bytes += num_bytes
         self._next += 1
 
@@ -90,24 +100,30 @@ class PrefixCache:
         """Whether an entry of that size can be kept at all."""
         return num_bytes <= self.limit
 
-    def _is_held(self, tokens: np.ndarray) -> bool:
-        for key, entry in self._entries.items():
-            if _begins(tokens, entry.tokens):
-                self._entries.move_to_end(key)
-                return True
-        return False
+    def _is_held(self, text: bytes) -> bool:
+        place = bisect_left(self._sorted, text)
+        is_held = place < len(self._sorted) and self._sorted[place].startswith(text)
+        if is_held:
+            self._entries.move_to_end(self._keys[self._sorted[place]])
+        return is_held
 
     def _drop(self, key: int) -> None:
-        self.num_bytes -= self._entries.pop(key).num_bytes
+        entry = self._entries.pop(key)
+        del self._keys[entry.text]
+        del self._sorted[bisect_left(self._sorted, entry.text)]
+        self.num_bytes -= entry.num_bytes
 
 
-def _common(a: np.ndarray, b: np.ndarray) -> int:
+def _text(tokens: Sequence[int]) -> bytes:
+    """Tokens as bytes, whose order is that of the tokens."""
+    return np.asarray(tokens, ">i4").tobytes()  # on host
+
+
+def _common(a: bytes, b: bytes) -> int:
     """How many first tokens are the same."""
-    length = min(len(a), len(b))
-    differ = a[:length] != b[:length]
+    length = min(len(a), len(b)) // 4
+    if not length:
+        return 0
+    left, right = (np.frombuffer(text, np.int32, length) for text in (a, b))
+    differ = left != right
     return int(differ.argmax()) if differ.any() else length
-
-
-def _begins(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether b begins with a."""
-    return len(a) <= len(b) and _common(a, b) == len(a)

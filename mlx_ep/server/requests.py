@@ -150,6 +150,13 @@ class Engine(Protocol):
             Stopping: the server drains or has failed.
         """
 
+    def expect(self, count: int) -> None:
+        """So many requests more (fewer, where negative) will soon be submitted.
+
+        A request that enters waits for them for a moment: prompts in one pass take less
+        time than one after another.
+        """
+
     def cancel(self, request: str) -> None:
         """End a request within one step on every rank; unknown ids are ignored."""
 

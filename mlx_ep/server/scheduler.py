@@ -161,6 +161,11 @@ class RequestScheduler:
     def has_work(self) -> bool:
         return bool(self._waiting or self.places)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether there is a place for one more request beside those that wait."""
+        return len(self.places) + len(self._waiting) < self._num_places
+
     def requests(self) -> list[str]:
         """The ids of all requests that have not ended."""
         active = [active.request.id for active in self.places.values()]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TypeVar
@@ -62,6 +63,15 @@ class Service:
         """Templates, tokens and grammars, beside the event loop."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._readers, work)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While a request whose body is here becomes one of the engine's."""
+        self.engine.expect(1)
+        try:
+            yield
+        finally:
+            self.engine.expect(-1)
 
     def close(self) -> None:
         self._readers.shutdown(wait=False, cancel_futures=True)

@@ -27,7 +27,7 @@ from mlx_ep.comm import Comm, note_step
 from mlx_ep.loading.caches import leaf_caches
 from mlx_ep.server.batch import DecodeBatch, merge, prefill
 from mlx_ep.server.kv import begin_with, kept_prefix
-from mlx_ep.server.messages import Details, Heard
+from mlx_ep.server.messages import Details, DrawnHere, Heard
 from mlx_ep.server.prefix_cache import KEEP_PROMPT, PrefixCache
 from mlx_ep.server.requests import FinishReason, Request
 from mlx_ep.server.sampling import Drawn, SequenceSampler, draw_all, read_details
@@ -109,7 +109,7 @@ class Worker:
 
     Args:
         own_attention: whether each rank holds sequences of its own.
-        looks_ahead: whether `look_ahead` is called, between `words` and `hear`; alike
+        looks_ahead: whether `look_ahead` is called, between `drawn` and `hear`; alike
             on all ranks.
         num_places: sequences at most.
         prefixes: of every rank that holds sequences of its own, of which this rank
@@ -161,16 +161,11 @@ class Worker:
 
     # One step, in this order ----------------------------------------------------------
 
-    def words(self) -> Int32[mx.array, " places"]:
-        """What `StepExchange` takes of the tokens that are being drawn here."""
+    def drawn(self) -> DrawnHere:
+        """The tokens that are being drawn here, for `StepExchange`."""
         if self._drawn is None:
-            return mx.zeros(self.num_places, mx.int32)
-        # Row of each place; one row more, of zeros, for those that draw nothing here.
-        row_of = [len(self._rows)] * self.num_places
-        for row, sequence in enumerate(self._rows):
-            row_of[sequence.place] = row
-        none = mx.zeros(1, mx.int32)
-        return mx.concatenate([self._drawn.tokens + 1, none])[mx.array(row_of)]
+            return DrawnHere()
+        return DrawnHere([row.place for row in self._rows], self._drawn.tokens)
 
     def details(self) -> Details:
         """What there is to say of the tokens that are being drawn here."""
@@ -188,15 +183,17 @@ class Worker:
             if sequence.sampler is not None and sequence.sampler.problem
         }
 
-    def look_ahead(self, words: Int32[mx.array, " places"]) -> None:
+    def look_ahead(self, words: Callable[[], Int32[mx.array, " places"]]) -> None:
         """Begin the pass over the tokens that were drawn.
 
         Args:
-            words: as `words` of the rank that drew for this one, not evaluated.
+            words: gives `StepExchange.words` of the rank that drew for this one.
         """
         self._begin_pass(words)
 
-    def _begin_pass(self, words: Int32[mx.array, " places"] | None = None) -> None:
+    def _begin_pass(
+        self, words: Callable[[], Int32[mx.array, " places"]] | None = None
+    ) -> None:
         """The pass over one more token of all that can; None: the tokens are known."""
         ready = [s for s in self.running.values() if not s.left]
         self._pass = Pass([], [], None)
@@ -211,10 +208,13 @@ class Worker:
             self._pass = Pass(ready, [], None)
             self._serve()
             return
-        tokens = mx.array([row.tokens[-1] for row in rows], mx.int32)
-        if words is not None:  # but those of their first pass
-            drawn = words[mx.array(self._batch.places)] - 1
-            tokens = mx.where(mx.array([s.is_drawing for s in rows]), drawn, tokens)
+        if words is not None and self._drawn is not None and rows == self._rows:
+            tokens = self._drawn.tokens  # on the rank that draws, as a rule
+        else:
+            tokens = mx.array([row.tokens[-1] for row in rows], mx.int32)
+            if words is not None:  # but those of their first pass
+                drawn = words()[mx.array(self._batch.places)] - 1
+                tokens = mx.where(mx.array([s.is_drawing for s in rows]), drawn, tokens)
         logits = self._batch.logits(tokens)
         mx.async_eval(logits)
         self._pass = Pass(ready, rows, logits)

@@ -88,6 +88,7 @@ def _play_all(
 
     def client() -> None:
         found["_answers"] = _answers(engine, stop)
+        found["grammars"] = len(engine._grammars._matchers)
         for scene in (_cancel, _long_prompt, _full, _wrong, _record):
             found[scene.__name__] = scene(engine)
         found["conversations"] = converse(engine, 5, 3)
@@ -303,6 +304,7 @@ def test_grammars(seen: list[dict[str, Any]]) -> None:
     assert len(texts["lark"].strip()) == 3 and int(texts["lark"]) >= 0
     found = json.loads(texts["json"])
     assert set(found) == {"ok", "n"} and found["n"] in (1, 22, 333)
+    assert seen[0]["grammars"] == 0  # nor where another rank has drawn by it
 
 
 def test_a_cancelled_request_is_gone_within_one_step(

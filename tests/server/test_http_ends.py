@@ -76,6 +76,32 @@ def test_a_full_queue_is_429() -> None:
         server.engine.wait_until_idle()
 
 
+def test_the_engine_hears_of_what_may_come() -> None:
+    """A request that is being read, and one that may follow an answer being sent."""
+    with serving("Hello there.") as server:
+        expected, submit = server.engine.expected, server.engine.submit
+        seen: list[int] = []
+
+        def note(*arguments: Any) -> None:
+            seen.append(sum(expected))
+            submit(*arguments)
+
+        server.engine.submit = note  # type: ignore[method-assign]
+        server.chat("hi", n=2)
+        assert seen == [1, 1]
+        until(lambda: len(expected) == 4, lambda: expected)
+        assert expected == [1, -1, 1, -1]
+        # One that is refused is read, and has no answer.
+        assert server.post(CHAT, messages=[]).status_code == 400
+        assert expected == [1, -1] * 3
+    with serving(_endless, **SLOWLY) as server:  # nor has one that is cancelled
+        connection = _send(server, stream=True)
+        _wait_for(server, 1)
+        connection.close()
+        _wait_for(server, 0)
+        assert server.engine.expected == [1, -1]
+
+
 def test_a_failed_rank_is_told_to_everybody() -> None:
     reason = "rank 1 was killed (SIGKILL)"
     with serving(_endless, **SLOWLY) as server:

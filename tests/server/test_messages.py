@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import socket
+import sys
+
 import mlx.core as mx
 import msgpack
 import pytest
 
 from mlx_ep.comm import GroupComm
+from mlx_ep.server import doorbell
 from mlx_ep.server.doorbell import Doorbell
-from mlx_ep.server.messages import INLINE, Details, StepExchange, decode, encode
+from mlx_ep.server.messages import (
+    INLINE,
+    Details,
+    DrawnHere,
+    StepExchange,
+    decode,
+    encode,
+)
 from mlx_ep.server.prefix_cache import PrefixHit
 from mlx_ep.server.requests import Request, Sampling
 from mlx_ep.server.scheduler import Decision, Enter
@@ -61,6 +72,42 @@ def test_ranks_that_exchange_nothing_tell_the_same_over_sockets() -> None:
             assert words[rank] == 1 and words[3] == 2**28 + rank + 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="it has one loopback address")
+def test_ranks_of_several_hosts_meet_at_rank_0s_own_address() -> None:
+    """Each rank is a host with an address of its own; nobody listens at 127.0.0.1."""
+    ranks = run_ranks(3, _tell_from_hosts)
+    assert [told for told, _ in ranks] == [[[b"0"], [b"1" * 2**17], [b"2"]]] * 3
+    ends = [set(ends) for _, ends in ranks]
+    assert ends[0] == {("127.0.0.2", "127.0.0.3"), ("127.0.0.2", "127.0.0.4")}
+    assert ends[1:] == [{("127.0.0.3", "127.0.0.2")}, {("127.0.0.4", "127.0.0.2")}]
+
+
+def _tell_from_hosts(group: mx.distributed.Group) -> tuple[object, list[object]]:
+    """What all have told, and both ends of every connection."""
+    rank, create = group.rank(), socket.create_connection
+    own = f"127.0.0.{rank + 2}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doorbell, "host_id", lambda: f"host {rank}")
+        patch.setattr(doorbell, "rank_0_addresses", lambda: (own,))
+        patch.setattr(
+            socket,
+            "create_connection",
+            lambda address, limit: create(address, limit, (own, 0)),
+        )
+        bell = Doorbell(GroupComm(group))
+    if rank == 0:
+        bell.ring()
+    else:
+        bell.wait()
+    told = bell.gather(str(rank).encode() * (2**17 if rank == 1 else 1))
+    ends: list[object] = [
+        (link._peer.getsockname()[0], link._peer.getpeername()[0])
+        for link in bell._links
+    ]
+    bell.close()
+    return [[part] for part in told], ends
+
+
 def _tell(group: mx.distributed.Group, by_sockets: bool = False) -> list[object]:
     rank, comm = group.rank(), GroupComm(group)
     bell = Doorbell(comm) if by_sockets else None
@@ -68,10 +115,9 @@ def _tell(group: mx.distributed.Group, by_sockets: bool = False) -> list[object]
     of_rank = rank if by_sockets else 2
     told = []
     for size in (0, INLINE, INLINE + 1):
-        words = mx.zeros(6, mx.int32)
-        words[rank], words[3] = 1, 2**28 + rank + 1
+        drawn = DrawnHere((3, rank), mx.array([2**28 + rank, 0], mx.int32))
         payload = bytes([rank]) * (size if rank == 1 else 5)
-        sent = exchange.send(words, [rank, 2, 2**31 - 1], payload)
+        sent = exchange.send(drawn, [rank, 2, 2**31 - 1], payload)
         told.append((exchange.receive(sent), exchange.words(sent, of_rank).tolist()))
     if bell is not None:
         bell.close()

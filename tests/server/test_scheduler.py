@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from mlx_ep.server.prefix_cache import PrefixCache, PrefixHit
@@ -201,6 +203,36 @@ def test_a_full_rank_takes_nothing() -> None:
         scheduler.add(_request(name))
     owners = [enter.owner for enter in scheduler.decide().enter]
     assert sorted(owners) == [0, 1, 1, 1]
+
+
+def test_a_prefix_is_found_among_many_as_by_looking_at_all() -> None:
+    """Also after some have been thrown out; nothing that begins another is kept."""
+    random, cache = Random(5), PrefixCache(60)
+    kept: list[list[int]] = []  # the one that was used longest ago first
+
+    def common(a: list[int], b: list[int]) -> int:
+        pairs = enumerate(zip(a, b, strict=False))
+        return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+    for _ in range(2000):
+        tokens = [random.choice((1, 2, 300)) for _ in range(random.randint(1, 7))]
+        hit = cache.find(tokens)
+        longest = max((common(tokens, other) for other in kept), default=0)
+        assert (hit.num_tokens if hit else 0) == longest
+        if hit is not None and random.random() < 0.3:
+            used = cache.use(hit.entry)
+            assert common(tokens, used) == longest
+            kept.append(kept.pop(kept.index(used)))
+        cache.put(tokens, len(tokens), tokens)
+        held = [other for other in kept if other[: len(tokens)] == tokens]
+        if held:
+            kept.append(kept.pop(kept.index(min(held))))
+            continue
+        kept = [other for other in kept if tokens[: len(other)] != other]
+        while sum(map(len, kept)) + len(tokens) > 60:
+            kept.pop(0)
+        kept.append(tokens)
+        assert (len(cache), cache.num_bytes) == (len(kept), sum(map(len, kept)))
 
 
 def test_prefixes_are_found_bounded_and_used_in_order() -> None:

@@ -193,13 +193,34 @@ def _ask_long(address: str, answers: list[Any], stream: bool) -> None:
         answers.append(error)
 
 
+def _watch_health(address: str, found: list[tuple[int, str]]) -> None:
+    """What /health says, until it is not there any more."""
+    with httpx.Client(timeout=LONG) as client:
+        while True:
+            try:
+                health = client.get(f"{address}/health")
+            except httpx.HTTPError:
+                return
+            found.append((health.status_code, health.text))
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("attention", ["replicated", "data"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--attention", "replicated"],
+        ["--attention", "data"],
+        ["--attention", "data", "--replica-memory", "0"],
+    ],
+    ids=["replicated", "local", "data"],
+)
 @pytest.mark.slow
-def test_a_rank_that_is_gone(number: signal.Signals, attention: str) -> None:
+def test_a_rank_that_is_gone(number: signal.Signals, flags: list[str]) -> None:
     limits = {"MLX_EP_LIMITS": "decode=3"}
-    flags = ["--attention", attention]
     with serving_ranks(2, *flags, env=limits) as (started, address):
+        health: list[tuple[int, str]] = []
+        watch = threading.Thread(target=_watch_health, args=(address, health))
+        watch.start()
         answers: list[Any] = []
         threads = [
             threading.Thread(target=_ask_long, args=(address, answers, stream))
@@ -221,6 +242,12 @@ def test_a_rank_that_is_gone(number: signal.Signals, attention: str) -> None:
         for answer in answers:
             assert isinstance(answer, httpx.Response), answer
             assert "rank 1" in answer.text, answer.text[-500:]
+        watch.join(30)
+        assert not watch.is_alive()
+        first_bad = [status for status, _ in health].index(503)
+        assert {status for status, _ in health[:first_bad]} == {200}
+        for status, text in health[first_bad:]:
+            assert (status, "rank 1" in text) == (503, True), text
 
 
 @pytest.mark.slow

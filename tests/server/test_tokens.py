@@ -64,7 +64,7 @@ def _play(
         _check(outcome, expected, CANCELLED)
     # The same prompts again: all but their last tokens are there.
     assert (ranks[0][1].state.cache_hits > 0) == (kept > 0)
-    is_own = config in (DATA, LOCAL)
+    is_own = "strategy" in config
     assert ranks[0][1].state.cache_bytes <= kept * (num_ranks if is_own else 1)
     for (others,) in ranks[1:]:
         assert (others.running, others.kv_bytes) == (0, 0)
@@ -109,3 +109,14 @@ def test_64_requests_at_16(
 ) -> None:
     requests = mixed_requests(64, 120, 24)
     _play(num_ranks, requests, config, kept, "mpi", look_ahead)
+
+
+@pytest.mark.slow
+@pytest.mark.requires("mpi")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("config", [{}, DATA], ids=["replicated", "data"])
+@pytest.mark.parametrize("transport", ["mpi", "ring"])
+def test_batches_in_two_halves(config: dict[str, Any], transport: str) -> None:
+    """`--overlap two`: one half of a batch computes while the other half travels."""
+    requests = mixed_requests(32, 120, 24)
+    _play(2, requests, config | {"overlap": "two"}, 10**7, transport)

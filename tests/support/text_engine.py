@@ -64,6 +64,7 @@ class TextEngine:
         self.step_seconds = step_seconds
         self.requests: list[Request] = []
         self.cancelled: list[str] = []
+        self.expected: list[int] = []
         self.failed = ""
         self._answer_of, self._ends, self._library = answer_of, set(ends), library
         self._places, self._queue = places, queue
@@ -91,6 +92,9 @@ class TextEngine:
             answer = self._answer_of(request)
             self._waiting.append(_Running(request, deliver, answer, matcher))
             self._lock.notify()
+
+    def expect(self, count: int) -> None:
+        self.expected.append(count)
 
     def cancel(self, request: str) -> None:
         with self._lock:

@@ -19,9 +19,9 @@ from mlx_ep.experts.switch import install_runner
 from mlx_ep.metrics import Counters
 from mlx_ep.models import find_moe_sites
 from mlx_ep.moe import ExpertGroup
-from mlx_ep.placement import Placement
+from mlx_ep.placement import Placement, everywhere
 from mlx_ep.rows import Option, serving_slots
-from mlx_ep.types import CompleteRouting, Rows
+from mlx_ep.types import CompleteRouting, Routing, Rows
 from tests.support import tiny
 
 
@@ -106,6 +106,28 @@ def test_a_rank_of_two_computes_its_own_pairs_alone(
         assert kept.flatten().tolist() == bare.flatten().tolist()
 
 
+@pytest.mark.parametrize("strategy", ["local", "auto"])
+@pytest.mark.parametrize("runner", ["gather", "blas"])
+def test_a_rank_apart_from_another_has_no_stages(strategy: str, runner: str) -> None:
+    """It computes all pairs of its own tokens, and sums nothing over the ranks."""
+    switch, x, ids, gates = _case(5)
+    runs = install_runner(switch, lambda rows: Option(runner, "cpu"))
+    config = EPConfig(strategy=strategy)
+    group = ExpertGroup.from_config(_Comm(1), everywhere(6, 2), config)
+    assert group.keeps_axes(5)
+    axes = [a.reshape(5, 1, -1) for a in (x, ids, gates)]
+    bare = group.weighted_sum(axes[0], CompleteRouting(*axes[1:]), runs)
+    assert bare.shape == (5, 1, 64)
+    plain = group.weighted_sum(x, Routing(ids, gates), runs)
+    assert (group.counters.pairs_computed, group.counters.collectives) == (40, 0)
+    with group.timings.measure():
+        assert not group.keeps_axes(5)
+        staged = group.weighted_sum(x, CompleteRouting(ids, gates), runs)
+    assert bare.reshape(5, 64).tolist() == staged.tolist()
+    # Routing that may have foreign ids goes by pairs, which sum in slot order.
+    assert mx.allclose(plain, staged, atol=1e-5).item()
+
+
 def test_stages_stay_where_something_needs_them() -> None:
     comm, placement = GroupComm(mx.distributed.init()), Placement.contiguous(6, 1)
     for config in (
@@ -115,6 +137,9 @@ def test_stages_stay_where_something_needs_them() -> None:
     ):
         group = ExpertGroup.from_config(comm, placement, config)
         assert not group.keeps_axes(1)
+    unordered = Placement(((0, 1, 2), (2, 0, 1)))
+    apart = ExpertGroup.from_config(_Comm(1), unordered, EPConfig(strategy="local"))
+    assert not apart.keeps_axes(1)
     shares = ExpertGroup.from_config(comm, placement, EPConfig(), share_routing=True)
     assert not shares.keeps_axes(1)
 
