@@ -29,6 +29,8 @@ from jaxtyping import Float, Float32, Int32, Shaped
 # Logits' logarithms of probabilities in, a token out.
 Sampler = Callable[[mx.array], mx.array]
 
+# Of the layer that gives the logits, where the dense part is split.
+LMHead = Literal["auto", "whole", "split"]
 # What rows travel to the experts of other ranks in; model: in their own dtype.
 DispatchDtype = Literal["model", "bf16", "int8", "mxfp8"]
 

@@ -40,7 +40,8 @@ MAY_IMPORT = {
     # Models and their weights.
     "models": {"types", "comm", "experts", "moe"},
     "loading": {
-        "types", "comm", "config", "cost", "metrics", "models", "placement", "tune",
+        "types", "comm", "config", "cost", "metrics", "models", "placement", "rows",
+        "tune",
     },
     "api": {
         "comm", "config", "cost", "exchange", "experts", "loading", "metrics",

@@ -12,9 +12,10 @@ from math import inf
 from os import PathLike, fspath
 from typing import Annotated, Any, Literal, get_args
 
+from mlx_ep.config.checks import check_dispatch
 from mlx_ep.config.flag import Flag, Setting
 from mlx_ep.config.strategies import AllToAllMode, canonical, check_strategy
-from mlx_ep.types import DispatchDtype, check_value
+from mlx_ep.types import DispatchDtype, LMHead, check_value
 
 Sums = Literal["model", "float32"]
 Reduction = Literal["partial_sum", "per_slot"]
@@ -69,6 +70,9 @@ class EPConfig:
         attention: how the dense part runs, with strategy ``replicated``.
             ``replicated``: whole on every rank. ``tensor``: split over the ranks by the
             model's own ``shard()``. ``auto``: what fits and is predicted to be faster.
+        lm_head: with the dense part split, the layer that gives the logits. ``split``:
+            over the ranks too, by the vocabulary, for one all_gather of logits a step.
+            ``auto``: where it can be split and no rank has Metal.
         runner: what runs a rank's experts. ``gather``: MLX's gather_mm and gather_qmm.
             ``blas``: NumPy on the CPU. ``metal``: this package's kernels for decode.
             ``auto``: for each call the fastest that is right, see `mlx_ep.tune`.
@@ -115,6 +119,13 @@ class EPConfig:
             "auto: the one of these that fits and is predicted to be faster"
         ),
     ] = "replicated"
+    lm_head: Annotated[
+        LMHead,
+        Flag(
+            help="With --attention tensor: the layer that gives the logits, split too, "
+            "for one more collective a step; auto: where no rank has Metal"
+        ),
+    ] = "auto"
     low_latency_tokens: Annotated[
         int, Flag(help="Most tokens of a rank in mode low_latency", least=1)
     ] = 64
@@ -282,27 +293,16 @@ class EPConfig:
                 stacklevel=3,
             )
         if self.dispatch_dtype != "model":
-            self._check_dispatch()
+            check_dispatch(self.dispatch_dtype, self.strategy, self.reduction)
+        if self.lm_head == "split" and self.attention == "replicated":
+            text = "lm_head='split' has no effect with attention='replicated'."
+            warnings.warn(text, stacklevel=3)
         if (limit := self.memory_limit_gb) is not None and not 0 < limit < inf:
             raise ValueError(f"memory_limit_gb must be above 0 or None, not {limit}.")
         if not 0 <= (below := self.rebalance_below) <= 1:
             raise ValueError(f"rebalance_below must be 0 to 1, not {below}.")
         self._check_placement()
         self._check_stages()
-
-    def _check_dispatch(self) -> None:
-        if self.strategy == "replicated":
-            raise ValueError(
-                f"dispatch_dtype={self.dispatch_dtype!r} needs rows that travel to the "
-                "experts, which there are with strategy='gathered', 'all_to_all' and "
-                "'auto'; got strategy='replicated'. Leave dispatch_dtype out with it."
-            )
-        if self.reduction == "per_slot":
-            raise ValueError(
-                "reduction='per_slot' must be bit-identical to one process, which rows "
-                f"in another dtype are not; got dispatch_dtype={self.dispatch_dtype!r}."
-                " Give one of the two."
-            )
 
     def _check_placement(self) -> None:
         if self.memory is not None and not all(0 < m < inf for m in self.memory):

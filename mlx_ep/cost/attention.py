@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mlx_ep.types import LMHead
+
 
 class Speeds(NamedTuple):
     """What a choice is computed from.
@@ -63,12 +65,15 @@ class AttentionChoice:
         replicated_seconds: predicted, of what differs in a step of one token; None
             where nothing was predicted.
         tensor_seconds: likewise.
+        lm_head: what is asked of `split_dense` about it; ``whole`` where the dense part
+            is.
     """
 
     attention: str
     reason: str
     replicated_seconds: float | None = None
     tensor_seconds: float | None = None
+    lm_head: LMHead = "whole"
 
     def __str__(self) -> str:
         return f"attention: {self.attention} ({self.reason})"

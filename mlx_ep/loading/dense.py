@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -24,7 +25,9 @@ from mlx_ep.cost.profile import Profile, find_profile, shipped_profiles
 from mlx_ep.cost.profile_store import find_calibrated
 from mlx_ep.loading.memory import MemoryNeed, memory_problems
 from mlx_ep.models.tensor_parallel import DenseSplit, plan_split, split_dense
+from mlx_ep.rows import uses_metal
 from mlx_ep.tune.cache import cache_folder
+from mlx_ep.types import LMHead
 
 # What one token has in a collective: 8192 numbers of 16 bits, more than most models.
 _TOKEN_BYTES = 16384
@@ -39,6 +42,7 @@ class DensePart(NamedTuple):
         kept_bytes: what this rank would keep of them.
         collectives: that a step would have beside those of the MoE layers.
         speeds: of this rank, as `Speeds`.
+        has_metal: whether it computes on Metal.
     """
 
     problem: str = ""
@@ -46,6 +50,7 @@ class DensePart(NamedTuple):
     kept_bytes: int = 0
     collectives: int = 0
     speeds: Speeds = ASSUMED
+    has_metal: bool = False
 
 
 def dense_part(
@@ -68,13 +73,16 @@ def dense_part(
             f"--attention tensor needs the same tokens on all ranks, and --strategy "
             f"{config.strategy} is for tokens of their own"
         )
-    plan = plan_split(outline(), comm.size, comm.rank)
+    # Of "auto" only all ranks together know what it means; whole is the most bytes.
+    lm_head: LMHead = "split" if config.lm_head == "split" else "whole"
+    plan = plan_split(outline(), comm.size, comm.rank, lm_head)
     return DensePart(
         plan.problem,
         plan.whole_bytes,
         plan.kept_bytes,
         plan.collectives,
         known_speeds(chips, comm.rank, comm.transport),
+        uses_metal(),
     )
 
 
@@ -151,7 +159,11 @@ def decide(
         fits_tensor=not any(memory_problems(split, is_per_rank)),
         speeds=cluster_speeds([Speeds(*part.speeds) for part in parts]),
     )
-    return choice, split if choice.attention == "tensor" else list(needs)
+    if choice.attention != "tensor":
+        return choice, list(needs)
+    # Nobody has timed whether reading a part of it is worth a collective on Metal.
+    stays = config.lm_head == "auto" and any(part.has_metal for part in parts)
+    return replace(choice, lm_head="whole" if stays else config.lm_head), split
 
 
 def agree_attention(model: nn.Module, comm: Comm, config: EPConfig) -> AttentionChoice:
@@ -188,7 +200,9 @@ class Splitter:
         return self._split if self.choice.attention == "tensor" else None
 
     def _split(self, model: nn.Module) -> None:
-        self.made = split_dense(model, self._comm.size, self._comm.rank)
+        self.made = split_dense(
+            model, self._comm.size, self._comm.rank, self.choice.lm_head
+        )
 
     def evaluated(self, model: nn.Module) -> None:
         """Split a model in memory, and free what this rank does not keep."""

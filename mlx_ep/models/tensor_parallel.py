@@ -17,9 +17,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.nn.layers.distributed import shard_linear
 
 from mlx_ep.comm import Comm
 from mlx_ep.models.block_call import SHARED_NAMES
@@ -38,6 +40,7 @@ from mlx_ep.models.split_check import (
     cannot_split,
     model_file,
 )
+from mlx_ep.types import LMHead
 
 
 def tensor_problem(model: nn.Module, num_ranks: int) -> str:
@@ -64,30 +67,39 @@ def shard_problem(model: nn.Module, num_ranks: int, rank: int = 0) -> str:
     return ""
 
 
-def plan_split(model: nn.Module, num_ranks: int, rank: int = 0) -> DenseSplit:
+def plan_split(
+    model: nn.Module, num_ranks: int, rank: int = 0, lm_head: LMHead = "whole"
+) -> DenseSplit:
     """What `split_dense` would do to a model, which is left as it was."""
     undo = _remember(model)
     try:
-        return _split(model, Ranks(rank, num_ranks))
+        return _split(model, Ranks(rank, num_ranks), lm_head)
     except ValueError as error:
         return DenseSplit(problem=str(error))
     finally:
         undo()
 
 
-def split_dense(model: nn.Module, num_ranks: int, rank: int) -> DenseSplit:
+def split_dense(
+    model: nn.Module, num_ranks: int, rank: int, lm_head: LMHead = "whole"
+) -> DenseSplit:
     """Split the dense part of a model in place, by its own ``shard()``.
 
     Its switches may hold any experts; they stay as they are. Nothing is evaluated: on a
     model whose parameters are still to be read, what a rank does not keep is freed when
     its parameter is evaluated. `connect` must follow before the model is called.
 
+    Args:
+        lm_head: the layer that gives the logits. ``whole``: as `shard` leaves it, which
+            with most models is whole. ``split``: by the vocabulary, and each rank gets
+            all logits. ``auto``: likewise, where it can be.
+
     Raises:
         ValueError: it cannot be done; the model is left as it was.
     """
     undo = _remember(model)
     try:
-        return _split(model, Ranks(rank, num_ranks))
+        return _split(model, Ranks(rank, num_ranks), lm_head)
     except ValueError:
         undo()
         raise
@@ -100,7 +112,7 @@ def connect(model: nn.Module, comm: Comm) -> None:
             module.comm = comm
 
 
-def _split(model: nn.Module, ranks: Ranks) -> DenseSplit:
+def _split(model: nn.Module, ranks: Ranks, lm_head: LMHead) -> DenseSplit:
     """`split_dense`, which leaves the model half split where it raises."""
     shard = _find_shard(model)
     sites = find_moe_sites(model)
@@ -118,7 +130,34 @@ def _split(model: nn.Module, ranks: Ranks) -> DenseSplit:
     before.check_counts(model, ranks.count)
     before.check_types(model, ranks.count)
     _communicate_through_comm(model, sites, before, ranks)
+    if lm_head != "whole":
+        problem = _split_lm_head(model, ranks)
+        if problem and lm_head == "split":
+            raise ValueError(problem)
     return before.finish(model, sites, ranks)
+
+
+def _split_lm_head(model: nn.Module, ranks: Ranks) -> str:
+    """Split the layer that gives the logits by its outputs; why it cannot be, or ""."""
+    owners = [o for o in (model, model.get("language_model")) if o is not None]
+    owner = next((o for o in owners if "lm_head" in o), None)
+    if owner is None:
+        problem = f"{model_file(model)} takes its embeddings for it"
+    elif isinstance(layer := owner["lm_head"], COLLECTIVE_LAYERS):
+        return ""  # by the model's own shard()
+    elif type(layer) not in SUMMED_BY_OWNER:
+        problem = f"a {type(layer).__name__} cannot be split"
+    elif (size := layer["weight"].shape[0]) % ranks.count:
+        problem = f"it has {size} outputs"
+    else:
+        group: Any = ranks
+        owner["lm_head"] = part = shard_linear(layer, "all-to-sharded", group=group)
+        part.__class__ = GATHERED_BY_OWNER[type(part)]
+        return ""
+    return (
+        f"--lm-head split must divide the layer that gives the logits over "
+        f"{ranks.count} ranks: {problem}. Use --lm-head whole (or auto)."
+    )
 
 
 def _find_shard(model: nn.Module) -> Callable[[Ranks], None]:

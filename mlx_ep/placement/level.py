@@ -2,46 +2,99 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from mlx_ep.placement.choice import ReplicaChoice
 
 
 def level_rows(choice: ReplicaChoice, counts: Mapping[int, int]) -> dict[int, int]:
-    """As `ReplicaChoice.experts`, as many experts on each rank, and rows levelled too.
+    """As `ReplicaChoice.experts`, the busiest rank's experts as few, its rows levelled.
 
-    Which experts of a set of holders go to which of them does not change how many a
-    rank reads. Here the one with most rows goes first, to the rank that has fewest
-    rows; where that does not lower the busiest rank's rows, it is the same choice.
+    The rank with most rows and another one exchange two experts that both hold, or it
+    gives one away where the other may read one more; of these the exchange that leaves
+    the busier of the two least. Again, until nothing lowers the busiest rank's rows.
 
     Args:
         choice: of one layer's placement.
         counts: rows of each expert of the step, at least 1.
     """
-    used = sorted(counts)
-    chosen = choice.experts(used)
-    rows = {expert: counts[expert] for expert in used}
-    if max(rows.values(), default=0) <= 1:
+    chosen = choice.experts(list(counts))
+    if max(counts.values(), default=0) <= 1:
         return chosen
     time = [1 / float(speed) for speed in choice.speeds]
-    before, after = [0.0] * choice.num_ranks, [0.0] * choice.num_ranks
-    classes: dict[int, list[int]] = {}
+    loads, reads = [0] * choice.num_ranks, [0] * choice.num_ranks
     for expert, rank in chosen.items():
-        before[rank] += rows[expert] * time[rank]
-        classes.setdefault(choice.masks[expert], []).append(expert)
-    levelled: dict[int, int] = {}
-    for experts in classes.values():
-        left = [0] * choice.num_ranks
-        for expert in experts:
-            left[chosen[expert]] += 1
-        # Equal rows stay in the order of ids.
-        for expert in sorted(experts, key=rows.__getitem__, reverse=True):
-            own, least, taker = rows[expert], math.inf, 0
-            for rank in choice.holders[expert]:
-                if left[rank] and (busy := after[rank] + own * time[rank]) < least:
-                    least, taker = busy, rank
-            after[taker] = least
-            left[taker] -= 1
-            levelled[expert] = taker
-    return levelled if max(after) < max(before) else chosen
+        loads[rank] += counts[expert]
+        reads[rank] += 1
+    most_time = max(n * t for n, t in zip(reads, time))
+    while True:
+        # Stable: among equally busy ranks the lowest is first.
+        ranks = sorted(range(len(time)), key=lambda r: loads[r] * time[r])
+        busiest = max(ranks, key=lambda r: loads[r] * time[r])
+        for target in ranks:
+            if (loads[target] + 1) * time[target] >= loads[busiest] * time[busiest]:
+                continue  # itself, or one row more would be no gain
+            may_read = (reads[target] + 1) * time[target] <= most_time
+            given = _by_rows(choice, counts, chosen, busiest, target)
+            taken = _by_rows(choice, counts, chosen, target, busiest)
+            ends = _Ends(loads[busiest], loads[target], time[busiest], time[target])
+            found = ends.best(given, {0: -1, **taken} if may_read else taken)
+            if found is None:
+                continue
+            rows, back = found
+            chosen[given[rows]] = target
+            if back:
+                chosen[taken[back]] = busiest
+            else:
+                reads[busiest] -= 1
+                reads[target] += 1
+            loads[busiest] -= rows - back
+            loads[target] += rows - back
+            break
+        else:
+            return chosen
+
+
+def _by_rows(
+    choice: ReplicaChoice,
+    counts: Mapping[int, int],
+    chosen: Mapping[int, int],
+    source: int,
+    target: int,
+) -> dict[int, int]:
+    """An expert of each number of rows that `source` serves and `target` holds."""
+    both = 1 << source | 1 << target
+    masks = choice.masks
+    return {
+        counts[expert]: expert
+        for expert, rank in chosen.items()
+        if rank == source and masks[expert] & both == both
+    }
+
+
+class _Ends(NamedTuple):
+    """The rows of two ranks, the busiest one first, and what a row takes on each."""
+
+    busiest: int
+    target: int
+    busiest_time: float
+    target_time: float
+
+    def best(
+        self, given: Mapping[int, int], taken: Mapping[int, int]
+    ) -> tuple[int, int] | None:
+        """The rows given and taken that leave the busier of both least; None: none.
+
+        Args:
+            given: of the busiest, by rows.
+            taken: of the target, likewise.
+        """
+        least, found = self.busiest * self.busiest_time, None
+        for rows in given:
+            for back in taken:
+                left = (self.busiest - rows + back) * self.busiest_time
+                then = (self.target + rows - back) * self.target_time
+                if (busier := max(left, then)) < least:
+                    least, found = busier, (rows, back)
+        return found

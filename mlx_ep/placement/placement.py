@@ -206,8 +206,8 @@ class Placement:
 
         Args:
             expert_ids: of all tokens that are computed together.
-            levels_rows: up to `DECODE_TOKENS` tokens, of the choices with as many
-                experts on each rank take one with few rows on the busiest.
+            levels_rows: up to `DECODE_TOKENS` tokens, of the choices with as few
+                experts on the busiest rank take one with few rows on the busiest.
         """
         if not self.has_replicas:
             return expert_ids

@@ -15,7 +15,9 @@ from mlx.utils import tree_flatten
 from mlx_ep.config import EPConfig
 from mlx_ep.loading import EMBEDDED_MODEL, find_model
 from mlx_ep.loading.local import build_model
-from mlx_ep.models.tensor_parallel import tensor_problem
+from mlx_ep.models.split_check import DenseSplit
+from mlx_ep.models.tensor_parallel import plan_split, tensor_problem
+from mlx_ep.types import LMHead
 from tests.support import tiny
 from tests.support.architectures import ARCHITECTURES
 from tests.support.ranks import run_commands
@@ -67,6 +69,42 @@ def test_the_question_changes_nothing() -> None:
     state = [(type(m), dict(vars(m)), list(m)) for m in model.modules()]
     assert tensor_problem(model, 2) == ""
     assert state == [(type(m), dict(vars(m)), list(m)) for m in model.modules()]
+
+
+def _plan(name: str, num_ranks: int, lm_head: LMHead, **changed: int) -> DenseSplit:
+    model = build_model({**ARCHITECTURES[name], **changed})
+    return plan_split(model, num_ranks, 0, lm_head)
+
+
+@pytest.mark.parametrize("wish", ["split", "auto"])
+def test_the_lm_head_is_split_too(wish: LMHead) -> None:
+    whole, split = (_plan("qwen3_moe", 2, wish) for wish in ("whole", wish))
+    config = ARCHITECTURES["qwen3_moe"]
+    head = 4 * config["vocab_size"] * config["hidden_size"]
+    assert split.whole_bytes - whole.whole_bytes == head
+    assert split.kept_bytes - whole.kept_bytes == head // 2
+    assert split.collectives == whole.collectives + 1
+    # Its own shard() does so.
+    assert _plan("qwen3_5_moe", 2, wish) == _plan("qwen3_5_moe", 2, "whole")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"vocab_size": 129}, "over 2 ranks: it has 129 outputs"),
+        ({"tie_word_embeddings": True}, "qwen3_moe.py takes its embeddings for it"),
+    ],
+)
+def test_an_lm_head_that_cannot_be_split(changed: dict[str, int], message: str) -> None:
+    assert message in _plan("qwen3_moe", 2, "split", **changed).problem
+    auto, whole = (_plan("qwen3_moe", 2, wish, **changed) for wish in ("auto", "whole"))
+    assert auto == whole
+    assert whole.problem == ""
+
+
+def test_an_lm_head_without_effect() -> None:
+    with pytest.warns(UserWarning, match="lm_head='split' has no effect"):
+        EPConfig(lm_head="split")
 
 
 def test_strategies_for_tokens_of_their_own() -> None:

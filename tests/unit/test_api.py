@@ -281,6 +281,7 @@ BAD_CONFIGURATIONS = {
     "capacity=True": "capacity must be a whole number or None; got True",
     "reduction=None": "reduction must be one of partial_sum, per_slot; got None",
     "shared_routing=True": "shared_routing must be one of auto, always, never; got Tru",
+    "lm_head=2": "lm_head must be one of auto, whole, split; got 2",
     "runner='gpu'": "runner must be one of auto, gather, blas, metal; got 'gpu'",
     "backend='gpu'": "backend must be one of auto, cpu, metal; got 'gpu'",
     "warmup='no'": "warmup must be True or False; got 'no'",

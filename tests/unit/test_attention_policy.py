@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mlx_ep.config import EPConfig
 from mlx_ep.cost.attention import (
     ASSUMED,
     AttentionChoice,
@@ -17,8 +18,10 @@ from mlx_ep.cost.attention import (
 )
 from mlx_ep.cost.profile import find_profile
 from mlx_ep.cost.profile_store import store_profile
-from mlx_ep.loading.dense import known_speeds
+from mlx_ep.loading.dense import DensePart, decide, known_speeds
+from mlx_ep.loading.memory import MemoryNeed
 from mlx_ep.plan.speeds import calibrated_profile
+from mlx_ep.types import LMHead
 
 # 8 GB at 100 GB/s take 80 ms; over 2 ranks 40 ms, and 50 collectives of 0.1 ms 5 ms.
 SPEEDS = Speeds(100e9, 100e-6, "made up")
@@ -35,6 +38,27 @@ def _choose(wish: str = "auto", **changed: Any) -> AttentionChoice:
         "speeds": SPEEDS,
     }
     return choose_attention(wish, **{**arguments, **changed})
+
+
+@pytest.mark.parametrize(
+    ("wish", "metal", "taken"),
+    [
+        ("auto", (False, False), "auto"),
+        ("auto", (False, True), "whole"),
+        ("split", (True, True), "split"),
+        ("whole", (False, False), "whole"),
+    ],
+)
+def test_the_lm_head_stays_whole_where_a_rank_has_metal(
+    wish: LMHead, metal: tuple[bool, bool], taken: str
+) -> None:
+    config = EPConfig(attention="tensor", lm_head=wish)
+    parts = [DensePart("", 100, 50, 8, has_metal=each) for each in metal]
+    needs = [MemoryNeed("host", 1000, 10**9)] * 2
+    choice, split = decide(config, parts, needs)
+    assert (choice.attention, choice.lm_head) == ("tensor", taken)
+    assert [need.num_bytes for need in split] == [950, 950]
+    assert decide(EPConfig(), parts, needs)[0].lm_head == "whole"
 
 
 def test_the_faster_one_is_taken_with_both_times() -> None:
