@@ -6,9 +6,12 @@ import os
 import sys
 import threading
 
+import mlx.core as mx
 import pytest
 
-from mlx_ep.server.cores import CoreShare, own_cores
+from mlx_ep.comm import GroupComm
+from mlx_ep.server import cores
+from mlx_ep.server.cores import CoreShare, own_cores, share_cores
 
 FOUR = [0, 1, 2, 3]
 
@@ -65,3 +68,30 @@ def test_threads_keep_to_their_cores_and_leave_them() -> None:
     finally:
         done.set()
         thread.join()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no binding elsewhere")
+def test_a_rank_binds_its_main_thread_and_none_of_pythons_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert sys.platform == "linux"
+    monkeypatch.setattr(cores, "gather_objects", lambda comm, mine: [mine, mine])
+    comm, main = GroupComm(mx.distributed.init()), threading.main_thread().native_id
+    every = os.sched_getaffinity(0)
+    half = set(sorted(every)[: len(every) // 2]) or every
+    done = threading.Event()
+    http = threading.Thread(target=done.wait)
+    http.start()
+    assert main is not None and http.native_id is not None
+    share = share_cores(comm, True)
+    try:
+        share_cores(comm, False).keep(True)
+        assert os.sched_getaffinity(main) == every
+        share.keep(True)
+        assert os.sched_getaffinity(main) == half
+        assert os.sched_getaffinity(http.native_id) == every
+    finally:
+        share.keep(False)
+        done.set()
+        http.join()
+    assert os.sched_getaffinity(main) == every
