@@ -56,6 +56,8 @@ class LayerCost:
         fixed: whatever is computed.
         communication: collectives, with what crossing to the CPU costs.
         combine: of `communication`, the last collective.
+        crossing: of `communication`, what each collective costs the device
+            itself, s of one: nothing runs there meanwhile.
         copies: packing and adding what travels.
         collectives: how many.
         collective_bytes: what a rank hands to them.
@@ -70,6 +72,7 @@ class LayerCost:
     fixed: float
     communication: float
     combine: float
+    crossing: float
     copies: float
     collectives: int
     collective_bytes: int
@@ -147,6 +150,7 @@ def layer_cost(
     communication = collectives_seconds(profile, moved.collectives, num_ranks, link)
     num_bytes = sum(collective.num_bytes for collective in moved.collectives)
     is_copied = is_sharded and num_ranks > 1
+    num_collectives = len(moved.collectives) if num_ranks > 1 else 0
     return LayerCost(
         experts=found.seconds,
         shared=dense_seconds(profile, shared, layer.packing, held),
@@ -154,8 +158,9 @@ def layer_cost(
         fixed=profile.block_seconds + (moved.host_syncs + asks) * profile.sync_seconds,
         communication=communication,
         combine=collectives_seconds(profile, moved.collectives[-1:], num_ranks, link),
+        crossing=profile.link(link).crossing_seconds if num_collectives else 0.0,
         copies=2 * num_bytes / profile.copy_bandwidth if is_copied else 0.0,
-        collectives=len(moved.collectives) if num_ranks > 1 else 0,
+        collectives=num_collectives,
         collective_bytes=num_bytes if num_ranks > 1 else 0,
         distinct_experts=found.distinct,
         pairs=found.pairs,

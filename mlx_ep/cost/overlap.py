@@ -1,7 +1,9 @@
 """What of a step's exchanges `--overlap` hides, from the costs of its parts. Pure.
 
 An exchange is hidden as far as there is computing that does not need it and that runs
-meanwhile: min(computing, exchange), for each exchange (docs/overlap.md).
+meanwhile: min(computing, exchange), for each exchange (docs/overlap.md). Crossing from
+the device to the host and back (`Link.crossing_seconds`) is the device's own time: it
+computes nothing meanwhile, so nothing hides it.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ class StepParts:
             router.
         experts: routed and shared ones.
         shared: the shared ones alone.
-        dispatch, combine: exchanges before and behind the experts. Of several
-            collectives the last one is the combine.
+        dispatch, combine: exchanges before and behind the experts, without their
+            crossings. Of several collectives the last one is the combine.
+        agreement: of `seconds`, agreeing on the ranks' token counts, once.
     """
 
     seconds: float | int
@@ -37,19 +40,22 @@ class StepParts:
     shared: float | int
     dispatch: float | int
     combine: float | int
+    agreement: float | int = 0.0
 
     @classmethod
     def of(cls, cost: StepCost, num_layers: int) -> StepParts:
         """The parts of a step of a model with so many layers, MoE or not."""
         moe = cost.moe
+        before = max(moe.collectives - 1, 0) * moe.crossing
         return cls(
             seconds=cost.seconds,
             layers=cost.num_moe_layers,
             before=(cost.attention + cost.dense) / num_layers + moe.route,
             experts=moe.experts + moe.shared,
             shared=moe.shared,
-            dispatch=moe.communication - moe.combine,
-            combine=moe.combine,
+            dispatch=max(0.0, moe.communication - moe.combine - before),
+            combine=max(0.0, moe.combine - moe.crossing),
+            agreement=cost.agreement,
         )
 
     def between(self, other: StepParts, weight: float) -> StepParts:

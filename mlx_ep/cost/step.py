@@ -52,6 +52,8 @@ class StepCost:
         head: logits.
         fixed: layers and the step, whatever they compute.
         communication: collectives outside of MoE layers.
+        agreement: of `fixed` and `communication`, what agreeing on the ranks' token
+            counts takes; 0 where nothing has to be agreed on.
         collectives: in and outside of MoE layers.
         tokens: of all ranks.
     """
@@ -63,6 +65,7 @@ class StepCost:
     head: float
     fixed: float
     communication: float
+    agreement: float
     collectives: int
     tokens: int
 
@@ -163,6 +166,7 @@ def step_cost(
     agreeing = profile.sync_seconds if is_sharded else 0.0
     if is_sharded:  # on the ranks' token counts, once a step
         outside = [Collective("all_gather", 4)]
+    outside_seconds = collectives_seconds(profile, tuple(outside), num_ranks, link)
     wanted = held_caches if logits is None else logits
     packing = model.dense_packing
     return StepCost(
@@ -181,7 +185,8 @@ def step_cost(
         + profile.element_seconds * held * width * layers,
         head=dense_seconds(profile, model.head, packing, wanted),
         fixed=profile.layer_seconds * layers + profile.step_seconds + agreeing,
-        communication=collectives_seconds(profile, tuple(outside), num_ranks, link),
+        communication=outside_seconds,
+        agreement=agreeing + outside_seconds if is_sharded else 0.0,
         collectives=(model.num_moe_layers - skipped) * moe.collectives
         + (len(outside) if num_ranks > 1 else 0),
         tokens=tokens,

@@ -141,11 +141,16 @@ class ProfileTimes:
             scores: ``[steps]`` s of the scores, which hide exchanges too.
         """
         whole = self._parts(tokens, bool(logits))
+        seconds = whole.seconds
+        if self._overlap in ("two", "auto"):
+            # Beside the batch, the pass agrees on its mode and both halves' tokens,
+            # whether it is then cut or not. Two halves below count two agreements.
+            seconds += whole.agreement
         ways: list[np.ndarray | float] = []
         if self._overlap in ("none", "auto"):
-            ways.append(whole.seconds)
+            ways.append(seconds)
         if self._overlap != "none":  # what cannot be cut runs as with single
-            ways.append(whole.seconds - hidden_by_shared(whole))
+            ways.append(seconds - hidden_by_shared(whole))
         if self._overlap in ("two", "auto") and first:
             one = self._parts(first, bool(logits))
             other = self._parts(tokens - first, bool(logits))
