@@ -54,10 +54,7 @@ TOKENS = (1, 4, 16, 64)
 QUICK_TOKENS = (1, 16)
 LEAST_SHARE = 0.9
 LAYERS = 4
-SIZES = (
-    *(("decode", 1), ("decode", 4), ("decode", 16)),
-    *(("prompt", 32), ("prompt", 64)),
-)
+SIZES = (*(("decode", size) for size in (1, 4, 8, 16)), ("prompt", 16))
 HIDDEN_PASSES = 4
 STEP_COLUMNS = ("exchanges", "computing", "none", "single", "two", "free")
 QUICK_SIZES = (("decode", 8), ("prompt", 64))
@@ -351,7 +348,7 @@ def main():
         slow = run_pinned(
             2,
             measure_slow,
-            *(tokens, sizes, samples, of_steps, 2 if args.quick else 10),
+            *(tokens, sizes, samples, of_steps, 2 if args.quick else 18),
             transport="mpi",
             timeout=300,
             link=link,
