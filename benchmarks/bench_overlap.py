@@ -57,7 +57,7 @@ LAYERS = 4
 SIZES = (*(("decode", size) for size in (1, 4, 8, 16)), ("prompt", 16))
 HIDDEN_PASSES = 4
 STEP_COLUMNS = ("exchanges", "computing", "none", "single", "two", "free")
-QUICK_SIZES = (("decode", 8), ("prompt", 64))
+QUICK_SIZES = (("decode", 8), ("prompt", 16))
 MODEL = tiny.QWEN2_MOE | {
     "hidden_size": D,
     "moe_intermediate_size": 64,
@@ -348,7 +348,7 @@ def main():
         slow = run_pinned(
             2,
             measure_slow,
-            *(tokens, sizes, samples, of_steps, 2 if args.quick else 18),
+            *(tokens, sizes, samples, of_steps, 2 if args.quick else 14),
             transport="mpi",
             timeout=300,
             link=link,
