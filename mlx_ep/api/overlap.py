@@ -24,7 +24,8 @@ SIZES: dict[StepKind, tuple[int, ...]] = {
     "decode": (1, 2, 4, 8, 16, 32),
     "prompt": (16, 64, 256, 1024),
 }
-SAMPLES = 5
+LEAST_SAMPLES, MOST_SAMPLES = 5, 21
+SAMPLE_SECONDS = 0.5  # about what the samples of one mode and size may take
 # Of the time without overlap; what gains less may be noise, and lose next time.
 LEAST_GAIN = 0.97
 # A size whose first step takes longer is not timed, nor are larger ones.
@@ -124,17 +125,23 @@ def _measure_size(
         modes.remove("two")
     steps = {mode: step_of(model, kind, size) for mode in modes}
     samples: dict[OverlapMode, list[float]] = {mode: [] for mode in modes}
-    for turn in range(SAMPLES + 1):
+    turns = 1
+    turn = 0
+    while turn < turns:
         for mode, step in steps.items():
             two_batch.choose = always(mode)
             comm.barrier()
             start = time.perf_counter()
             step()
             samples[mode].append(time.perf_counter() - start)
-        if turn == 0 and size > SIZES[kind][0]:
+        if turn == 0:
             longest = max(times[0] for times in samples.values())
-            if max(gather_objects(comm, longest)) > MOST_SECONDS:
+            longest = max(gather_objects(comm, longest))
+            if longest > MOST_SECONDS and size > SIZES[kind][0]:
                 return None
+            wanted = int(SAMPLE_SECONDS / longest)
+            turns += min(max(wanted, LEAST_SAMPLES), MOST_SAMPLES)
+        turn += 1
     # The first one builds kernels and makes room.
     mine = [statistics.median(samples[mode][1:]) for mode in modes]
     slowest = [max(times) for times in zip(*gather_objects(comm, mine))]

@@ -164,3 +164,29 @@ def test_a_link_has_latency_and_bandwidth():
     assert link.num_bytes >= 2 * 2_000_000
     # Of the rank that began first: the other's bytes left after that.
     assert max(seconds) >= 0.05 + 2_000_000 / 20e6
+
+
+def sleeps_through(group, num_bytes):
+    """Seconds of a sum and of its processor, and what it gave."""
+    comm = GroupComm(group, transport="mpi")
+    x = mx.full((num_bytes // 4,), group.rank() + 1.0)
+    mx.eval(x)
+    comm.barrier()
+    start, used = time.perf_counter(), time.process_time()
+    total = comm.all_reduce(x)
+    mx.eval(total)
+    seconds = time.perf_counter() - start, time.process_time() - used
+    return *seconds, total[0].item(), total[-1].item()
+
+
+@pytest.mark.requires("mpi")
+@pytest.mark.requires("host_metal")  # for its compiler
+def test_a_link_over_mpi_takes_time_and_no_core():
+    with Link(latency=0.2, bandwidth=20e6) as link:
+        found = run_ranks(
+            2, sleeps_through, 2_000_000, transport="mpi", checks_shapes=False,
+            link=link,
+        )  # fmt: skip
+    for seconds, used, *numbers in found:
+        assert seconds >= 0.2 + 2_000_000 / 20e6 > 2 * used
+        assert numbers == [3.0, 3.0]

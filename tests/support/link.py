@@ -1,12 +1,15 @@
-"""A slow link between the ranks of a ring: latency and bandwidth, without a cable.
+"""A slow link between ranks: latency and bandwidth, without a cable.
 
-Each rank believes that its neighbours listen where a relay of this process does. A
-relay holds back what it passes on: bytes leave one after another at the bandwidth, and
-arrive a latency later, as on a cable.
+On a ring each rank believes that its neighbours listen where a relay of this process
+does. A relay holds back what it passes on: bytes leave one after another at the
+bandwidth, and arrive a latency later, as on a cable. A relay's threads run before all
+others where the system lets them (root on Linux): the ranks keep their cores busy while
+they wait, and a relay that had to wait for one would add milliseconds. What it takes of
+a core is the copying of bytes.
 
-A relay's threads run before all others where the system lets them (root on Linux): the
-ranks keep their cores busy while they wait, and a relay that had to wait for one would
-add milliseconds. What it takes of a core is the copying of bytes.
+Over MPI a library in the place of libmpi (`slow_mpi.c`) lets each collective sleep
+first for the latency and the time of the bytes that a rank gives it. That takes no core
+at all.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ import json
 import os
 import queue
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.support.host.compilers import builder, missing
 
 CHUNK_BYTES = 1 << 16
 CONNECT_SECONDS = 20.0
@@ -35,13 +41,11 @@ class Link:
         bandwidth: bytes per second, in each direction, of all connections between two
             ranks together.
         num_bytes: that went through, of all links.
-        runs_first: whether the system lets its threads run before all others.
     """
 
     latency: float
     bandwidth: float
     num_bytes: int = 0
-    runs_first: bool = False
     _free_at: dict[tuple[int, int], float] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _sockets: list[socket.socket] = field(default_factory=list)
@@ -71,6 +75,23 @@ class Link:
             hostfile.write_text(json.dumps(seen))
             changed.append(own | {"MLX_HOSTFILE": str(hostfile)})
         return changed
+
+    def over_mpi(self, variables: dict[str, str], directory: Path) -> dict[str, str]:
+        """The variables of `mpirun_command`, with the slow library in libmpi's place.
+
+        Raises:
+            RuntimeError: there is no compiler.
+        """
+        compiler = builder()
+        if compiler is None:
+            raise RuntimeError(f"a slow link over MPI is compiled: {missing()}")
+        real, made = Path(variables["MLX_MPI_LIBNAME"]), directory / "libslow_mpi.so"
+        command = [*compiler, "-x", "c", str(Path(__file__).with_name("slow_mpi.c"))]
+        command += [f"-DLATENCY={self.latency}", f"-DBANDWIDTH={self.bandwidth}"]
+        command += ["-O1", "-shared", "-fPIC", "-x", "none", str(real)]
+        command += [f"-Wl,-rpath,{real.parent}", "-o", str(made)]
+        subprocess.run(command, check=True)
+        return variables | {"MLX_MPI_LIBNAME": str(made)}
 
     def _relay(self, address: str, source: int, target: int) -> str:
         """Where rank `source` connects instead of to `address`, of rank `target`."""
@@ -111,23 +132,20 @@ class Link:
                 chunks.put((sent + self.latency, data))
         chunks.put((0.0, b""))
 
-    def _start(self, function: Callable[..., None], *args: object) -> None:
+    @staticmethod
+    def _start(function: Callable[..., None], *args: object) -> None:
         def run() -> None:
-            self.runs_first = run_first()
+            run_first()
             function(*args)
 
         threading.Thread(target=run, daemon=True).start()
 
 
-def run_first() -> bool:
-    """Let this thread run as soon as it can; whether the system allows it."""
-    if not hasattr(os, "sched_setscheduler"):
-        return False
-    try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-    except PermissionError:
-        return False
-    return True
+def run_first() -> None:
+    """Let this thread run as soon as it can, where the system allows it."""
+    if hasattr(os, "sched_setscheduler"):
+        with suppress(PermissionError):
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
 
 
 def _write(target: socket.socket, chunks: queue.Queue[tuple[float, bytes]]) -> None:

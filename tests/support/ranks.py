@@ -140,7 +140,7 @@ def run_ranks(
         env: environment variables added for the ranks.
         checks_shapes: whether shapes are checked in a test; not where something is
             timed. Ranks without these checks start an interpreter each.
-        link: what a ring goes through, where it is not to be this machine's memory.
+        link: what all goes through, where it is not to be this machine's memory.
 
     Returns:
         The results, in rank order.
@@ -299,6 +299,8 @@ def _run_job(
                 ]
         elif transport == "mpi":
             argv, variables = mpirun_command(num_ranks)
+            if link is not None:
+                variables = link.over_mpi(variables, directory)
             started = stand_in_command(directory) if is_forked else command
             processes = [
                 subprocess.Popen(
