@@ -79,6 +79,7 @@ def run_batch(model: Any, shape: tuple[int, int, int]) -> np.ndarray:
         [chosen.randrange(20, 1000) for _ in range(length)] for _ in range(count)
     ]
     generator = BatchGenerator(model, max_tokens=outputs, prefill_batch_size=count)
+    mx.synchronize()  # the batch before has begun a step behind its last token
     times = [time.process_time()]
     generator.insert(prompts, [outputs] * count)
     for _ in range(outputs):  # all prompts are as long: each step is one of all

@@ -198,7 +198,7 @@ def check_plot(args: argparse.Namespace, comm: GroupComm) -> None:
             cli.check_output("--json", args.json)
         if args.plot is not None and comm.rank == 0:
             plot.check_can_plot()
-            cli.check_output("--plot", args.plot, (".png", ".pdf", ".svg"))
+            cli.check_output("--plot", args.plot, cli.PICTURES)
 
     agreed(comm, check)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from mlx_ep import cli
 from mlx_ep.benchmark.report import Measurement, arm_label, point_label
 from mlx_ep.metrics import STAGES
 
@@ -45,7 +46,8 @@ def plot_records(
     left.grid(alpha=0.3)
     _stack_stages(right, records, runners)
     figure.suptitle(fill(title, 160), fontsize=9)
-    figure.savefig(path, dpi=120)
+    with cli.whole_file(path) as part:
+        figure.savefig(part, dpi=120)
     plt.close(figure)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from mlx_ep import cli
 from mlx_ep.benchmark import legacy
 from mlx_ep.metrics import STAGES, aligned, markdown_table
 
@@ -134,12 +134,7 @@ def write_json(
     Args:
         path: "-" is the standard output.
     """
-    content = {**header, "records": list(records)}
-    text = json.dumps(content, indent=1) + "\n"
-    if str(path) == "-":
-        print(text, end="", flush=True)
-    else:
-        path.write_text(text)
+    cli.write_json(path, {**header, "records": list(records)})
 
 
 def seconds_text(seconds: float) -> str:

@@ -130,7 +130,7 @@ def _check(args: argparse.Namespace) -> None:
     for flag, file, endings in (
         ("--record", args.record, ()),
         ("--json", None if str(args.json) == "-" else args.json, ()),
-        ("--plot", args.plot, (".png", ".pdf", ".svg")),
+        ("--plot", args.plot, cli.PICTURES),
     ):
         if file is not None:
             cli.check_output(flag, file, endings)
@@ -277,7 +277,8 @@ def main(argv: Sequence[str]) -> None:
             print(f"failed: {problem}", file=out)
     if args.record is not None:
         lines = [json.dumps(r.record()) for r in loads[0][1] if not r.error]
-        args.record.write_text("\n".join(lines) + "\n")
+        with cli.whole_file(args.record) as part:
+            part.write_text("\n".join(lines) + "\n")
     if args.json is not None:
         cli.write_json(args.json, {"url": args.base_url, "loads": summaries})
     if args.plot is not None:

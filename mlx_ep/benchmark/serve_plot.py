@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_ep import cli
 from mlx_ep.benchmark.load import Reply
 
 
@@ -39,5 +40,6 @@ def plot_loads(
         axis.grid(alpha=0.3)
     axes[1].legend()
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=120)
+    with cli.whole_file(path) as part:
+        figure.savefig(part, dpi=120)
     plt.close(figure)

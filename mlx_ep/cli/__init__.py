@@ -37,12 +37,14 @@ if TYPE_CHECKING:
         shared_sampler,
     )
     from mlx_ep.cli.inputs import (
+        PICTURES,
         add_json_flag,
         beside,
         check_output,
         check_outputs,
         on_rank_0,
         read_text,
+        whole_file,
         write_json,
     )
     from mlx_ep.cli.parser import (
@@ -61,7 +63,7 @@ if TYPE_CHECKING:
     )
     from mlx_ep.cli.prompt_cache import PromptCache, read_prompt_cache
     from mlx_ep.cli.record import add_record_flag, check_record_name, recorded
-    from mlx_ep.cli.say import rank_of_environment
+    from mlx_ep.cli.say import interruptible, rank_of_environment
     from mlx_ep.cli.start import prepare_model, print_reports, run, usage_errors
 
 _HOMES = {
@@ -91,6 +93,8 @@ _HOMES = {
     "check_outputs": "inputs",
     "on_rank_0": "inputs",
     "read_text": "inputs",
+    "PICTURES": "inputs",
+    "whole_file": "inputs",
     "write_json": "inputs",
     "Parser": "parser",
     "UsageError": "parser",
@@ -113,6 +117,7 @@ _HOMES = {
     "print_reports": "start",
     "run": "start",
     "usage_errors": "start",
+    "interruptible": "say",
     "rank_of_environment": "say",
 }
 
@@ -155,6 +160,8 @@ __all__ = [
     "beside",
     "check_output",
     "check_outputs",
+    "PICTURES",
+    "whole_file",
     "write_json",
     "on_rank_0",
     "read_text",
@@ -165,6 +172,7 @@ __all__ = [
     "print_reports",
     "run",
     "usage_errors",
+    "interruptible",
     "rank_of_environment",
 ]
 

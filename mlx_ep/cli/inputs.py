@@ -6,11 +6,15 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mlx_ep.comm import Comm, broadcast_object
+
+# Endings of what is drawn; matplotlib writes them everywhere.
+PICTURES = (".png", ".pdf", ".svg")
 
 
 def on_rank_0(read: Callable[[], Any], comm: Comm, flag: str) -> Any:
@@ -104,13 +108,34 @@ def check_outputs(args: argparse.Namespace, comm: Comm) -> None:
     on_rank_0(check, comm, "--json")
 
 
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """A file to write to, which takes the place of `file` when the body has ended.
+
+    Where the body raises, or is interrupted, `file` stays as it was. What is no file of
+    a folder that can be written, such as /dev/stdout, is written to itself.
+    """
+    place = file.resolve()
+    is_other = place.exists() and not place.is_file()
+    if is_other or not os.access(place.parent, os.W_OK):
+        yield file
+        return
+    part = place.with_name(f".{place.stem}.{os.getpid()}{place.suffix}")
+    try:
+        yield part
+        part.replace(place)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_json(file: Path, content: Any) -> None:
     """Write a command's --json; "-" is the standard output."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     if str(file) == "-":
         print(text, end="", flush=True)
     else:
-        file.write_text(text, encoding="utf-8")
+        with whole_file(file) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 def add_json_flag(parser: argparse._ActionsContainer, what: str) -> None:

@@ -52,6 +52,16 @@ def start_logging(prog: str, level: str) -> None:
 
 
 @contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C in a command without ranks is one line and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("[mlx_ep] interrupted (Ctrl-C)", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+
+
+@contextmanager
 def one_line_warnings() -> Iterator[None]:
     """Warnings in the body are one line without a place in the source.
 

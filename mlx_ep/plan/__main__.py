@@ -107,6 +107,11 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def main() -> None:
+    with cli.interruptible():
+        _main()
+
+
+def _main() -> None:
     parser = make_parser()
     args = parser.parse_args()
     try:

@@ -33,7 +33,7 @@ def check_picture_flags(args: argparse.Namespace) -> None:
             "--plot needs matplotlib, which is not installed: pip install "
             "'mlx-ep[plot]', or pip install matplotlib."
         )
-    cli.check_output("--plot", args.plot)
+    cli.check_output("--plot", args.plot, cli.PICTURES)
 
 
 def rank_loads(
@@ -81,5 +81,6 @@ def plot_record(path: Path, file: str, placement: Placement) -> None:
         axis.set_ylabel("MoE layer")
         axis.set_xticks(range(load.shape[1]))
     figure.colorbar(image, ax=axes, label="rows of a rank over the mean")
-    figure.savefig(path, dpi=120)
+    with cli.whole_file(path) as part:
+        figure.savefig(part, dpi=120)
     plt.close(figure)

@@ -21,6 +21,11 @@ _log = logging.getLogger("mlx_ep.simulate")
 
 
 def main() -> None:
+    with cli.interruptible():
+        _main()
+
+
+def _main() -> None:
     if sys.argv[1:2] == ["validate"]:
         from mlx_ep.simulate.validate import main as validate
 

@@ -253,6 +253,7 @@ def check_files(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         file = getattr(args, name)
         if file is not None and not (name == "json" and str(file) == "-"):
-            cli.check_output(f"--{name}", Path(file))
+            endings = cli.PICTURES if name == "plot" else ()
+            cli.check_output(f"--{name}", Path(file), endings)
     if "plot" in names and args.plot is not None:
         check_can_plot()

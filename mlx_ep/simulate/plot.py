@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_ep import cli
 from mlx_ep.simulate.engine import Simulation
 from mlx_ep.simulate.results import NS, Served, moments
 
@@ -62,7 +63,8 @@ def plot_run(
         axis.set_xlim(left=0)
     for axis in axes[:3]:
         axis.set_ylim(bottom=0)
-    figure.savefig(file, dpi=110)
+    with cli.whole_file(file) as picture:
+        figure.savefig(picture, dpi=110)
     plt.close(figure)
 
 
@@ -104,5 +106,6 @@ def plot_comparison(
         axis.set_ylabel("requests (%)")
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(file, dpi=110)
+    with cli.whole_file(file) as picture:
+        figure.savefig(picture, dpi=110)
     plt.close(figure)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_ep import cli
 from mlx_ep.simulate.engine import Simulation
 from mlx_ep.simulate.requests import ServedRequest
 
@@ -85,7 +86,10 @@ def write_csv(
         each: is given every request as it is written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8", newline="") as out:
+    with (
+        cli.whole_file(file) as part,
+        part.open("w", encoding="utf-8", newline="") as out,
+    ):
         out.write(HEADER + "\n")
         for one in served(engine):
             each(one)

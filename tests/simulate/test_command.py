@@ -238,6 +238,37 @@ class _Terminal(io.StringIO):
         return True
 
 
+@pytest.mark.parametrize("name", ["out.csv", "out.json", "out.png"])
+def test_an_interruption_leaves_no_half_a_file(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while a result is written: a line, 130, and what was there before."""
+    flags = {"out.csv": (), "out.json": ("--json", name), "out.png": ("--plot", name)}
+    (folder / name).write_text("of the run before")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    if name == "out.csv":
+        monkeypatch.setattr(results.Totals, "add", stop)
+    elif name == "out.json":
+        monkeypatch.setattr(Path, "write_text", stop)
+    else:
+        monkeypatch.setattr(plt.Figure, "savefig", stop)
+    outcome = run_command([*TUTORIAL.split(), *flags[name]])
+    assert (outcome.code, outcome.err) == (130, "[mlx_ep] interrupted (Ctrl-C)\n")
+    monkeypatch.undo()
+    assert (folder / name).read_text() == "of the run before"
+    assert not list(folder.glob(".out*"))
+
+
+def test_a_plot_has_an_ending_that_can_be_drawn(folder: Path) -> None:
+    outcome = run_command([*TUTORIAL.split(), "--plot", "p.xyz"])
+    assert outcome.code == 2
+    assert "--plot must end in .png, .pdf, .svg; got p.xyz." in outcome.err
+    assert not (folder / "out.csv").exists()
+
+
 def test_a_bar_on_a_terminal_only(folder: Path) -> None:
     """It counts requests up to the last one."""
     assert "req" not in run_command(TUTORIAL.split()).err

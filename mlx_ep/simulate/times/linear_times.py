@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_ep import cli
 from mlx_ep.simulate.fields import Fields, read_json
 from mlx_ep.simulate.scheduler import StepBatch
 
@@ -34,7 +35,8 @@ class StepCosts:
 
     def write(self, file: Path) -> None:
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        file.write_text(json.dumps(content, indent=1) + "\n")
+        with cli.whole_file(file) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def is_step_costs(file: Path) -> bool:
