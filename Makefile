@@ -17,7 +17,7 @@ demo: $(VENV)/.demo
 	    mlx_ep.generate --ranks 2 --prompt "What is spaghetti code?" </dev/null
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not oracle"
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m "not slow and not oracle"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from mlx_ep.comm import Comm, broadcast_object
@@ -86,7 +87,13 @@ def check_output(flag: str, file: Path, endings: Sequence[str] = ()) -> None:
     """
     folder = file.absolute().parent
     target = file if file.exists() else folder
-    if file.is_dir() or not folder.is_dir() or not os.access(target, os.W_OK):
+    can_write = not file.is_dir() and folder.is_dir() and os.access(target, os.W_OK)
+    if can_write and target == folder:  # root may write, it says, where nobody can
+        try:
+            TemporaryFile(dir=folder).close()
+        except OSError:
+            can_write = False
+    if not can_write:
         raise ValueError(
             f"{flag} must be a file in a folder that can be written; got {file}."
         )

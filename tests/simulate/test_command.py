@@ -262,6 +262,18 @@ def test_an_interruption_leaves_no_half_a_file(
     assert not list(folder.glob(".out*"))
 
 
+def test_a_folder_that_only_seems_to_be_written_to(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise FileNotFoundError  # /proc, for root
+
+    monkeypatch.setattr("mlx_ep.cli.inputs.TemporaryFile", refuse)
+    outcome = run_command([*TUTORIAL.split(), "--output", "new.csv"])
+    assert outcome.code == 2
+    assert "--output must be a file in a folder that can be written" in outcome.err
+
+
 def test_a_plot_has_an_ending_that_can_be_drawn(folder: Path) -> None:
     outcome = run_command([*TUTORIAL.split(), "--plot", "p.xyz"])
     assert outcome.code == 2
