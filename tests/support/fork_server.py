@@ -87,11 +87,12 @@ def _become(request: dict[str, Any], files: list[int]) -> list[str]:
         os.dup2(file, number)
     for file in files:
         os.close(file)
-    # At its end everything goes, as in a process of its own: MPI wants a farewell, and
-    # it is said when the last object that holds its group is gone.
-    atexit.register(gc.unfreeze)
     os.environ.clear()
     os.environ.update(request["environment"])
+    if any(name.startswith("OMPI_") for name in os.environ):
+        # MPI wants a farewell, and it is said when the last object that holds its group
+        # is gone: at the end everything goes, as in a process of its own.
+        atexit.register(gc.unfreeze)
     os.chdir(request["directory"])
     argv: list[str] = request["argv"]
     return argv
