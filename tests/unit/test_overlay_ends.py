@@ -22,7 +22,7 @@ class Channel:
         os._exit(code)
 
 def interrupt():
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)  # of another thread it may come too late
 
 Liveness.current = Channel()
 Liveness.start = lambda group: Liveness.current
