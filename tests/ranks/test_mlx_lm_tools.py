@@ -248,7 +248,7 @@ def test_wrong_usage(
             (["--prompt-cache-file", "no-such-file"], "there is no no-such-file"),
             (
                 ["--prompt-cache-file", str(tmp_path / "text.safetensors")],
-                "is not one that mlx_lm.cache_prompt made",
+                "is not one that cache_prompt made",
             ),
             ([*file, "--model", folders["qwen3_moe"]], "was made with --model"),
             (
