@@ -71,6 +71,6 @@ def assert_usage_errors(
     for (options, text), ranks in zip(cases, found, strict=True):
         assert [code for code, _ in ranks] == [2] * num_ranks, (options, ranks)
         assert text in ranks[0][1], (options, ranks[0][1])
-        assert ranks[0][1].startswith("mlx_ep.generate: error: ")
+        assert ranks[0][1].startswith("mlx_ep.generate: error: "), (options, ranks)
         assert len(ranks[0][1].splitlines()) == 1
         assert all(printed == "" for _, printed in ranks[1:])
