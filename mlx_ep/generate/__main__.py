@@ -12,7 +12,12 @@ from mlx_ep import cli
 from mlx_ep.comm import Comm, broadcast_object, gather_objects
 from mlx_ep.generate.batch import answer_all, plan_batch
 from mlx_ep.generate.flags import make_parser
-from mlx_ep.generate.reuse import find_draft, read_cache, reuse_options
+from mlx_ep.generate.reuse import (
+    check_cache_length,
+    find_draft,
+    read_cache,
+    reuse_options,
+)
 from mlx_ep.generate.stream import stream
 from mlx_ep.generate.tokens import prompt_tokens, tokens_after_cache, user_message
 from mlx_ep.loading import EMBEDDED_MODEL
@@ -39,6 +44,7 @@ def _one(args: argparse.Namespace, comm: Comm) -> None:
         prepared = cli.prepare_model(args, comm, extra)
         cli.check_for_model(args, prepared, args.extra_eos_token)
         draft = find_draft(args, prepared, comm)
+        check_cache_length(cache, prepared, draft)
         tokens_of = prompt_tokens if cache is None else tokens_after_cache
         prompt = tokens_of(args, prepared.tokenizer, [user_message(text)])
         cli.check_context([prompt], prepared, "--prompt")
@@ -49,7 +55,7 @@ def _one(args: argparse.Namespace, comm: Comm) -> None:
     model.expert_parallel.group.timings.enabled = args.timings
     if args.verbose:
         cli.print_reports(model, comm, args.config, cli.beside(args))
-    options = cli.cache_options(args) | reuse_options(args, model, draft, cache)
+    options = cli.cache_options(args) | reuse_options(args, draft, cache)
     with cli.recorded(args.record, model, comm):
         stream(args, comm, model, tokenizer, prompt, options)
     if args.timings:

@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 from typing import Any, get_args
 
-import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ep import cli
@@ -105,24 +104,33 @@ def find_draft(
     return draft
 
 
+def check_cache_length(
+    cache: cli.PromptCache | None, prepared: PreparedModel, draft: Draft | None
+) -> None:
+    """Raises:
+    ValueError: the cache is not one of these models, neither of which is read yet.
+    """
+    if cache is None:
+        return
+    models = [prepared.weights.outline(), *([draft.outline()] if draft else [])]
+    cache.check_length(sum(len(make_prompt_cache(model)) for model in models))
+
+
 def reuse_options(
     args: argparse.Namespace,
-    model: nn.Module,
     draft: Draft | None,
     cache: cli.PromptCache | None,
 ) -> dict[str, Any]:
     """The arguments of stream_generate for a prompt cache and a draft model.
 
     Raises:
-        UsageError: on every rank: the model's KV cache does not allow it.
+        UsageError: on every rank: the draft model cannot be read.
     """
     options: dict[str, Any] = {}
-    with cli.usage_errors():
-        if draft is not None:
+    if draft is not None:
+        with cli.usage_errors():
             options["draft_model"] = draft.load()
-            options["num_draft_tokens"] = args.num_draft_tokens
-        if cache is not None:
-            models = [model, *([options["draft_model"]] if draft else [])]
-            cache.check_length(sum(len(make_prompt_cache(each)) for each in models))
-            options["prompt_cache"] = cache.layers
+        options["num_draft_tokens"] = args.num_draft_tokens
+    if cache is not None:
+        options["prompt_cache"] = cache.layers
     return options
