@@ -24,6 +24,7 @@ class Channel:
 def interrupt():
     signal.raise_signal(signal.SIGINT)  # of another thread it may come too late
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
 Liveness.current = Channel()
 Liveness.start = lambda group: Liveness.current
 when = sys.argv[1]
