@@ -374,7 +374,8 @@ def main() -> None:
                     profile, cache_folder(), comm.transport, chips, quick=args.quick
                 )
             else:
-                write_profile(profile, file)
+                with cli.whole_file(file) as part:
+                    write_profile(profile, part)
             print(profile_table(profile))
             for line in implausible(profile):
                 print(f"IMPLAUSIBLE: {line}")

@@ -104,7 +104,7 @@ class GroupComm:
 
     def all_reduce(self, x: Shaped[mx.array, "*shape"]) -> Shaped[mx.array, "*shape"]:
         """See `Comm.all_reduce`."""
-        _check_summable(x)
+        check_summable(x)
         return mx.distributed.all_sum(x, group=self.group, stream=self._stream())
 
     def all_gather(self, x: Shaped[mx.array, "n ..."]) -> Shaped[mx.array, "m ..."]:
@@ -114,7 +114,7 @@ class GroupComm:
     def reduce_scatter(self, x: Shaped[mx.array, "n ..."]) -> Shaped[mx.array, "m ..."]:
         """See `Comm.reduce_scatter`."""
         rows = self._rows_per_rank(x)
-        _check_summable(x)
+        check_summable(x)
         if "sum_scatter" in self.capability.operations:
             return mx.distributed.sum_scatter(
                 x, group=self.group, stream=self._stream()
@@ -351,7 +351,10 @@ def _with_transpose(
     return result
 
 
-def _check_summable(x: mx.array) -> None:
+def check_summable(x: mx.array) -> None:
+    """Raises:
+    ValueError: a sum of these is not the same on every transport.
+    """
     # MPI ends the whole job on a sum of bool, the ring gives a logical or.
     if x.dtype == mx.bool_:
         raise ValueError("a sum needs numbers, got dtype bool: cast it first")

@@ -10,7 +10,7 @@ import mlx.core as mx
 from jaxtyping import Shaped
 
 from mlx_ep.comm.capabilities import Transport
-from mlx_ep.comm.group import GroupComm
+from mlx_ep.comm.group import GroupComm, check_summable
 
 
 class LineComm:
@@ -56,8 +56,7 @@ class LineComm:
 
     def all_reduce(self, x: Shaped[mx.array, "*shape"]) -> Shaped[mx.array, "*shape"]:
         """See `Comm.all_reduce`."""
-        if x.dtype == mx.bool_:
-            raise ValueError("a sum needs numbers, got dtype bool: cast it first")
+        check_summable(x)
         total = x
         if self.rank > 0:
             # On the thread of the messages: it has what came, and nothing else waits.

@@ -126,7 +126,8 @@ def _main() -> None:
             return print_load(make_load(args), args)
         plan = make_plan(args)
         if args.write_placement:
-            write_placement(args.write_placement, plan.placement)
+            with cli.whole_file(args.write_placement) as part:
+                write_placement(part, plan.placement)
         if args.plot is not None:
             plot_record(args.plot, args.record, plan.placement)
     except ValueError as error:

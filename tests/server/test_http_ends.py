@@ -76,7 +76,7 @@ def test_a_full_queue_is_429() -> None:
         server.engine.wait_until_idle()
 
 
-def test_the_engine_hears_of_what_may_come() -> None:
+def test_the_engine_hears_of_what_may_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that is being read, and one that may follow an answer being sent."""
     with serving("Hello there.") as server:
         expected, submit = server.engine.expected, server.engine.submit
@@ -86,7 +86,7 @@ def test_the_engine_hears_of_what_may_come() -> None:
             seen.append(sum(expected))
             submit(*arguments)
 
-        server.engine.submit = note  # type: ignore[method-assign]
+        monkeypatch.setattr(server.engine, "submit", note)
         server.chat("hi", n=2)
         assert seen == [1, 1]
         until(lambda: len(expected) == 4, lambda: expected)

@@ -18,6 +18,6 @@ def run_plan(
     try:
         command.main()
     except SystemExit as stop:
-        code = stop.code  # type: ignore[assignment]
+        code = int(stop.code or 0)
     captured = capsys.readouterr()
     return code, captured.out + captured.err

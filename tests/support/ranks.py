@@ -336,9 +336,7 @@ def _run_job(
 
 
 def _is_of_the_host(outputs: Sequence[str], launcher: str) -> bool:
-    """Whether ranks did not start for a reason that is gone the next time."""
-    # A port that was free a moment ago; and a thread of Open MPI's launcher, which
-    # gives up where that does not answer soon enough.
+    """Whether a free port was taken meanwhile, or Open MPI's launcher gave up early."""
     is_taken = any("bind socket" in output for output in outputs)
     return is_taken or "PMIx server's listener thread failed to start" in launcher
 
