@@ -111,9 +111,9 @@ def run_pinned(
         The results in rank order.
     """
     cores = own_cores()
-    module = sys.modules[function.__module__]
-    spec = getattr(module, "__spec__", None)
-    name = spec.name if spec else function.__module__
+    name = function.__module__
+    if name == "__main__":
+        name = _script()
     return run_ranks(
         num_ranks,
         _on_rank,
@@ -127,6 +127,13 @@ def run_pinned(
         checks_shapes=False,
         link=link,
     )
+
+
+def _script() -> str:
+    """What is run, as a module: also where it was named as a file."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    return spec.name if spec else f"{__package__}.{Path(sys.argv[0]).stem}"
 
 
 def _on_rank(
@@ -176,11 +183,8 @@ def arguments(script: str, samples: int) -> argparse.ArgumentParser:
 
 def environment() -> dict[str, Any]:
     """Where and when a measurement was made, and the command that repeats it."""
-    main = sys.modules["__main__"]
-    spec = getattr(main, "__spec__", None)
-    script = ["-m", spec.name] if spec else [Path(sys.argv[0]).name]
     return {
-        "command": shlex.join(["python", *script, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", _script(), *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
         "cores": len(own_cores()) or os.cpu_count(),

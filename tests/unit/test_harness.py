@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import mlx.core as mx
 import pytest
 
-from benchmarks.harness import interleaved, run_pinned
+from benchmarks.harness import environment, interleaved, run_pinned
 
 
 def on_rank(group: mx.distributed.Group, number: int) -> list[int]:
@@ -29,3 +32,11 @@ def test_arms_are_timed_in_turn_and_warm_ups_are_not_counted() -> None:
         "A": 3,
         "B": 3,
     }
+
+
+def test_a_benchmark_named_as_a_file_is_the_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+    monkeypatch.setattr(sys, "argv", ["benchmarks/bench_load.py", "--quick"])
+    assert environment()["command"] == "python -m benchmarks.bench_load --quick"
