@@ -10,6 +10,7 @@ random number has been drawn. It ends when the last of those processes has.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import json
 import os
@@ -19,6 +20,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import types
 from contextlib import suppress
 from typing import Any
@@ -109,13 +111,30 @@ def _become(request: dict[str, Any], files: list[int]) -> list[str]:
         os.close(file)
     os.environ.clear()
     os.environ.update(request["environment"])
-    if any(name.startswith("OMPI_") for name in os.environ):
-        # MPI wants a farewell, and it is said when the last object that holds its group
-        # is gone: at the end everything goes, as in a process of its own.
-        atexit.register(gc.unfreeze)
     os.chdir(request["directory"])
     argv: list[str] = request["argv"]
     return argv
+
+
+def end() -> None:
+    """Say farewell where MPI wants one, and end as Python does.
+
+    MLX says it when the last object that holds the group is gone. To that end
+    everything has to go, also what this process was forked with: half a second.
+    """
+    library = os.environ.get("MLX_MPI_LIBNAME")
+    if library is None or not any(name.startswith("OMPI_") for name in os.environ):
+        return
+    mpi, begun = ctypes.CDLL(library), ctypes.c_int()
+    mpi.MPI_Initialized(ctypes.byref(begun))
+    if not begun.value:
+        return
+    threading._shutdown()  # waits for threads
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    mpi.MPI_Finalize()
+    os._exit(0)
 
 
 def run(argv: list[str]) -> None:
@@ -146,3 +165,4 @@ if __name__ == "__main__":
     gc.collect()
     gc.freeze()  # no collection in a child touches, and copies, what is imported
     run(serve(socket.socket(fileno=int(sys.argv[2]))))
+    end()
