@@ -10,13 +10,14 @@ comma := ,
 # checks shapes. Empty: not set, whatever the caller's environment says.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test lint test-slow test-oracle fuzz fault soak clean
+.PHONY: demo test lint compiled test-slow test-oracle fuzz fault soak clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/python -m mlx_ep.launch -n 2 -- \
 	    mlx_ep.generate --ranks 2 --prompt "What is spaghetti code?" </dev/null
 
-test: lint
+test: $(VENV)/.test
+	@$(MAKE) --no-print-directory --jobs 2 lint compiled
 	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m "not slow and not oracle"
 
 lint: $(VENV)/.test
@@ -24,8 +25,13 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Beside the types, which keep one core busy: else all three processes of the tests compile
+# all tests at once. What it finds wrong, the tests say.
+compiled: $(VENV)/.test
+	-@$(BIN)/python -m pytest -qq --collect-only >/dev/null 2>&1
+
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -q -m "slow and not oracle"
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m "slow and not oracle"
 
 # Logits against transformers. It installs PyTorch, whose CPU build is enough: to save
 # the larger download, install that one into .venv before.

@@ -6,21 +6,37 @@ Where the tier is missing the test is skipped, or fails if MLX_EP_REQUIRE names 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support import shape_checks
+from tests.support.fork_server import FOLDER
 from tests.support.private import user_folder
 from tests.support.tiers import require
 
 shape_checks.make_cheaper()  # before a test imports this package
 
 
+gc.disable()  # until all tests are imported: nothing of that is garbage
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # a collection in a test does not go through all that is imported
+    gc.enable()
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        # Here all workers find the processes from which ranks are forked.
+        os.environ[FOLDER] = tempfile.mkdtemp(prefix="forks-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ[FOLDER]))
     # What warm-up measures is kept for later runs of the tests, not of the user.
     os.environ["XDG_CACHE_HOME"] = str(user_folder("mlx-ep-tests"))
     config.addinivalue_line(

@@ -18,7 +18,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlx_ep.loading import find_model
 from tests.support import tiny
-from tests.support.launchers import free_ports
+from tests.support.launchers import MPI_AS_ROOT, free_ports, rank_environment
 from tests.support.ranks import run_commands, start_commands
 from tests.support.usage import assert_usage_errors
 from tests.support.waiting import LONG, until
@@ -42,23 +42,17 @@ def expected() -> str:
     return text
 
 
-def _launch(
-    *argv: str, path: str = "", stdin: str | None = None
-) -> subprocess.CompletedProcess[str]:
+def _launch(*argv: str) -> subprocess.CompletedProcess[str]:
     """mlx.launch, as from a shell in which the environment is activated."""
-    environment = dict(os.environ, PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}")
-    environment |= {
-        f"{prefix}_ALLOW_RUN_AS_ROOT{suffix}": "1"
-        for prefix in ("OMPI", "PRTE")
-        for suffix in ("", "_CONFIRM")
-    }
+    path = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    environment = rank_environment(MPI_AS_ROOT | path)
     return subprocess.run(
         [str(BIN / "mlx.launch"), *argv],
         capture_output=True,
         text=True,
         timeout=LONG,
         env=environment,
-        input=stdin or "",
+        input="",
     )
 
 

@@ -18,12 +18,12 @@ pytestmark = pytest.mark.requires("ranks")
 
 GENERATE = [sys.executable, "-m", "mlx_ep.generate"]
 WORDS = ["bug", "daemon", "hacker", "kludge", "worm", "zombie", "patch", "cookie"]
-COUNT = 60
+COUNT = 32
 
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 prompts, with ids; every third has a length of its own."""
+    """Prompts, with ids; every third has a length of its own."""
     file = tmp_path_factory.mktemp("batch") / "prompts.jsonl"
     with file.open("w") as lines:
         for number in range(COUNT):
@@ -90,7 +90,7 @@ def test_signals(
 ) -> None:
     output = tmp_path / "answers.jsonl"
     line = command(prompts, output, *options)
-    # The last 48 answers take 10 seconds: it is interrupted before.
+    # The last 26 answers take 5 seconds: it is interrupted before.
     slowly = (
         "import sys, time; from mlx_ep.generate import batch, main;"
         "write = batch.PromptBatch.write;"
@@ -99,7 +99,7 @@ def test_signals(
     )
     with start_commands(num_ranks, [sys.executable, "-c", slowly]) as started:
         until(
-            lambda: output.exists() and output.read_bytes().count(b"\n") >= 12,
+            lambda: output.exists() and output.read_bytes().count(b"\n") >= 6,
             lambda: started.outcome(0),
         )
         started.processes[victim].send_signal(number)
@@ -107,12 +107,12 @@ def test_signals(
     assert all(outcome.returncode != 0 for outcome in outcomes)
     text = output.read_bytes()
     before = text.count(b"\n")
-    assert 12 <= before < COUNT
+    assert 6 <= before < COUNT
     # What a crash in the middle of a line leaves.
-    output.write_bytes(text[: text.rfind(b"\n") + 1] + b'{"index": 59, "prompt"')
+    output.write_bytes(text[: text.rfind(b"\n") + 1] + b'{"index": 31, "prompt"')
     outcomes = run_commands(num_ranks, [*line, "--resume"])
     assert [o.returncode for o in outcomes] == [0] * num_ranks, outcomes[0].stderr
-    assert f"{before} of 60 prompts have an answer" in outcomes[0].stderr
+    assert f"{before} of {COUNT} prompts have an answer" in outcomes[0].stderr
     assert f"{COUNT - before}/{COUNT - before}" in outcomes[0].stderr
     assert by_index(output) == uninterrupted
 
@@ -139,7 +139,7 @@ def test_full_disk(
     # Once more: there is nothing left to do.
     (outcome,) = run_commands(1, [*line, "--resume"])
     assert outcome.returncode == 0
-    assert "60 of 60 prompts have an answer" in outcome.stderr
+    assert f"{COUNT} of {COUNT} prompts have an answer" in outcome.stderr
     assert by_index(output) == uninterrupted
 
 

@@ -14,16 +14,11 @@ from mlx_ep.launch import run as launch_run
 from mlx_ep.launch.__main__ import main
 from mlx_ep.launch.flags import make_parser
 from mlx_ep.launch.transport import transport
-from tests.support.launchers import rank_environment
+from tests.support.launchers import MPI_AS_ROOT, rank_environment
 from tests.support.waiting import LONG
 
 pytestmark = pytest.mark.requires("ranks")
 
-MPI_AS_ROOT = {
-    f"{prefix}_ALLOW_RUN_AS_ROOT{suffix}": "1"
-    for prefix in ("OMPI", "PRTE")
-    for suffix in ("", "_CONFIRM")
-}
 LAUNCH = [sys.executable, "-m", "mlx_ep.launch"]
 # Prints what a rank gets, and what the first argument says it does then.
 PROGRAM = """
@@ -126,7 +121,7 @@ def test_it_runs_the_commands() -> None:
 
 
 @pytest.mark.requires("mpi")
-def test_mpi() -> None:
+def test_mpi(program: str) -> None:
     command = [
         *LAUNCH,
         "--backend",
@@ -136,12 +131,12 @@ def test_mpi() -> None:
         "--mpi-arg=--oversubscribe",
         "--",
     ]
-    for options, code in (
-        (["--max-tokens", "4", "--ranks", "2"], 0),
-        (["--no-such-flag"], 2),
+    for started, code in (
+        (["mlx_ep.generate", "--max-tokens", "4", "--ranks", "2"], 0),
+        ([program, "fail", "0"], 3),
     ):
         done = subprocess.run(
-            [*command, "mlx_ep.generate", *options],
+            [*command, *started],
             capture_output=True, text=True, timeout=LONG, stdin=subprocess.DEVNULL,
             env=rank_environment(MPI_AS_ROOT),
         )  # fmt: skip

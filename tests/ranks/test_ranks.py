@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -12,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.support import ranks
+from tests.support import forked, ranks
 from tests.support.forked import can_fork, other_variables
 from tests.support.launchers import rank_environment
 from tests.support.ranks import RanksError, run_commands, run_ranks, start_commands
@@ -47,6 +48,10 @@ def raise_on_rank_one(group):
     mx.eval(mx.distributed.all_sum(mx.array(1), group=group))
 
 
+def parent(group):
+    return os.getppid()
+
+
 def wait_for_ever(group, folder):
     a_function_that_hangs(group, folder)
 
@@ -56,6 +61,16 @@ def a_function_that_hangs(group, folder):
     if group.rank() == 0:
         mx.eval(mx.distributed.recv((1,), mx.int32, 1, group=group))
     time.sleep(60)
+
+
+def test_all_workers_of_one_pytest_fork_from_one_process():
+    first = run_ranks(1, parent)
+    connection = forked._server("checked")
+    forked._server.cache_clear()  # as in another worker
+    assert forked._server("checked") is not connection
+    assert run_ranks(1, parent) == first
+    connection.close()  # a worker that ends leaves the others theirs
+    assert run_ranks(1, parent) == first
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import anthropic
-import openai
 import pytest
 
 from tests.support.http_serving import Serving, serving
+
+if TYPE_CHECKING:  # else by the tests that use them: 2 seconds in each worker
+    import anthropic
+    import openai
 
 CALL = '{"name": "weather", "arguments": {"city": "Bern"}}'
 TEXT = f"<think>hm</think>Let me see.<tool_call>{CALL}</tool_call>"
@@ -24,12 +27,16 @@ def server() -> Iterator[Serving]:
 
 @pytest.fixture(scope="module")
 def client(server: Serving) -> Iterator[openai.OpenAI]:
+    import openai
+
     with openai.OpenAI(base_url=f"{server.address}/v1", api_key="none") as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def claude(server: Serving) -> Iterator[anthropic.Anthropic]:
+    import anthropic
+
     with anthropic.Anthropic(base_url=server.address, api_key="none") as found:
         yield found
 
@@ -57,6 +64,8 @@ def test_openai_chat_with_tools(client: openai.OpenAI) -> None:
 
 
 def test_openai_errors(client: openai.OpenAI) -> None:
+    import openai
+
     messages = [{"role": "user", "content": "hi"}]
     with pytest.raises(openai.BadRequestError, match="top_p must be a number"):
         client.chat.completions.create(model="gpt-4o", messages=messages, top_p=7)
@@ -114,6 +123,8 @@ def test_openai_responses(client: openai.OpenAI) -> None:
 
 
 def test_anthropic(claude: anthropic.Anthropic) -> None:
+    import anthropic
+
     tools = [{"name": "weather", "description": "w", "input_schema": PARAMETERS}]
     messages = [{"role": "user", "content": "hi"}]
     answer = claude.messages.create(

@@ -12,13 +12,11 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
 import httpx
 import jsonschema
 import mlx_lm
-import openai
 import psutil
 import pytest
 
@@ -27,6 +25,9 @@ from mlx_ep.server.flags import make_parser
 from tests.support.ranks import StartedCommands, run_commands
 from tests.support.serving_ranks import serving_ranks
 from tests.support.waiting import LONG, until
+
+if TYPE_CHECKING:  # else by the test that uses it
+    import openai
 
 pytestmark = [pytest.mark.requires("ranks"), pytest.mark.timeout(240)]
 
@@ -65,6 +66,9 @@ def _alone(max_tokens: int) -> str:
 
 
 def test_clients_against_two_ranks(server: Server) -> None:
+    import anthropic
+    import openai
+
     _, address = server
     expected = _alone(24)
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -42,16 +43,25 @@ def _check(
     assert outcome.kv_bytes == 0
 
 
+@cache
+def _asked(
+    count: int, longest: int, max_tokens: int
+) -> tuple[list[Request], dict[str, list[int]]]:
+    """Requests, and the tokens of each."""
+    requests = mixed_requests(count, longest, max_tokens)
+    return requests, alone(str(find_model("jargon-moe")), requests)
+
+
 def _play(
     num_ranks: int,
-    requests: list[Request],
+    sizes: tuple[int, int, int],
     config: dict[str, Any],
     kept: int,
     transport: str = "ring",
     look_ahead: bool = True,
 ) -> None:
     folder = str(find_model("jargon-moe"))
-    expected = alone(folder, requests)
+    requests, expected = _asked(*sizes)
     scripts = [Script(requests, 16, CANCELLED), Script(requests, 16, CANCELLED, seed=1)]
     options = {
         "max_num_seqs": 16, "prefix_cache_memory": kept, "look_ahead": look_ahead,
@@ -86,8 +96,7 @@ def _play(
 def test_tokens_are_those_of_mlx_lm_alone(
     num_ranks: int, config: dict[str, Any], kept: int, look_ahead: bool
 ) -> None:
-    requests = mixed_requests(14, 70, 8)
-    _play(num_ranks, requests, config, kept, look_ahead=look_ahead)
+    _play(num_ranks, (14, 70, 8), config, kept, look_ahead=look_ahead)
 
 
 @pytest.mark.slow
@@ -107,8 +116,7 @@ def test_tokens_are_those_of_mlx_lm_alone(
 def test_64_requests_at_16(
     num_ranks: int, config: dict[str, Any], kept: int, look_ahead: bool
 ) -> None:
-    requests = mixed_requests(64, 120, 24)
-    _play(num_ranks, requests, config, kept, "mpi", look_ahead)
+    _play(num_ranks, (64, 120, 24), config, kept, "mpi", look_ahead)
 
 
 @pytest.mark.slow
@@ -118,5 +126,4 @@ def test_64_requests_at_16(
 @pytest.mark.parametrize("transport", ["mpi", "ring"])
 def test_batches_in_two_halves(config: dict[str, Any], transport: str) -> None:
     """`--overlap two`: one half of a batch computes while the other half travels."""
-    requests = mixed_requests(32, 120, 24)
-    _play(2, requests, config | {"overlap": "two"}, 10**7, transport)
+    _play(2, (32, 120, 24), config | {"overlap": "two"}, 10**7, transport)

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -24,6 +23,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_plots(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TTFT and ITL, running and waiting requests, KV blocks: with the run's numbers."""
+    import matplotlib.pyplot as plt
+
     drawn: list[tuple[str, list[tuple[np.ndarray, np.ndarray]]]] = []
     close = plt.close
 
@@ -71,7 +72,9 @@ def test_an_interruption_leaves_no_half_a_file(
     elif name == "out.json":
         monkeypatch.setattr(Path, "write_text", stop)
     else:
-        monkeypatch.setattr(plt.Figure, "savefig", stop)
+        from matplotlib.figure import Figure
+
+        monkeypatch.setattr(Figure, "savefig", stop)
     outcome = run_command([*TUTORIAL.split(), *flags[name]])
     assert (outcome.code, outcome.err) == (130, "[mlx_ep] interrupted (Ctrl-C)\n")
     monkeypatch.undo()

@@ -1,14 +1,16 @@
 """A process from which others are forked: run as a script by `forked.py`.
 
-It imports everything, and then answers requests on a socket: a command line, variables,
-a folder, and four open files (stdin, stdout, stderr, and where to say how it ended). A
-child runs the command line as a Python started with it would, to the interpreter's own
-end. No thread runs here, and no random number has been drawn.
+It imports everything, and then answers requests of the processes of tests that connect
+to its socket: a command line, variables, a folder, and four open files (stdin, stdout,
+stderr, and where to say how it ended). A child runs the command line as a Python would
+that was started with it, to the interpreter's own end. No thread runs here, and no
+random number has been drawn. It ends when the last of those processes has.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import json
 import os
@@ -18,17 +20,22 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import types
+from contextlib import suppress
 from typing import Any
 
 HEADER = struct.Struct("!I")  # bytes of the request that follows
 NUM_FILES = 4
 READY = b"r"  # its first word
+# The variable that names the folder where all processes of one pytest find it.
+FOLDER = "MLX_EP_TEST_FORKS"
 
 
-def serve(control: socket.socket) -> list[str]:
+def serve(listener: socket.socket) -> list[str]:
     """Fork for every request; returns in each child, with what it is to run."""
     status_of: dict[int, int] = {}
+    clients: list[socket.socket] = []
     woken, wakes = os.pipe()
     os.set_blocking(wakes, False)
     signal.set_wakeup_fd(wakes)
@@ -36,40 +43,55 @@ def serve(control: socket.socket) -> list[str]:
     # Ctrl-C in a terminal is for pytest, which ends its children by itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     selector = selectors.DefaultSelector()
-    selector.register(control, selectors.EVENT_READ)
+    selector.register(listener, selectors.EVENT_READ)
     selector.register(woken, selectors.EVENT_READ)
     while True:
-        ready = {key.fileobj for key, _ in selector.select()}
+        ready = [key.fileobj for key, _ in selector.select()]
         if woken in ready:
             os.read(woken, 4096)
             _report_ended(status_of)
-        if control not in ready:
-            continue
-        header, files, *_ = socket.recv_fds(control, HEADER.size, NUM_FILES)
-        if not header:
-            sys.exit()  # pytest is gone
-        request = json.loads(_read(control, HEADER.unpack(header)[0]))
-        pid = os.fork()
-        if pid == 0:
-            selector.close()
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            for end in (woken, wakes, *status_of.values()):
-                os.close(end)
-            control.close()
-            return _become(request, files)
-        for file in files[:3]:
-            os.close(file)
-        status_of[pid] = files[3]
-        os.write(files[3], b"%d\n" % pid)
+        if listener in ready:
+            client, _ = listener.accept()
+            client.sendall(READY)
+            clients.append(client)
+            selector.register(client, selectors.EVENT_READ)
+        for client in [client for client in clients if client in ready]:
+            header, files, *_ = socket.recv_fds(client, HEADER.size, NUM_FILES)
+            if not header:
+                selector.unregister(client)
+                clients.remove(client)
+                client.close()
+                if not clients:
+                    sys.exit()  # pytest is gone
+                continue
+            request = json.loads(_read(client, HEADER.unpack(header)[0]))
+            pid = os.fork()
+            if pid == 0:
+                selector.close()
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                for end in (woken, wakes, *status_of.values()):
+                    os.close(end)
+                for end in (listener, *clients):
+                    end.close()
+                return _become(request, files)
+            for file in files[:3]:
+                os.close(file)
+            status_of[pid] = files[3]
+            _tell(files[3], pid)
 
 
-def _read(control: socket.socket, size: int) -> bytes:
+def _read(client: socket.socket, size: int) -> bytes:
     data = b""
     while len(data) < size:
-        data += control.recv(size - len(data))
+        data += client.recv(size - len(data))
     return data
+
+
+def _tell(file: int, number: int) -> None:
+    with suppress(BrokenPipeError):  # who asked is gone; others are not
+        os.write(file, b"%d\n" % number)
 
 
 def _report_ended(status_of: dict[int, int]) -> None:
@@ -78,7 +100,7 @@ def _report_ended(status_of: dict[int, int]) -> None:
         if pid == 0:
             return
         file = status_of.pop(pid)
-        os.write(file, b"%d\n" % os.waitstatus_to_exitcode(status))
+        _tell(file, os.waitstatus_to_exitcode(status))
         os.close(file)
 
 
@@ -89,13 +111,30 @@ def _become(request: dict[str, Any], files: list[int]) -> list[str]:
         os.close(file)
     os.environ.clear()
     os.environ.update(request["environment"])
-    if any(name.startswith("OMPI_") for name in os.environ):
-        # MPI wants a farewell, and it is said when the last object that holds its group
-        # is gone: at the end everything goes, as in a process of its own.
-        atexit.register(gc.unfreeze)
     os.chdir(request["directory"])
     argv: list[str] = request["argv"]
     return argv
+
+
+def end() -> None:
+    """Say farewell where MPI wants one, and end as Python does.
+
+    MLX says it when the last object that holds the group is gone. To that end
+    everything has to go, also what this process was forked with: half a second.
+    """
+    library = os.environ.get("MLX_MPI_LIBNAME")
+    if library is None or not any(name.startswith("OMPI_") for name in os.environ):
+        return
+    mpi, begun = ctypes.CDLL(library), ctypes.c_int()
+    mpi.MPI_Initialized(ctypes.byref(begun))
+    if not begun.value:
+        return
+    threading._shutdown()  # waits for threads
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    mpi.MPI_Finalize()
+    os._exit(0)
 
 
 def run(argv: list[str]) -> None:
@@ -125,6 +164,5 @@ if __name__ == "__main__":
     import_all(checks_shapes=sys.argv[1] == "checked")
     gc.collect()
     gc.freeze()  # no collection in a child touches, and copies, what is imported
-    control = socket.socket(fileno=int(sys.argv[2]))
-    control.sendall(READY)
-    run(serve(control))
+    run(serve(socket.socket(fileno=int(sys.argv[2]))))
+    end()

@@ -8,6 +8,7 @@ that start an interpreter (`run_commands(..., forks=False)`, `mlx.launch`, `mpir
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -22,9 +23,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO
 
-from tests.support.fork_server import HEADER, READY
+from tests.support.fork_server import FOLDER, HEADER, READY
 from tests.support.launchers import rank_environment
 
+_started: list[subprocess.Popen[bytes]] = []
 # Read where they are used, not when a module is imported: they may differ by process.
 _READ_LATER = {
     "MLX_EP_BACKEND",
@@ -66,7 +68,7 @@ class ForkedProcess:
         }
         data = json.dumps(request).encode()
         self._status, theirs = os.pipe()
-        server, _ = _server("checked" if checks_shapes else "plain")
+        server = _server("checked" if checks_shapes else "plain")
         numbers = [file.fileno() for file in files]
         socket.send_fds(server, [HEADER.pack(len(data))], [*numbers, theirs])
         server.sendall(data)
@@ -151,16 +153,28 @@ def other_variables(environment: Mapping[str, str]) -> set[str]:
 
 
 @cache
-def _server(kind: str) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """The socket of a server that has imported everything, and the server."""
-    ours, theirs = socket.socketpair()
-    script = Path(__file__).with_name("fork_server.py")
-    process = subprocess.Popen(
-        [sys.executable, str(script), kind, str(theirs.fileno())],
-        env=_VARIABLES,
-        pass_fds=[theirs.fileno()],
-        stdin=subprocess.DEVNULL,
-    )
-    theirs.close()
-    assert ours.recv(1) == READY, "it could not import everything"
-    return ours, process
+def _server(kind: str) -> socket.socket:
+    """A connection to the server that has imported everything; the first starts it."""
+    path = Path(os.environ[FOLDER]) / kind
+    client = socket.socket(socket.AF_UNIX)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            client.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            path.unlink(missing_ok=True)
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(str(path))
+                listener.listen()
+                script = Path(__file__).with_name("fork_server.py")
+                _started.append(
+                    subprocess.Popen(
+                        [sys.executable, str(script), kind, str(listener.fileno())],
+                        env=_VARIABLES,
+                        pass_fds=[listener.fileno()],
+                        stdin=subprocess.DEVNULL,
+                    )
+                )
+            client.connect(str(path))
+    assert client.recv(1) == READY, "it could not import everything"
+    return client

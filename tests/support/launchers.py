@@ -25,6 +25,11 @@ from tests.support.private import user_folder
 ROOT = Path(__file__).resolve().parents[2]
 _FIRST_PORT, _END_OF_PORTS, _PORTS = 11_000, 31_000, 500
 _locked: list[IO[str]] = []  # until this process ends
+MPI_AS_ROOT = {
+    f"{prefix}_ALLOW_RUN_AS_ROOT{suffix}": "1"
+    for prefix in ("OMPI", "PRTE")
+    for suffix in ("", "_CONFIRM")
+}
 # Variables a launcher sets: the ranks started here must only see ours.
 LAUNCHER_PREFIXES = ("MLX_RANK", "MLX_HOSTFILE", "MLX_JACCL", "MLX_IBV", "OMPI_", "PMI")
 
@@ -98,11 +103,7 @@ def mpirun_command(num_ranks: int) -> tuple[list[str], dict[str, str]]:
     library = find_mpi_library(mpirun) if mpirun else None
     if mpirun is None or library is None:
         raise RuntimeError(f"the mpi tier is missing: {unavailable('mpi')}")
-    variables = {
-        f"{prefix}_ALLOW_RUN_AS_ROOT{suffix}": "1"
-        for prefix in ("OMPI", "PRTE")
-        for suffix in ("", "_CONFIRM")
-    }
+    variables = dict(MPI_AS_ROOT)
     # Whole: a forked rank's dynamic loader does not see LD_LIBRARY_PATH change.
     variables["MLX_MPI_LIBNAME"] = str(library)
     for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"):

@@ -25,3 +25,5 @@ def import_all(checks_shapes: bool) -> None:
     for module in pkgutil.walk_packages(mlx_ep.__path__, "mlx_ep."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+    if checks_shapes:
+        shape_checks.make_all()

@@ -7,7 +7,8 @@ made. That makes a decode step four times as long. Here
 - a function without arrays is checked by beartype alone;
 - one with arrays is checked where the types, shapes and dtypes of its arguments, or of
   its result, are others than before: alike, they would be found right again;
-- a checker is made once for each piece of code.
+- a checker is made once for each piece of code, when that is first called: most of what
+  is imported is not called in one process of the tests.
 """
 
 from __future__ import annotations
@@ -48,12 +49,10 @@ def _checked(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
     def decorate(function: Any) -> Any:
         if not inspect.isfunction(function) or inspect.iscoroutinefunction(function):
             return _jaxtyped(typechecker=typechecker)(function)
-        checker = _checkers.get(function.__code__)
+        code = function.__code__  # functions of two modules may have equal ones
+        checker = _checkers.get(id(code))
         if checker is None:
-            checker = _Checker(function, typechecker)
-            if not checker.has_shapes and "<locals>" not in function.__qualname__:
-                return typechecker(function)
-            _checkers[function.__code__] = checker
+            checker = _checkers[id(code)] = _Checker(typechecker, code)
         return checker.around(function)
 
     return decorate
@@ -66,18 +65,69 @@ class _Pending(threading.local):
         self.calls: list[Callable[[], Any]] = []
 
 
-_checkers: dict[CodeType, _Checker] = {}
+_checkers: dict[int, _Checker] = {}
 _pending = _Pending()
+_unmade: list[Callable[[], Any]] = []  # checkers of functions that may not be called
+
+
+def make_all() -> None:
+    """Make all checkers now: processes forked from this one make none."""
+    while _unmade:
+        _unmade.pop()()
 
 
 class _Checker:
-    """Checks the calls of functions of one code.
+    """Checks the calls of functions of one code."""
 
-    Attributes:
-        has_shapes: an array is annotated, or that cannot be known yet.
-    """
+    def __init__(self, typechecker: Callable[..., Any], code: CodeType) -> None:
+        self._typechecker = typechecker
+        self._code = code  # kept: no other gets its id
+        self._seen: set[Hashable] = set()
+        self._has_shapes = False
+        self._check: Callable[..., Any] | None = None
 
-    def __init__(self, function: FunctionType, typechecker: Callable[..., Any]) -> None:
+    def around(self, function: Any) -> Any:
+        """The function, checked from its first call on."""
+        checked: Callable[..., Any] | None = None
+
+        def make() -> Callable[..., Any]:
+            nonlocal checked
+            if checked is None:
+                checked = self._checked(function)
+            return checked
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return (checked or make())(*args, **kwargs)
+
+        if "<locals>" not in function.__qualname__:
+            _unmade.append(make)
+        return update_wrapper(call, function)
+
+    def _checked(self, function: Any) -> Callable[..., Any]:
+        if self._check is None:
+            self._has_shapes = _has_shapes(function)
+            if not self._has_shapes and "<locals>" not in function.__qualname__:
+                checked: Callable[..., Any] = self._typechecker(function)
+                return checked
+            self._check = self._make_check(function)
+        seen, check = self._seen, self._check
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kind = (_kind(args), tuple(kwargs), _kind(tuple(kwargs.values())))
+            if kind not in seen:
+                result = _run(check, lambda: function(*args, **kwargs), args, kwargs)
+                seen.add(kind)
+            else:
+                result = function(*args, **kwargs)
+                if (kind, _kind(result)) in seen:
+                    return result
+                _run(check, lambda: result, args, kwargs)
+            seen.add((kind, _kind(result)))
+            return result
+
+        return call
+
+    def _make_check(self, function: FunctionType) -> Callable[..., Any]:
         def stand_in(*_: Any, **__: Any) -> Any:
             return pending.calls.pop()()
 
@@ -87,37 +137,22 @@ class _Checker:
             stand_in.__code__, function.__globals__, closure=stand_in.__closure__
         )
         update_wrapper(own, function)
-        self.has_shapes = _has_shapes(function)
-        check = _jaxtyped(typechecker=typechecker) if self.has_shapes else typechecker
-        self._check = check(own)
-        self._seen: set[Hashable] = set()
+        if self._has_shapes:
+            made: Callable[..., Any] = _jaxtyped(typechecker=self._typechecker)(own)
+        else:
+            made = self._typechecker(own)
+        return made
 
-    def around(self, function: Any) -> Any:
-        """The function, checked."""
-        seen = self._seen
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            kind = (_kind(args), tuple(kwargs), _kind(tuple(kwargs.values())))
-            if kind not in seen:
-                result = self._run(lambda: function(*args, **kwargs), args, kwargs)
-                seen.add(kind)
-            else:
-                result = function(*args, **kwargs)
-                if (kind, _kind(result)) in seen:
-                    return result
-                self._run(lambda: result, args, kwargs)
-            seen.add((kind, _kind(result)))
-            return result
-
-        return update_wrapper(call, function)
-
-    def _run(self, does: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-        depth = len(_pending.calls)
-        _pending.calls.append(does)
-        try:
-            return self._check(*args, **kwargs)
-        finally:
-            del _pending.calls[depth:]
+def _run(
+    check: Callable[..., Any], does: Callable[[], Any], args: Any, kwargs: Any
+) -> Any:
+    depth = len(_pending.calls)
+    _pending.calls.append(does)
+    try:
+        return check(*args, **kwargs)
+    finally:
+        del _pending.calls[depth:]
 
 
 def _kind(value: Any) -> Hashable:

@@ -93,3 +93,32 @@ def test_errors_of_a_function_are_its_own() -> None:
         with pytest.raises(KeyError, match="own"):
             fails(mx.zeros(1))
     assert not shape_checks._pending.calls
+
+
+def test_checkers_are_made_when_they_are_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shape_checks, "_unmade", [])
+    made: list[str] = []
+
+    def typechecker(function: Any) -> Any:
+        made.append(function.__name__)
+        return function
+
+    decorate = shape_checks._checked(typechecker=typechecker)
+    double, halve = decorate(_double), decorate(_halve)
+    assert made == []
+    assert double(2) == double(2) == 4
+    assert made == ["_double"]
+    shape_checks.make_all()
+    assert sorted(made) == ["_double", "_halve"]
+    assert halve(4) == 2
+    assert sorted(made) == ["_double", "_halve"]
+
+
+def _double(x: int) -> int:
+    return 2 * x
+
+
+def _halve(x: int) -> int:
+    return x // 2
