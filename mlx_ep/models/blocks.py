@@ -147,6 +147,12 @@ class BlockState:
             routed = routed + shared
         return routed.astype(probe.out_dtype)
 
+    @property
+    def can_share(self) -> bool:
+        """Whether ranks that need not exchange rows could; see `serve`."""
+        is_routed = self.form.tier == "routed" and self.reduction != "per_slot"
+        return self.group.may_share and is_routed
+
     def serve(self) -> None:
         """Run this rank's experts for tokens of other ranks, with none of its own.
 

@@ -16,6 +16,7 @@ from mlx_ep.comm.control.progress import LayerStage
 from mlx_ep.config import EPConfig
 from mlx_ep.exchange import (
     STRATEGIES,
+    Auto,
     CountedComm,
     ExchangeRequest,
     Gathered,
@@ -109,9 +110,19 @@ class ExpertGroup:
         return CountedComm(self.comm, self.counters)
 
     @cached_property
-    def is_apart(self) -> bool:
-        """Whether no rank waits for another in these layers."""
+    def may_be_apart(self) -> bool:
+        """Whether no rank has to wait for another in these layers."""
         return sends_nothing(self.strategy, self.placement)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether no rank waits for another in these layers in this pass."""
+        return self.may_be_apart and not self.step.is_shared
+
+    @property
+    def may_share(self) -> bool:
+        """Whether passes may be shared that need not be; see `Step.is_shared`."""
+        return self.may_be_apart and type(self.strategy) is Auto
 
     @contextmanager
     def agreed(self, num_tokens: int) -> Iterator[TokenCounts]:
@@ -131,7 +142,7 @@ class ExpertGroup:
         """None: something in a layer needs its stages even where nobody times them."""
         changes_routing = self.share_routing or self.capacity is not None
         is_watched = self.check_nan or self.observe is not None
-        has_all, is_apart = self.has_all, self.is_apart
+        has_all, is_apart = self.has_all, self.may_be_apart
         is_plain = type(self.strategy) is Replicated or (is_apart and has_all)
         if changes_routing or is_watched or self.eval_layers or not is_plain:
             return None
@@ -142,13 +153,17 @@ class ExpertGroup:
     def _without_stages(self) -> BareLayer | None:
         """None: somebody looks at the stages of this call, or stops between them."""
         is_cut = self.timings.enabled or self.overlap.turns is not None
+        is_cut = is_cut or self.step.is_shared
         return None if is_cut else self._bare
 
     @cached_property
     def has_all(self) -> bool:
-        """Whether this rank serves every expert, in the slot of its number."""
+        """Whether this rank serves every expert, in the slot of its number.
+
+        Not in a pass that is shared.
+        """
         # Apart from the others it serves its own tokens by its own copies.
-        served = self.placement if self.is_apart else self.placement.slots
+        served = self.placement if self.may_be_apart else self.placement.slots
         return served.has_all_in_order(self.comm.rank)
 
     def keeps_axes(self, num_tokens: int) -> bool:
@@ -327,6 +342,7 @@ class ExpertGroup:
             tokens,
             self.levels_rows,
             self.dispatch_dtype,
+            self.step.is_shared,
         )
         if tokens is None or limit is None or tokens.num_rounds(limit) == 1:
             return [(x, whole)]

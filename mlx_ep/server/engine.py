@@ -296,6 +296,8 @@ class ServingEngine:
                     self._record[1].set_result(answer)
                     self._record = None
                     self._wake.notify_all()
+            # What is recorded is the rows of each rank's own tokens.
+            self._worker.may_share = not self._loads.is_running
         elif self._loads.is_running and self._state.steps % LOADS_EVERY == 0:
             self._loads.refresh()
 
