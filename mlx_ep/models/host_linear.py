@@ -1,9 +1,12 @@
 """Linear layers of several rows by NumPy's BLAS, where a CPU computes.
 
-MLX's CPU build takes as long for each row of a packed matrix as for the first one: 1.2
-ns a weight (10 where scales are in 16 bits), measured on one x86 core. Unpacking the
-matrix once costs about as much as one row, and NumPy's BLAS adds 0.02 ns a weight for
-each. So a prompt of 64 tokens took 20 to 40 times as long, and most of a server's time.
+MLX's CPU build takes as long for each row of a packed matrix as for the first one, 1.2
+ns a weight on one x86 core. Unpacking the matrix once costs about as much as one row,
+and NumPy's BLAS adds 0.02 ns a weight for each. So a prompt of 64 tokens took 20 to 40
+times as long, and most of a server's time.
+
+Only what is float32: in 16 bits MLX's own product differs from one that is added in
+float32 by more than the last bit, and tokens would be others than mlx-lm's.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from mlx_ep.types import Packing, view_on_host
 
 # Weights from which on the wait for the rows, about 0.1 ms, is little beside a product.
 LEAST_WEIGHTS = 1 << 18
-# Rows, where scales are in float32; below, MLX is as fast.
+# Of those that are multiplied at once; with one, MLX is as fast.
 LEAST_ROWS = 2
 _FORMS = (nn.Linear, nn.QuantizedLinear)
 
@@ -29,9 +32,8 @@ _FORMS = (nn.Linear, nn.QuantizedLinear)
 def compute_on_host(model: nn.Module) -> int:
     """Have the large linear layers of a model multiply many rows with NumPy's BLAS.
 
-    Paths, parameters and ``isinstance`` stay as they were. All arithmetic is float32;
-    the result has the dtype that the layer's own has. Which rows go where follows from
-    their number alone, so that ranks with the same rows compute alike.
+    Paths, parameters and ``isinstance`` stay as they were. Which rows go where follows
+    from their number alone, so that ranks with the same rows compute alike.
 
     Returns:
         How many layers; 0 where another device than the CPU computes.
@@ -57,30 +59,21 @@ class HostLinear:
 
     def __init__(self, layer: nn.Module, form: type[nn.Module]) -> None:
         self._layer, self._form = layer, form
-        numbers = layer.get("scales", layer["weight"])
-        self._least_rows = LEAST_ROWS if numbers.dtype == mx.float32 else 1
 
     def __call__(
         self, x: Float[mx.array, "... columns"]
     ) -> Float[mx.array, "... rows"]:
         """The layer's product, with one host sync where BLAS multiplies."""
         count = x.size // x.shape[-1]
-        if count < self._least_rows:
+        if count < LEAST_ROWS or x.dtype != mx.float32:
             output: mx.array = self._form.__call__(self._layer, x)
             return output
-        rows = x.reshape(count, -1).astype(mx.float32)
         # sync: the host multiplies.
-        columns = np.ascontiguousarray(view_on_host(rows).T)
+        columns = np.ascontiguousarray(view_on_host(x.reshape(count, -1)).T)
         matrices = self._matrices
         scratch = np.empty(matrices.block_bytes // 4, np.float32)
         product = mx.array(matrices.multiply(0, columns, scratch).T)
-        return product.astype(self._dtype(x)).reshape(*x.shape[:-1], -1)
-
-    def _dtype(self, x: mx.array) -> mx.Dtype:
-        """As MLX has it: of a packed layer that of x, else the wider one."""
-        if "scales" in self._layer:
-            return x.dtype
-        return (x[..., :1] * self._layer["weight"][0, :1]).dtype
+        return product.reshape(*x.shape[:-1], -1)
 
     @cached_property
     def _matrices(self) -> HostMatrices:
@@ -100,9 +93,15 @@ class HostLinear:
         )
 
 
+def _numbers(layer: nn.Module) -> mx.array:
+    """What its results are of the dtype of; packings without offsets have none."""
+    found: mx.array = layer.get("biases", layer["weight"])
+    return found
+
+
 def _is_large(layer: nn.Module) -> bool:
     # A subclass may compute something else.
-    if type(layer) not in _FORMS or "global_scale" in layer:
+    if type(layer) not in _FORMS or _numbers(layer).dtype != mx.float32:
         return False
     rows, words = layer["weight"].shape
     bits = getattr(layer, "bits", 32)

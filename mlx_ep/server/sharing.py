@@ -19,10 +19,11 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ep.comm import Comm, gather_objects
+from mlx_ep.server.cores import share_cores
 from mlx_ep.types import TokenCounts
 
 SIZES = (1, 4, 16, 64)  # tokens of a rank that has some
-SAMPLES = 3
+SAMPLES = 2
 # A pass that takes longer is timed once, and the last one: s. What is faster there is
 # so for more tokens.
 LONG = 0.5
@@ -72,13 +73,20 @@ class Sharing:
 def measure_sharing(model: nn.Module, comm: Comm, vocabulary: int) -> Sharing:
     """Time passes apart and shared; every rank must call it.
 
-    Nothing is timed where passes cannot be shared, or have to be.
+    Nothing is timed where passes cannot be shared, or have to be. All tokens differ, so
+    that they want different experts; caches are empty.
+
+    Args:
+        vocabulary: tokens that there are.
     """
     parallel = model.expert_parallel
     if comm.size == 1 or not parallel.can_share:
         return Sharing()
     timed = partial(_seconds, model, comm, vocabulary)
     found = []
+    timed([1] * comm.size, False)  # the threads that compute exist
+    cores = share_cores(comm, True)  # as while it serves
+    cores.keep(True)
     for has_tokens in ([rank == 0 for rank in range(comm.size)], [True] * comm.size):
         times: dict[int, tuple[float, float]] = {}
         for size in SIZES:
@@ -92,6 +100,7 @@ def measure_sharing(model: nn.Module, comm: Comm, vocabulary: int) -> Sharing:
             if apart > LONG:
                 break
         found.append(times)
+    cores.keep(False)
     return Sharing(*found)
 
 

@@ -12,6 +12,7 @@ from tests.support.ranks import run_ranks
 from tests.support.serving import (
     DATA,
     LOCAL,
+    SHARED,
     TENSOR,
     Outcome,
     Script,
@@ -81,6 +82,7 @@ def _play(
         (2, DATA, 0, False),
         (2, LOCAL, 10**7, True),
         (3, LOCAL, 0, False),
+        (2, SHARED, 10**7, True),
     ],
 )
 def test_tokens_are_those_of_mlx_lm_alone(
@@ -99,8 +101,8 @@ def test_tokens_are_those_of_mlx_lm_alone(
     [
         (n, c)
         for n in (1, 2, 3, 4)
-        for c in ({}, TENSOR, DATA, LOCAL)
-        if c != TENSOR or n < 3
+        for c in ({}, TENSOR, DATA, LOCAL, SHARED)
+        if (c != TENSOR or n < 3) and (c != SHARED or n > 1)
     ],
 )
 @pytest.mark.parametrize(("kept", "look_ahead"), [(0, False), (10**7, True)])

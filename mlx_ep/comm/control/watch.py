@@ -7,6 +7,7 @@ From the rank come, as lines of JSON over the link, its configuration first, the
     ready               it is about to connect to the group
     guarded             from here on it is a failure
     signals(numbers)    that end the run; others are the program's own business
+    goodbye(seconds)    more than as a rule, for what it does when it is told to end
     failed, usage, leave   as in `hub.py`, `failed` with details and grace
 
 and to it go: listening(meeting), joined, ready, left(texts), end(code, text).
@@ -84,7 +85,7 @@ class Watch:
         self._inbox: deque[ControlMessage] = deque()
         self._code: int | None = None  # of the end
         self._kill_at = self._quit_at = self._usage_until = math.inf
-        self._starting_for = 0.0
+        self._starting_for = self._goodbye = 0.0
         self._hub_wire: Wire | None = None
         self._hub: Hub | None = None
         self._seeker: Seeker | None = None
@@ -149,6 +150,8 @@ class Watch:
             self._is_guarded = True
         elif kind == "signals":
             self._heeded = set(message["numbers"])
+        elif kind == "goodbye":
+            self._goodbye = float(message["seconds"])
         elif kind == "failed":
             grace = message.pop("grace")
             if grace:
@@ -384,7 +387,7 @@ class Watch:
                 f"[mlx_ep] {text if text.startswith(me) else f'{me}ends: {text}'}"
             )
         self._tell_rank({"kind": "end", "code": self._code, "text": text})
-        self._kill_at = time.monotonic() + KILL_AFTER
+        self._kill_at = time.monotonic() + KILL_AFTER + self._goodbye
         if self._seeker is None:
             self._quit_at = self._kill_at + KILL_AFTER
         else:
