@@ -60,6 +60,7 @@ class Auto:
 
     is_sharded = True
     needs_tokens = True
+    can_share = True  # it reads `ExchangeRequest.is_shared`
     honours_dispatch_dtype = True
 
     def __init__(

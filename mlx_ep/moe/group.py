@@ -16,7 +16,6 @@ from mlx_ep.comm.control.progress import LayerStage
 from mlx_ep.config import EPConfig
 from mlx_ep.exchange import (
     STRATEGIES,
-    Auto,
     CountedComm,
     ExchangeRequest,
     Gathered,
@@ -119,11 +118,6 @@ class ExpertGroup:
         """Whether no rank waits for another in these layers in this pass."""
         return self.may_be_apart and not self.step.is_shared
 
-    @property
-    def may_share(self) -> bool:
-        """Whether passes may be shared that need not be; see `Step.is_shared`."""
-        return self.may_be_apart and type(self.strategy) is Auto
-
     @contextmanager
     def agreed(self, num_tokens: int) -> Iterator[TokenCounts]:
         """Agree on the ranks' token counts once, for all layers called inside.
@@ -153,15 +147,11 @@ class ExpertGroup:
     def _without_stages(self) -> BareLayer | None:
         """None: somebody looks at the stages of this call, or stops between them."""
         is_cut = self.timings.enabled or self.overlap.turns is not None
-        is_cut = is_cut or self.step.is_shared
-        return None if is_cut else self._bare
+        return None if is_cut or self.step.is_shared else self._bare
 
     @cached_property
     def has_all(self) -> bool:
-        """Whether this rank serves every expert, in the slot of its number.
-
-        Not in a pass that is shared.
-        """
+        """Whether this rank serves every expert, in the slot of its number."""
         # Apart from the others it serves its own tokens by its own copies.
         served = self.placement if self.may_be_apart else self.placement.slots
         return served.has_all_in_order(self.comm.rank)
@@ -197,8 +187,7 @@ class ExpertGroup:
                 # What the block computes next runs while it is under way.
                 mx.async_eval(total)
             return total
-        # Where tokens differ between ranks, a part would be added to other tokens.
-        assert extra is None or not self.strategy.is_sharded
+        assert extra is None or not self.strategy.is_sharded  # ranks' tokens differ
 
         def experts(rows: Rows) -> mx.array:
             partial = run_experts(rows, runner, self.counters)
@@ -315,14 +304,11 @@ class ExpertGroup:
         self._check_numbers(output, "what the experts of all ranks give")
         is_prompt = output.size > MOST_DECODE_TOKENS * output.shape[-1]
         if self.eval_layers and is_prompt and self.step.calls % self.eval_layers == 0:
-            # sync: Metal ends a command buffer that waits for a slow rank for 5 s; each
-            # has no more to wait for than the collectives of these layers.
+            # sync: Metal ends a command buffer that waits for a slow rank for 5 s.
             mx.eval(output)
 
     def _check_numbers(self, array: mx.array, what: str) -> None:
-        """Raises:
-        FloatingPointError: NaN is among the numbers, and that was asked about.
-        """
+        """Raises FloatingPointError where NaN is among them, and that was asked."""
         # sync: only with `check_nan`.
         if self.check_nan and bool(mx.isnan(array).any().item()):
             raise FloatingPointError(

@@ -63,8 +63,7 @@ class ServingEngine:
         attention: ``replicated``, ``tensor`` or ``data``.
         context: most tokens of a prompt and its answer together.
         pools: memory for KV caches.
-        goodbye: called when the engine has failed and all have been told; then the
-            process ends, after `FAREWELL` at most.
+        goodbye: called when the engine has failed; the process ends behind it.
     """
 
     def __init__(
@@ -209,8 +208,7 @@ class ServingEngine:
         finally:
             self._bell.close()
             self._cores.keep(False)
-        # Not where it raised: a peer may be gone, and the watch will say why.
-        on_end(None)
+        on_end(None)  # not where it raised: a peer may be gone, the watch will say why
         if self._comm.rank == 0:
             self._end_all(self._stop_reason or "the server is ending")
 
@@ -297,7 +295,6 @@ class ServingEngine:
                     self._record[1].set_result(answer)
                     self._record = None
                     self._wake.notify_all()
-            # What is recorded are rows of each rank's own tokens.
             self._worker.may_share = not self._loads.is_running
         elif self._loads.is_running and self._state.steps % LOADS_EVERY == 0:
             self._loads.refresh()

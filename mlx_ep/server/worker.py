@@ -118,7 +118,7 @@ class Worker:
         ends: the model's own end tokens.
         make_sampler: for a request whose tokens this rank draws.
         sharing: which passes are shared that need not be.
-        may_share: whether any is; alike on all ranks.
+        may_share: whether any is, as none is while rows of tokens are recorded.
     """
 
     model: nn.Module

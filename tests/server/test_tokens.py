@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from tests.support.serving import (
     mixed_requests,
     serve,
 )
+from tests.support.tiny import QWEN3_MOE, save_checkpoint
 
 pytestmark = pytest.mark.requires("ranks")
 
@@ -50,8 +52,9 @@ def _play(
     kept: int,
     transport: str = "ring",
     look_ahead: bool = True,
+    folder: str = "",
 ) -> None:
-    folder = str(find_model("jargon-moe"))
+    folder = folder or str(find_model("jargon-moe"))
     expected = alone(folder, requests)
     scripts = [Script(requests, 16, CANCELLED), Script(requests, 16, CANCELLED, seed=1)]
     options = {
@@ -111,6 +114,24 @@ def test_64_requests_at_16(
 ) -> None:
     requests = mixed_requests(64, 120, 24)
     _play(num_ranks, requests, config, kept, "mpi", look_ahead)
+
+
+@pytest.mark.slow
+@pytest.mark.requires("mpi")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("num_ranks", [3, 4])
+@pytest.mark.parametrize(("kept", "look_ahead"), [(0, False), (10**7, True)])
+def test_heads_that_3_and_4_ranks_divide(
+    num_ranks: int, kept: int, look_ahead: bool, tmp_path: Path
+) -> None:
+    """`--attention tensor`, with random weights: the embedded model has 2 KV heads."""
+    heads = {
+        "hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 12,
+        "head_dim": 16, "vocab_size": 1024,
+    }  # fmt: skip
+    folder = save_checkpoint(tmp_path / "model", QWEN3_MOE | heads)
+    requests = mixed_requests(64, 120, 24)
+    _play(num_ranks, requests, TENSOR, kept, "mpi", look_ahead, str(folder))
 
 
 @pytest.mark.slow

@@ -76,9 +76,8 @@ class Watch:
         self._is_rank_gone = self._is_left = self._is_joined = False
         self._signal: tuple[int, float] | None = None  # number, deadline
         self._heeded: set[int] = set()
-        self._grace: tuple[ControlMessage, float] | None = (
-            None  # a failure that may follow
-        )
+        # A failure that may follow.
+        self._grace: tuple[ControlMessage, float] | None = None
         self._stacks_at = math.inf
         self._unsent: list[ControlMessage] = []
         self._alone: tuple[ControlMessage, float] | None = None  # not known to others
@@ -334,8 +333,7 @@ class Watch:
             message, self._alone = self._alone[0], None
             self._end(message["text"], message["code"])
         if now >= self._usage_until and self._hub_wire is None and self._code is None:
-            text = f"wrong usage on rank {self._rank}; rank 0 could not be told"
-            self._end(text, 2)
+            self._end(f"wrong usage on rank {self._rank}; rank 0 was not told", 2)
         if now >= self._stacks_at:
             self._stacks_at = math.inf
             self._tell_hub({"kind": "stacks", "text": self._process.read_stacks()})
