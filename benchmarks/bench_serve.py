@@ -7,7 +7,7 @@ with prompts of about 64 tokens and 48 greedy tokens. The servers take turns in
 `--samples` rounds (3), in another order in each; medians count. In the first round a
 short request comes while a prompt of 8000 tokens is processed. The model is the
 embedded one with a longer context. `--model large` takes random 4-bit weights of 380 MB
-(qwen3_moe, 64 experts) with prompts of 24 and answers of 16 tokens, one round, and no
+(qwen3_moe, 64 experts) with prompts of 16 and answers of 12 tokens, one round, and no
 long prompt: of those mlx_lm.server processes 10 tokens a second on one core. Everything
 stays on 127.0.0.1.
 
@@ -49,7 +49,7 @@ CONCURRENCIES = (1, 2, 4, 8, 16, 32)
 # Of a prompt and its answer, as of the words that are tried first; of the large model
 # mlx_lm.server takes 0.1 s for each on one rank, in prompts too.
 INPUT_TOKENS, OUTPUT_TOKENS = 64, 48
-LARGE_INPUT_TOKENS, LARGE_OUTPUT_TOKENS, LARGE_WORDS = 24, 16, 8
+LARGE_INPUT_TOKENS, LARGE_OUTPUT_TOKENS, LARGE_WORDS = 16, 12, 8
 CONTEXT = 16384
 LONG_TOKENS = {False: 8000, True: 2000}  # --quick; none with --model large
 ANSWER_LIMIT = 300.0  # s; beside a long prompt mlx_lm.server takes minutes
