@@ -4,10 +4,12 @@ Three servers on this host under the same load: `mlx_ep.server` on 2 MPI ranks, 
 which runs the attention of its own requests (`--attention`), mlx_lm.server under the
 overlay on 2 MPI ranks, mlx_lm.server on one rank. 1 to 32 requests are open at once,
 with prompts of about 64 tokens and 48 greedy tokens. The servers take turns in
-`--samples` rounds, in another order in each; medians count. In the first round a short
-request comes while a prompt of 8000 tokens is processed. The model is the embedded one
-with a longer context; `--model large` takes random 4-bit weights of 380 MB (qwen3_moe,
-64 experts) and minutes more. Everything stays on 127.0.0.1.
+`--samples` rounds (3), in another order in each; medians count. In the first round a
+short request comes while a prompt of 8000 tokens is processed. The model is the
+embedded one with a longer context. `--model large` takes random 4-bit weights of 380 MB
+(qwen3_moe, 64 experts) with prompts of 16 and answers of 12 tokens, one round, and no
+long prompt: of those mlx_lm.server processes 10 tokens a second on one core. Everything
+stays on 127.0.0.1.
 
     python -m benchmarks.bench_serve --check
 """
@@ -44,9 +46,12 @@ from tests.support.launchers import mpirun_command, rank_environment
 from tests.support.tiny import save_checkpoint
 
 CONCURRENCIES = (1, 2, 4, 8, 16, 32)
+# Of a prompt and its answer, as of the words that are tried first; of the large model
+# mlx_lm.server takes 0.1 s for each on one rank, in prompts too.
 INPUT_TOKENS, OUTPUT_TOKENS = 64, 48
+LARGE_INPUT_TOKENS, LARGE_OUTPUT_TOKENS, LARGE_WORDS = 16, 12, 8
 CONTEXT = 16384
-LONG_TOKENS = {False: 8000, True: 2000}  # --quick
+LONG_TOKENS = {False: 8000, True: 2000}  # --quick; none with --model large
 ANSWER_LIMIT = 300.0  # s; beside a long prompt mlx_lm.server takes minutes
 OURS, OVERLAY, ALONE = "mlx_ep.server, 2 ranks", "overlay, 2 ranks", "mlx_lm, 1 rank"
 CONFIG = Path(__file__).parent / "configs" / "qwen3-moe-400mb" / "config.json"
@@ -124,18 +129,26 @@ def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
 
 
 async def measure(
-    address: str, concurrencies: list[int], long_tokens: int, number: int
+    address: str,
+    concurrencies: list[int],
+    long_tokens: int,
+    number: int,
+    is_large: bool,
 ) -> tuple[list[dict[str, Any]], float | None]:
     """A summary for each concurrency; in round 0 TTFT beside a long prompt, s."""
     target = load.Target(address, "default_model", body=BODY, seconds=ANSWER_LIMIT)
     async with target:
-        await target.measure_words()
-        short = load.Ask(INPUT_TOKENS, OUTPUT_TOKENS)
-        await load.run_load(target, [short] * 4, 4, seed=-1)
+        if is_large:
+            await target.measure_words(LARGE_WORDS)
+            short = load.Ask(LARGE_INPUT_TOKENS, LARGE_OUTPUT_TOKENS)
+        else:
+            await target.measure_words()
+            short = load.Ask(INPUT_TOKENS, OUTPUT_TOKENS)
+            await load.run_load(target, [short] * 4, 4, seed=-1)
         found = []
         for count in concurrencies:
             replies = await load.run_load(
-                target, [short] * max(2 * count, 6), count, seed=count
+                target, [short] * requests_of(count, is_large), count, seed=count
             )
             found.append(summary(replies, count))
             rate = found[-1]["output_tokens_per_second"]
@@ -143,6 +156,11 @@ async def measure(
         if number or not long_tokens:
             return found, None
         return found, await first_beside(target, long_tokens)
+
+
+def requests_of(count: int, is_large: bool) -> int:
+    """Requests in all, where `count` are open at once."""
+    return max(count, 2) if is_large else max(2 * count, 6)
 
 
 async def first_beside(target: load.Target, long_tokens: int) -> float:
@@ -169,6 +187,7 @@ async def first_beside(target: load.Target, long_tokens: int) -> float:
 def main() -> int:
     assert __doc__ is not None
     parser = arguments(__doc__, samples=3)
+    parser.set_defaults(samples=None)
     parser.add_argument("--model", choices=("embedded", "large"), default="embedded")
     parser.add_argument(
         "--attention", choices=("data", "replicated", "tensor", "auto"), default="data"
@@ -186,11 +205,12 @@ def main() -> int:
     )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end the servers
+    is_large = args.model == "large"
     concurrencies = [1, 8] if args.quick else args.at_once
-    rounds = 1 if args.quick else args.samples
+    rounds = 1 if args.quick else args.samples or (1 if is_large else 3)
     long_tokens = args.long_tokens
     if long_tokens is None:
-        long_tokens = LONG_TOKENS[args.quick or args.model == "large"]
+        long_tokens = 0 if is_large else LONG_TOKENS[args.quick]
     print(
         heading(
             f"Serving the {args.model} model, beside mlx_lm.server; "
@@ -209,7 +229,7 @@ def main() -> int:
                 command = command_of(arm, model, overlay, args.attention)
                 with serving(arm, command, Path(name) / "log") as address:
                     found, first = asyncio.run(
-                        measure(address, concurrencies, long_tokens, number)
+                        measure(address, concurrencies, long_tokens, number, is_large)
                     )
                 results[arm].append(found)
                 if first is not None:

@@ -90,6 +90,12 @@ class ExpertParallel:
         for block in self.blocks:
             block.serve()
 
+    @property
+    def can_share(self) -> bool:
+        """Whether a pass may be shared that needs not be; see `Step.is_shared`."""
+        is_possible = self.two_batch is None and bool(self.blocks)
+        return is_possible and all(block.can_share for block in self.blocks)
+
     def placement_of(self, layer: int) -> Placement:
         """The present placement of a MoE layer, by its number from 0 on."""
         return self.blocks[layer].group.placement
@@ -105,7 +111,7 @@ class ExpertParallel:
         refuse_dense(len(self.blocks), "a record of routing")
         layers = range(len(self.blocks))
         placements = [self.placement_of(layer) for layer in layers]
-        made = RoutingRecorder(placements, self.group.is_apart)
+        made = RoutingRecorder(placements, self.group.may_be_apart)
         for layer, block in enumerate(self.blocks):
             observe = _both(block.group.observe, made.observer(layer))
             block.group = replace(block.group, observe=observe)

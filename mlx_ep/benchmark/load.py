@@ -121,20 +121,23 @@ class Target:
     async def __aexit__(self, *_: object) -> None:
         self._wire.close()
 
-    async def measure_words(self) -> None:
+    async def measure_words(self, most: int = PROBE_WORDS) -> None:
         """Find how many tokens a word is, by two requests.
+
+        Args:
+            most: words of the longer one.
 
         Raises:
             ValueError: the server does not answer them.
         """
         counts = []
-        for words in (1, PROBE_WORDS):
+        for words in (1, most):
             reply = await self._ask(-1, _text(words, random.Random(0)), 1)
             if reply.error or not reply.input_tokens:
                 problem = reply.error or "it does not say how many tokens a prompt has"
                 raise ValueError(f"{self._address} must answer: {problem}.")
             counts.append(reply.input_tokens)
-        self._per_word = (counts[1] - counts[0]) / (PROBE_WORDS - 1)
+        self._per_word = (counts[1] - counts[0]) / (most - 1)
         self._fixed = counts[0] - self._per_word
 
     async def ask(self, number: int, asked: Ask, rng: random.Random) -> Reply:

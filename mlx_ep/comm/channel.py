@@ -30,7 +30,7 @@ from mlx_ep.comm.environment import check_environment
 
 BEAT = 0.5  # seconds between two signs of life of the interpreter
 FLUSH_LIMIT = 0.2  # seconds: nobody may read what is flushed
-GOODBYE_LIMIT = 0.2  # seconds for `on_end`; the watch kills after 0.5
+GOODBYE_LIMIT = 0.2  # seconds for `on_end`, as a rule; the watch kills after 0.5
 ENDED_BY_WATCH = 10.0  # seconds for the watch to answer a failure
 # mlx.launch sends SIGTERM; a dropped SSH session sends SIGHUP, unless under nohup.
 TOLD_TO_END = (signal.SIGTERM, signal.SIGHUP)
@@ -89,7 +89,8 @@ class Liveness:
         self._ready = threading.Event()
         self._is_listening = threading.Event()
         self._texts: list[str] = []
-        self.on_end: Callable[[str], object] | None = None
+        self._on_end: Callable[[str], object] | None = None
+        self._goodbye_limit = GOODBYE_LIMIT
         self._send(
             rank=rank,
             size=size,
@@ -234,6 +235,13 @@ class Liveness:
         self._thread.join(ENDED_BY_WATCH)  # it ends the process
         os._exit(exit_code % 256 or 1)
 
+    def say_at_end(
+        self, say_goodbye: Callable[[str], object] | None, seconds: float
+    ) -> None:
+        """See `on_end`; the watch waits for longer where it takes longer."""
+        self._on_end, self._goodbye_limit = say_goodbye, seconds
+        self._send(kind="goodbye", seconds=max(0.0, seconds - GOODBYE_LIMIT))
+
     def _send(self, **message: object) -> None:
         with self._lock, suppress(OSError):  # a watch that is gone is found on reading
             self._link.sendall(json.dumps(message).encode() + b"\n")
@@ -317,8 +325,8 @@ class Liveness:
     def _hear(self, message: dict[str, Any]) -> None:
         kind = message["kind"]
         if kind == "end":
-            if self.on_end is not None:
-                _run_shortly(self.on_end, message["text"])
+            if self._on_end is not None:
+                _run_shortly(self._on_end, message["text"], self._goodbye_limit)
             _exit_now(message["code"])
         elif kind == "joined":
             self._joined.set()
@@ -357,11 +365,13 @@ def say(words: str) -> None:
         print(words, file=sys.stderr, flush=True)
 
 
-def _run_shortly(say_goodbye: Callable[[str], object], text: str) -> None:
+def _run_shortly(
+    say_goodbye: Callable[[str], object], text: str, seconds: float
+) -> None:
     """In a thread: what it waits for must not keep the process."""
     words = threading.Thread(target=say_goodbye, args=(text,), daemon=True)
     words.start()
-    words.join(GOODBYE_LIMIT)
+    words.join(seconds)
 
 
 def _exit_now(code: int) -> NoReturn:

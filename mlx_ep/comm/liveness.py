@@ -22,7 +22,7 @@ from typing import NoReturn, TypeVar
 
 import mlx.core as mx
 
-from mlx_ep.comm.channel import TOLD_TO_END, Liveness, say
+from mlx_ep.comm.channel import GOODBYE_LIMIT, TOLD_TO_END, Liveness, say
 from mlx_ep.comm.control.limits import Limits
 from mlx_ep.comm.control.meeting import find_meeting, own_addresses
 from mlx_ep.comm.control.progress import LayerStage
@@ -160,17 +160,21 @@ def fail_with(error: BaseException) -> NoReturn:
     channel.announce(f"rank {channel.rank} failed: {reason}", code, details, grace)
 
 
-def on_end(say_goodbye: Callable[[str], object] | None) -> None:
+def on_end(
+    say_goodbye: Callable[[str], object] | None, seconds: float | None = None
+) -> None:
     """What to do in the last moment, when this rank ends because a rank has failed.
 
     Nothing without a control channel.
 
     Args:
         say_goodbye: is called with the reason, on a thread of its own, while the main
-            thread may be stuck; it has 0.2 s. None: nothing.
+            thread may be stuck. None: nothing.
+        seconds: that it has; None: 0.2.
     """
     if Liveness.current is not None:
-        Liveness.current.on_end = say_goodbye
+        limit = GOODBYE_LIMIT if seconds is None else seconds
+        Liveness.current.say_at_end(say_goodbye, limit)
 
 
 def rank_0_addresses() -> tuple[str, ...]:

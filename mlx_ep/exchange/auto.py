@@ -43,7 +43,8 @@ class Auto:
     """Strategy `auto`, for ranks with tokens of their own.
 
     - Every rank has every expert: `local`. Of rows that were spread, ranks would still
-      read nearly as many experts each, and all of them are busy with rows anyway.
+      read nearly as many experts each, and all of them are busy with rows anyway. A
+      caller that knows better of a pass says so (`Step.is_shared`).
     - 2 ranks: an all-to-all is one collective that moves nothing unwanted.
       `low_latency` where no rank has more than `low_latency_tokens` tokens; above, in
       rounds of `round_tokens`, the same with all tokens where nearly every token
@@ -59,6 +60,7 @@ class Auto:
 
     is_sharded = True
     needs_tokens = True
+    can_share = True  # it reads `ExchangeRequest.is_shared`
     honours_dispatch_dtype = True
 
     def __init__(
@@ -128,7 +130,7 @@ class Auto:
 
     def exchange(self, request: ExchangeRequest) -> Exchange:
         """See `Strategy.exchange`: that of the strategy that is chosen."""
-        if self.sends_nothing(request.placement):
+        if self.sends_nothing(request.placement) and not request.is_shared:
             return self.local.exchange(request)
         assert request.tokens is not None
         top_k = request.routing.gates.shape[1]

@@ -98,6 +98,7 @@ class ExchangeRequest(NamedTuple):
         levels_rows: see `serving_slots`.
         dispatch_dtype: what rows travel in, see `RowForm`; a strategy that reads it
             says so by an attribute ``honours_dispatch_dtype = True``.
+        is_shared: rows are exchanged also where every rank has every expert.
     """
 
     routing: Routing
@@ -107,6 +108,7 @@ class ExchangeRequest(NamedTuple):
     tokens: TokenCounts | None = None
     levels_rows: bool = False
     dispatch_dtype: DispatchDtype = "model"
+    is_shared: bool = False
 
     @property
     def num_tokens(self) -> int:

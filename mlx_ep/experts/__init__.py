@@ -11,6 +11,7 @@ from mlx_ep.experts.base import (
     Matrices,
     expert_weights,
 )
+from mlx_ep.experts.blas import HostMatrices
 from mlx_ep.experts.run import Runner, group_by_slot, run_experts, run_slots
 from mlx_ep.experts.switch import SwitchRunner, install_runner, switch_runner
 from mlx_ep.experts.table import RUNNERS, options
@@ -21,6 +22,7 @@ __all__ = [
     "ExpertWeights",
     "Matrices",
     "expert_weights",
+    "HostMatrices",
     "Runner",
     "group_by_slot",
     "run_experts",

@@ -84,9 +84,9 @@ class _HostExperts:
     """The experts of a switch for NumPy."""
 
     def __init__(self, weights: ExpertWeights) -> None:
-        self.gate = None if weights.gate is None else _HostMatrices(weights.gate)
-        self.up = _HostMatrices(weights.up)
-        self.down = _HostMatrices(weights.down)
+        self.gate = None if weights.gate is None else HostMatrices(weights.gate)
+        self.up = HostMatrices(weights.up)
+        self.down = HostMatrices(weights.down)
         self.activation = weights.activation
         # Of one row: x and the reordered x, output, and what is between them.
         width = 4 * weights.up.columns + 5 * weights.up.rows
@@ -137,7 +137,7 @@ class _HostExperts:
             return np.ascontiguousarray(view_on_host(hidden).T)
 
 
-class _HostMatrices:
+class HostMatrices:
     """The matrices of one projection."""
 
     def __init__(self, matrices: Matrices) -> None:

@@ -11,6 +11,7 @@ from mlx_ep.models.families import (
     stack_tensors,
     why_not_here,
 )
+from mlx_ep.models.host_linear import compute_on_host
 from mlx_ep.models.pipeline import (
     check_hidden_states,
     connect_stages,
@@ -31,6 +32,7 @@ __all__ = [
     "MoESite",
     "build_kernels",
     "check_hidden_states",
+    "compute_on_host",
     "connect_stages",
     "expert_tensor",
     "find_forms",

@@ -147,6 +147,13 @@ class BlockState:
             routed = routed + shared
         return routed.astype(probe.out_dtype)
 
+    @property
+    def can_share(self) -> bool:
+        """Whether ranks that need not exchange rows could; see `serve`."""
+        chooses = getattr(self.group.strategy, "can_share", False)
+        is_free = bool(chooses) and self.group.may_be_apart
+        return is_free and self.form.tier == "routed" and self.reduction != "per_slot"
+
     def serve(self) -> None:
         """Run this rank's experts for tokens of other ranks, with none of its own.
 

@@ -109,9 +109,14 @@ class ExpertGroup:
         return CountedComm(self.comm, self.counters)
 
     @cached_property
-    def is_apart(self) -> bool:
-        """Whether no rank waits for another in these layers."""
+    def may_be_apart(self) -> bool:
+        """Whether no rank has to wait for another in these layers."""
         return sends_nothing(self.strategy, self.placement)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether no rank waits for another in these layers in this pass."""
+        return self.may_be_apart and not self.step.is_shared
 
     @contextmanager
     def agreed(self, num_tokens: int) -> Iterator[TokenCounts]:
@@ -131,7 +136,7 @@ class ExpertGroup:
         """None: something in a layer needs its stages even where nobody times them."""
         changes_routing = self.share_routing or self.capacity is not None
         is_watched = self.check_nan or self.observe is not None
-        has_all, is_apart = self.has_all, self.is_apart
+        has_all, is_apart = self.has_all, self.may_be_apart
         is_plain = type(self.strategy) is Replicated or (is_apart and has_all)
         if changes_routing or is_watched or self.eval_layers or not is_plain:
             return None
@@ -142,13 +147,13 @@ class ExpertGroup:
     def _without_stages(self) -> BareLayer | None:
         """None: somebody looks at the stages of this call, or stops between them."""
         is_cut = self.timings.enabled or self.overlap.turns is not None
-        return None if is_cut else self._bare
+        return None if is_cut or self.step.is_shared else self._bare
 
     @cached_property
     def has_all(self) -> bool:
         """Whether this rank serves every expert, in the slot of its number."""
         # Apart from the others it serves its own tokens by its own copies.
-        served = self.placement if self.is_apart else self.placement.slots
+        served = self.placement if self.may_be_apart else self.placement.slots
         return served.has_all_in_order(self.comm.rank)
 
     def keeps_axes(self, num_tokens: int) -> bool:
@@ -182,8 +187,7 @@ class ExpertGroup:
                 # What the block computes next runs while it is under way.
                 mx.async_eval(total)
             return total
-        # Where tokens differ between ranks, a part would be added to other tokens.
-        assert extra is None or not self.strategy.is_sharded
+        assert extra is None or not self.strategy.is_sharded  # ranks' tokens differ
 
         def experts(rows: Rows) -> mx.array:
             partial = run_experts(rows, runner, self.counters)
@@ -300,14 +304,11 @@ class ExpertGroup:
         self._check_numbers(output, "what the experts of all ranks give")
         is_prompt = output.size > MOST_DECODE_TOKENS * output.shape[-1]
         if self.eval_layers and is_prompt and self.step.calls % self.eval_layers == 0:
-            # sync: Metal ends a command buffer that waits for a slow rank for 5 s; each
-            # has no more to wait for than the collectives of these layers.
+            # sync: Metal ends a command buffer that waits for a slow rank for 5 s.
             mx.eval(output)
 
     def _check_numbers(self, array: mx.array, what: str) -> None:
-        """Raises:
-        FloatingPointError: NaN is among the numbers, and that was asked about.
-        """
+        """Raises FloatingPointError where NaN is among them, and that was asked."""
         # sync: only with `check_nan`.
         if self.check_nan and bool(mx.isnan(array).any().item()):
             raise FloatingPointError(
@@ -327,6 +328,7 @@ class ExpertGroup:
             tokens,
             self.levels_rows,
             self.dispatch_dtype,
+            self.step.is_shared,
         )
         if tokens is None or limit is None or tokens.num_rounds(limit) == 1:
             return [(x, whole)]

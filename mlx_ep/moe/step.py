@@ -23,6 +23,8 @@ class Step:
         layer: the number in the model of the layer that is being called; -1: none.
         calls: layers of the model that were called so far, this one included.
         number: of the pass, from 0 on.
+        is_shared: ranks that could each compute their own tokens, since they have
+            every expert, share the work of this pass instead; alike on all ranks.
     """
 
     tokens: TokenCounts | None = None
@@ -30,6 +32,7 @@ class Step:
     layer: int = -1
     calls: int = 0
     number: int = -1
+    is_shared: bool = False
 
     def enter(self, layer: int) -> None:
         """The layer of this number is called; a lower one than before begins anew."""

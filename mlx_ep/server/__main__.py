@@ -120,7 +120,7 @@ def _serve(args: argparse.Namespace, comm: Comm, ending: Ending) -> None:
         return Service(engine, texts, names, args.defaults, args.access)
 
     listener = Listener(make_app(make_service, args.access), port, args.limits)
-    engine.goodbye = listener.flush
+    engine.goodbye = listener.linger
     listener.start()
     ending.serve(engine, args.grace)
     host, number = port.getsockname()[:2]

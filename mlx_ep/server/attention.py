@@ -77,7 +77,7 @@ def choose_mode(
         return ServingAttention(
             "data",
             "every rank can hold every expert, and then answers its requests alone: "
-            "no layer waits for another rank",
+            "no layer has to wait for another rank",
         )
     modes: list[Mode] = [mode for mode in _ARMS if not problems.get(mode)]
     fits = {m: _held(shape, m, num_ranks, memory, context) for m in modes}

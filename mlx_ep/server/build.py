@@ -13,6 +13,7 @@ from mlx_ep.cli.checks import most_tokens
 from mlx_ep.comm import Comm
 from mlx_ep.comm.symmetry import check_alike
 from mlx_ep.data_parallel import can_batch
+from mlx_ep.models import compute_on_host
 from mlx_ep.server.engine import ServingEngine
 from mlx_ep.server.grammar import Grammars
 from mlx_ep.server.kv import kv_sizes, why_not_shared
@@ -21,6 +22,7 @@ from mlx_ep.server.prefix_cache import PrefixCache
 from mlx_ep.server.requests import Request
 from mlx_ep.server.sampling import SequenceSampler
 from mlx_ep.server.scheduler import RequestScheduler
+from mlx_ep.server.sharing import measure_sharing
 from mlx_ep.server.worker import Worker
 from mlx_ep.types import TokenCounts
 
@@ -51,6 +53,7 @@ def build_engine(
             "mlx-lm cannot run several sequences of this model at once (its KV cache "
             "does not merge); use mlx_ep.generate with it."
         )
+    compute_on_host(model)
     caches, vocabulary = _probe(model, comm, own_attention)
     sizes, reason = kv_sizes(caches), why_not_shared(caches)
     pools = share_memory(options, comm, can_keep=not reason)
@@ -75,7 +78,12 @@ def build_engine(
         find=lambda owner, tokens: prefixes[owner].find(tokens),
     )
     assert len(prefixes) == owners
-    notes = [f"attention: {attention}"]
+    notes, sharing = (
+        [f"attention: {attention}"],
+        measure_sharing(model, comm, vocabulary),
+    )
+    if text := str(sharing):
+        notes.append(text)
     if reason:
         notes.append(f"no prefix cache: {reason}")
     return ServingEngine(
@@ -90,6 +98,7 @@ def build_engine(
             prefixes,
             ends,
             make_sampler,
+            sharing,
         ),
         scheduler,
         pools=pools,

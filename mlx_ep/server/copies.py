@@ -1,4 +1,4 @@
-"""Whether every rank of a server has every expert: then no layer exchanges anything.
+"""Whether every rank of a server has every expert: then no layer has to wait.
 
 With attention of its own and every expert, a rank answers its requests alone, as many
 servers behind one address would. That is the fastest way to serve a model that each
@@ -62,7 +62,7 @@ class CopiesRoom:
             )
         return (
             f"experts: all on every rank, {format_bytes(self.copies)} of copies on "
-            f"each; no layer exchanges anything ({numbers}; {SWITCH_OFF})"
+            f"each; no layer has to exchange anything ({numbers}; {SWITCH_OFF})"
         )
 
 

@@ -51,6 +51,7 @@ RecordAction = Literal["start", "stop", "dump"]
 LOADS_EVERY = 32
 # Steps between two looks at a rank's memory, while the same sequences run.
 LOOK_EVERY = 16
+FAREWELL = 2.0  # s, in which rank 0 still says why it ends
 RECORD_LIMIT = 60.0  # s until an answer of the recorder is given up
 _KIB = 1024
 
@@ -62,8 +63,7 @@ class ServingEngine:
         attention: ``replicated``, ``tensor`` or ``data``.
         context: most tokens of a prompt and its answer together.
         pools: memory for KV caches.
-        goodbye: called when the engine has failed and all have been told: the process
-            may end when it returns, in less than 0.2 s.
+        goodbye: called when the engine has failed; the process ends behind it.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class ServingEngine:
         Where it raises, open requests have been told; among ranks their watch tells
         them, with the reason of the rank that failed first.
         """
-        on_end(self._fail)
+        on_end(self._fail, FAREWELL if self.goodbye else None)
         mx.random.seed(random.randrange(2**32) if self._options.seed is None
                        else self._options.seed)  # fmt: skip
         self._cores.keep(True)
@@ -208,8 +208,7 @@ class ServingEngine:
         finally:
             self._bell.close()
             self._cores.keep(False)
-        # Not where it raised: a peer may be gone, and the watch will say why.
-        on_end(None)
+        on_end(None)  # not where it raised: a peer may be gone, the watch will say why
         if self._comm.rank == 0:
             self._end_all(self._stop_reason or "the server is ending")
 
@@ -296,6 +295,7 @@ class ServingEngine:
                     self._record[1].set_result(answer)
                     self._record = None
                     self._wake.notify_all()
+            self._worker.may_share = not self._loads.is_running
         elif self._loads.is_running and self._state.steps % LOADS_EVERY == 0:
             self._loads.refresh()
 

@@ -58,7 +58,7 @@ class ExpertLoads:
         assert self._recorder is not None
         both = self._recorder.coactivations
         counts = np.diagonal(both, axis1=1, axis2=2)
-        if self._state.group.is_apart and self._own_tokens:
+        if self._state.group.may_be_apart and self._own_tokens:
             # sync: likewise; each rank computes its own tokens, and no others.
             own = mx.array(counts.astype(np.int32))[None]
             of_ranks = to_host(self._comm.all_gather(own))

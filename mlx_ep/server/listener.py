@@ -65,6 +65,10 @@ def open_port(host: str, port: int) -> socket.socket:
     return listener
 
 
+# s: a load balancer or a monitor that looks once a second sees a 503, with the reason.
+LINGER = 1.5
+
+
 class Listener:
     """Serves an application on a thread, until `stop`."""
 
@@ -107,11 +111,9 @@ class Listener:
         self._server.should_exit = True
         self._thread.join(5.0)
 
-    def flush(self, limit: float = 0.15) -> None:
-        """Wait, on another thread, until what is being answered has been sent."""
-        until = time.monotonic() + limit
-        while self._server.server_state.tasks and time.monotonic() < until:
-            time.sleep(0.005)
+    def linger(self, seconds: float = LINGER) -> None:
+        """Wait, on another thread: who asks meanwhile is told why the server ends."""
+        time.sleep(seconds)
 
     @property
     def is_alive(self) -> bool:

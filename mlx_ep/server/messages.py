@@ -11,8 +11,8 @@ and what a rank has to say of the tokens that it drew. It mostly is nothing, or 
 enough for the row. What is longer, such as a prompt, follows in a second collective,
 whose size all ranks have read in the rows.
 
-Where no layer exchanges anything (strategy `local`), nothing waits inside a collective:
-each rank reads its own tokens, and rows and payloads travel over sockets (`Doorbell`).
+Where no layer has to exchange anything, each rank reads its own tokens, and rows and
+payloads travel over sockets (`Doorbell`).
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from mlx_ep.server.prefix_cache import KEEP_PROMPT, PrefixCache
 from mlx_ep.server.requests import FinishReason, Request
 from mlx_ep.server.sampling import Drawn, SequenceSampler, draw_all, read_details
 from mlx_ep.server.scheduler import Decision, Enter
+from mlx_ep.server.sharing import Sharing
 from mlx_ep.server.sizes import KvSizes
 from mlx_ep.types import TokenCounts
 
@@ -116,6 +117,8 @@ class Worker:
             keeps its own up to date (rank 0 all of them); one where all hold the same.
         ends: the model's own end tokens.
         make_sampler: for a request whose tokens this rank draws.
+        sharing: which passes are shared that need not be.
+        may_share: whether any is, as none is while rows of tokens are recorded.
     """
 
     model: nn.Module
@@ -127,6 +130,8 @@ class Worker:
     prefixes: list[PrefixCache]
     ends: Sequence[int]
     make_sampler: Callable[[Request], SequenceSampler]
+    sharing: Sharing = field(default_factory=Sharing)
+    may_share: bool = True
     running: dict[int, Running] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -152,11 +157,12 @@ class Worker:
 
     @property
     def is_apart(self) -> bool:
-        """Whether ranks hold sequences of their own, and no layer exchanges anything.
+        """Whether ranks hold sequences of their own, and need not exchange anything.
 
-        Then a rank without tokens in a pass has nothing to do in it.
+        A rank without tokens in a pass has nothing to do in it then, unless it is
+        shared.
         """
-        is_alone = bool(self.model.expert_parallel.group.is_apart)
+        is_alone = bool(self.model.expert_parallel.group.may_be_apart)
         return self.own_attention and self.comm.size > 1 and is_alone
 
     # One step, in this order ----------------------------------------------------------
@@ -380,8 +386,9 @@ class Worker:
     def _agree(self, counts: Sequence[int]) -> None:
         """Tell the layers how many tokens each rank has in the pass to come."""
         if self.own_attention:
-            tokens = TokenCounts(tuple(counts))
-            self.model.expert_parallel.group.step.tokens = tokens
+            step = self.model.expert_parallel.group.step
+            step.tokens = TokenCounts(tuple(counts))
+            step.is_shared = self.may_share and self.sharing.shares(counts)
 
     def _serve(self) -> None:
         """Run this rank's experts for the tokens of the others."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tests.support.ranks import run_ranks
 from tests.support.serving import (
     DATA,
     LOCAL,
+    SHARED,
     TENSOR,
     Outcome,
     Script,
@@ -20,6 +22,7 @@ from tests.support.serving import (
     mixed_requests,
     serve,
 )
+from tests.support.tiny import QWEN3_MOE, save_checkpoint
 
 pytestmark = pytest.mark.requires("ranks")
 
@@ -45,11 +48,11 @@ def _check(
 
 @cache
 def _asked(
-    count: int, longest: int, max_tokens: int
+    folder: str, count: int, longest: int, max_tokens: int
 ) -> tuple[list[Request], dict[str, list[int]]]:
     """Requests, and the tokens of each."""
     requests = mixed_requests(count, longest, max_tokens)
-    return requests, alone(str(find_model("jargon-moe")), requests)
+    return requests, alone(folder, requests)
 
 
 def _play(
@@ -59,9 +62,10 @@ def _play(
     kept: int,
     transport: str = "ring",
     look_ahead: bool = True,
+    folder: str = "",
 ) -> None:
-    folder = str(find_model("jargon-moe"))
-    requests, expected = _asked(*sizes)
+    folder = folder or str(find_model("jargon-moe"))
+    requests, expected = _asked(folder, *sizes)
     scripts = [Script(requests, 16, CANCELLED), Script(requests, 16, CANCELLED, seed=1)]
     options = {
         "max_num_seqs": 16, "prefix_cache_memory": kept, "look_ahead": look_ahead,
@@ -91,6 +95,7 @@ def _play(
         (2, DATA, 0, False),
         (2, LOCAL, 10**7, True),
         (3, LOCAL, 0, False),
+        (2, SHARED, 10**7, True),
     ],
 )
 def test_tokens_are_those_of_mlx_lm_alone(
@@ -108,8 +113,8 @@ def test_tokens_are_those_of_mlx_lm_alone(
     [
         (n, c)
         for n in (1, 2, 3, 4)
-        for c in ({}, TENSOR, DATA, LOCAL)
-        if c != TENSOR or n < 3
+        for c in ({}, TENSOR, DATA, LOCAL, SHARED)
+        if (c != TENSOR or n < 3) and (c != SHARED or n > 1)
     ],
 )
 @pytest.mark.parametrize(("kept", "look_ahead"), [(0, False), (10**7, True)])
@@ -117,6 +122,23 @@ def test_64_requests_at_16(
     num_ranks: int, config: dict[str, Any], kept: int, look_ahead: bool
 ) -> None:
     _play(num_ranks, (64, 120, 24), config, kept, "mpi", look_ahead)
+
+
+@pytest.mark.slow
+@pytest.mark.requires("mpi")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("num_ranks", [3, 4])
+@pytest.mark.parametrize(("kept", "look_ahead"), [(0, False), (10**7, True)])
+def test_heads_that_3_and_4_ranks_divide(
+    num_ranks: int, kept: int, look_ahead: bool, tmp_path: Path
+) -> None:
+    """`--attention tensor`, with random weights: the embedded model has 2 KV heads."""
+    heads = {
+        "hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 12,
+        "head_dim": 16, "vocab_size": 1024,
+    }  # fmt: skip
+    folder = save_checkpoint(tmp_path / "model", QWEN3_MOE | heads)
+    _play(num_ranks, (64, 120, 24), TENSOR, kept, "mpi", look_ahead, str(folder))
 
 
 @pytest.mark.slow

@@ -21,13 +21,23 @@ from mlx_ep.server.build import build_engine
 from mlx_ep.server.engine import ServingEngine
 from mlx_ep.server.pools import EngineOptions
 from mlx_ep.server.requests import Request, Sampling, Token
+from mlx_ep.server.sharing import Sharing
 from tests.support.waiting import LONG, until
 
 TERMS = ["bug", "daemon", "deadlock", "worm", "zombie", "patch", "cookie"]
 DATA = {"strategy": "auto"}
 # Every rank has every expert, and answers its requests alone.
 LOCAL = {"strategy": "local", "replica_memory": "all"}
+# Likewise, but in passes that the ranks share.
+SHARED = {"strategy": "auto", "replica_memory": "all"}
 TENSOR = {"attention": "tensor"}
+
+
+class EveryOther(Sharing):
+    """Passes are shared by whether their tokens are even."""
+
+    def shares(self, counts: Sequence[int]) -> bool:
+        return sum(counts) % 2 == 0
 
 
 @dataclass
@@ -145,6 +155,8 @@ def serve(
 ) -> list[Outcome]:
     """Play scripts on one engine, one after another; every rank must call it."""
     engine = load_engine(group, folder, config, options)
+    if config == SHARED:
+        engine._worker.sharing = EveryOther()
     played = with_client(engine, group, lambda: [play(engine, s) for s in scripts])
     if played is not None:
         return played

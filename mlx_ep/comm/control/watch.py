@@ -7,6 +7,7 @@ From the rank come, as lines of JSON over the link, its configuration first, the
     ready               it is about to connect to the group
     guarded             from here on it is a failure
     signals(numbers)    that end the run; others are the program's own business
+    goodbye(seconds)    more than as a rule, for what it does when it is told to end
     failed, usage, leave   as in `hub.py`, `failed` with details and grace
 
 and to it go: listening(meeting), joined, ready, left(texts), end(code, text).
@@ -75,16 +76,15 @@ class Watch:
         self._is_rank_gone = self._is_left = self._is_joined = False
         self._signal: tuple[int, float] | None = None  # number, deadline
         self._heeded: set[int] = set()
-        self._grace: tuple[ControlMessage, float] | None = (
-            None  # a failure that may follow
-        )
+        # A failure that may follow.
+        self._grace: tuple[ControlMessage, float] | None = None
         self._stacks_at = math.inf
         self._unsent: list[ControlMessage] = []
         self._alone: tuple[ControlMessage, float] | None = None  # not known to others
         self._inbox: deque[ControlMessage] = deque()
         self._code: int | None = None  # of the end
         self._kill_at = self._quit_at = self._usage_until = math.inf
-        self._starting_for = 0.0
+        self._starting_for = self._goodbye = 0.0
         self._hub_wire: Wire | None = None
         self._hub: Hub | None = None
         self._seeker: Seeker | None = None
@@ -149,6 +149,8 @@ class Watch:
             self._is_guarded = True
         elif kind == "signals":
             self._heeded = set(message["numbers"])
+        elif kind == "goodbye":
+            self._goodbye = float(message["seconds"])
         elif kind == "failed":
             grace = message.pop("grace")
             if grace:
@@ -331,8 +333,7 @@ class Watch:
             message, self._alone = self._alone[0], None
             self._end(message["text"], message["code"])
         if now >= self._usage_until and self._hub_wire is None and self._code is None:
-            text = f"wrong usage on rank {self._rank}; rank 0 could not be told"
-            self._end(text, 2)
+            self._end(f"wrong usage on rank {self._rank}; rank 0 was not told", 2)
         if now >= self._stacks_at:
             self._stacks_at = math.inf
             self._tell_hub({"kind": "stacks", "text": self._process.read_stacks()})
@@ -384,7 +385,7 @@ class Watch:
                 f"[mlx_ep] {text if text.startswith(me) else f'{me}ends: {text}'}"
             )
         self._tell_rank({"kind": "end", "code": self._code, "text": text})
-        self._kill_at = time.monotonic() + KILL_AFTER
+        self._kill_at = time.monotonic() + KILL_AFTER + self._goodbye
         if self._seeker is None:
             self._quit_at = self._kill_at + KILL_AFTER
         else:
