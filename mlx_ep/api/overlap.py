@@ -12,7 +12,6 @@ from typing import Any, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ep.comm import Comm, gather_objects
@@ -29,6 +28,7 @@ SIZES: dict[StepKind, tuple[int, ...]] = {
 }
 LEAST_SAMPLES, MOST_SAMPLES = 5, 41
 SAMPLE_SECONDS = 0.5  # about what the samples of one mode and size may take
+MORE_SECONDS = 1.0  # and more of them, where a mode may gain and it is not clear
 # Of the time without overlap, in turns of their own; less is not worth a change.
 LEAST_GAIN = 0.98
 # How often a mode that gains nothing may be the faster one in as many turns.
@@ -111,6 +111,14 @@ def _gaining(samples: dict[OverlapMode, tuple[float, ...]]) -> OverlapMode:
     return min(gains, key=lambda mode: gains[mode], default="none")
 
 
+def _is_unclear(samples: dict[OverlapMode, tuple[float, ...]]) -> bool:
+    """Whether a mode may gain and has not been shown to."""
+    return (
+        any(statistics.median(_ratios(samples, mode)) < 1 for mode in samples)
+        and _gaining(samples) == "none"
+    )
+
+
 def _is_sure(wins: int, turns: int) -> bool:
     """The sign test: would a coin show so many heads, or more, too rarely?"""
     ways = sum(math.comb(turns, heads) for heads in range(wins, turns + 1))
@@ -179,28 +187,28 @@ def _measure_size(
         modes.remove("two")
     steps = {mode: step_of(model, kind, size) for mode in modes}
     samples: dict[OverlapMode, list[float]] = {mode: [] for mode in modes}
-    turns = 1
-    turn = 0
-    while turn < turns:
-        for mode in modes[::-1] if turn % 2 else modes:
-            two_batch.choose = always(mode)
-            comm.barrier()
-            start = time.perf_counter()
-            steps[mode]()
-            samples[mode].append(time.perf_counter() - start)
-        if turn == 0:
-            longest = max(times[0] for times in samples.values())
-            longest = max(gather_objects(comm, longest))
-            if longest > MOST_SECONDS and size > SIZES[kind][0]:
-                return None
-            wanted = int(SAMPLE_SECONDS / longest)
-            turns += min(max(wanted, LEAST_SAMPLES), MOST_SAMPLES)
-        turn += 1
-    # The first one builds kernels and makes room.
-    mine = [samples[mode][1:] for mode in modes]
-    ranks = np.array(gather_objects(comm, mine))  # on host: [rank, mode, turn]
-    slowest = ranks.max(axis=0).tolist()  # on host
-    return {mode: tuple(times) for mode, times in zip(modes, slowest, strict=True)}
+
+    def take(turns: int) -> dict[OverlapMode, tuple[float, ...]]:
+        """So many turns more; all so far, of the slowest rank. Alike on all ranks."""
+        for turn in range(turns):
+            for mode in modes[::-1] if turn % 2 else modes:
+                two_batch.choose = always(mode)
+                comm.barrier()
+                start = time.perf_counter()
+                steps[mode]()
+                samples[mode].append(time.perf_counter() - start)
+        ranks = gather_objects(comm, list(samples.values()))  # [rank][mode][turn]
+        slowest = [tuple(map(max, zip(*times))) for times in zip(*ranks)]
+        return dict(zip(modes, slowest, strict=True))
+
+    longest = max(times[0] for times in take(1).values())
+    if longest > MOST_SECONDS and size > SIZES[kind][0]:
+        return None
+    for times in samples.values():  # the first ones build kernels and make room
+        times.clear()
+    found = take(min(max(int(SAMPLE_SECONDS / longest), LEAST_SAMPLES), MOST_SAMPLES))
+    more = min(int(MORE_SECONDS / longest), 2 * MOST_SAMPLES)
+    return take(more) if more and _is_unclear(found) else found
 
 
 def step_of(model: nn.Module, kind: StepKind, size: int) -> Callable[[], None]:

@@ -22,7 +22,7 @@ from mlx_ep.api.overlap import OverlapTable
 from mlx_ep.config import EPConfig
 from mlx_ep.exchange import InFlight
 from mlx_ep.models.halved_cache import HalvedCache, why_not_halved
-from mlx_ep.models.two_batch import LEAST_PROMPT, cut_step
+from mlx_ep.models.two_batch import LEAST_PROMPT, Choose, cut_step
 from mlx_ep.moe import MixtureOfExperts, RebalanceRule
 from mlx_ep.moe.overlap import Operation, Turns
 from tests.support import tiny
@@ -253,6 +253,44 @@ def test_what_is_not_clear_is_not_chosen() -> None:
 
     assert [chosen(n, 5) for n in (3, 4, 5)] == ["none", "none", "two"]
     assert [chosen(n, 21) for n in (11, 14, 15)] == ["none", "none", "two"]
+
+
+def turns_taken(monkeypatch, took: dict[str, tuple[float, ...]]) -> int:
+    """Turns of one size on a host where the steps of each mode take so long."""
+    monkeypatch.setattr("mlx_ep.api.overlap.SIZES", {"decode": (2,), "prompt": ()})
+    clock, mode, count = [0.0], ["none"], dict.fromkeys(took, 0)
+
+    def step() -> None:
+        times = took[mode[0]]
+        clock[0] += times[count[mode[0]] % len(times)]
+        count[mode[0]] += 1
+
+    def always(wanted: str) -> Choose:
+        mode[0] = wanted
+        return lambda kind, num_tokens: wanted
+
+    monkeypatch.setattr("mlx_ep.api.overlap.step_of", lambda *_: step)
+    monkeypatch.setattr("mlx_ep.api.overlap.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("mlx_ep.api.overlap.always", always)
+    model = tiny.make_model(tiny.QWEN2_MOE)
+    mlx_ep.parallelize(model, config=EPConfig(overlap="auto", warmup=False))
+    samples = model.expert_parallel.overlaps.samples["decode", 2]
+    assert {len(times) for times in samples.values()} == {count["none"] - 1}
+    return count["none"] - 1
+
+
+def test_more_is_measured_where_it_is_not_clear(monkeypatch) -> None:
+    """Of steps of 0.05 s half a second has 10, and a second more has 20."""
+    slow, fast, mixed = (0.05,), (0.04,), (0.04, 0.04, 0.045, 0.06, 0.06)
+    with monkeypatch.context() as patch:
+        loses = {"none": fast, "single": slow, "two": slow}
+        assert turns_taken(patch, loses) == 10
+    with monkeypatch.context() as patch:
+        gains = {"none": slow, "single": fast, "two": slow}
+        assert turns_taken(patch, gains) == 10
+    with monkeypatch.context() as patch:
+        unclear = {"none": slow, "single": mixed, "two": slow}
+        assert turns_taken(patch, unclear) == 30
 
 
 def test_noise_is_rarely_taken_for_a_gain() -> None:
