@@ -1,72 +1,120 @@
 """How much of a slow link do shared experts hide, and how much two micro-batches?
 
-Two MPI ranks, one core each, float32, strategy `replicated`: one all_sum a layer. Each
-is measured through an artificial link and without it: a collective first sleeps 200 us
-and 1 ns for each byte that a rank gives it, which leaves the core to what overlaps it.
-Medians over samples of the slower rank.
+Two MPI ranks, one core each, float32, strategy `replicated`: one all_sum a layer. It
+goes through an artificial link: a collective ends 200 us and 1 ns for each byte that a
+rank gives it after the last rank has joined it, and no core is taken until then
+(`tests/support/slow_mpi.c`). "free" is the same link with a delay of nothing, in the
+same processes: the arms take turns, one step each, there and back (A B C C B A ...), in
+every fourth turn the free ones and the exchange alone too. Every ratio is one of
+neighbours, of the slower rank's seconds in the same turn; what counts is their median,
+beside its interval of 95 % (bootstrap).
 
 One MoE layer with a shared expert (qwen2_moe): per T the layer with `overlap` none and
-single, the exchange alone and the shared expert alone.
+single, through the link and free, the exchange alone and the shared expert alone.
 
 Steps of a model of 4 such layers with attention: per number of tokens in the ways none,
-single and two; what `auto` takes, which has measured them itself when the model was
-made; and the milliseconds of a layer's exchange that were hidden, as `--timings` shows
-them. "computing" is a step without the link less its exchanges without it.
+single and two, through the link and free; what `auto` takes, which has measured them
+itself, through the link, when the model was made (its steps are those of that way);
+and the milliseconds of a layer's exchange that were hidden, as `--timings` shows them.
+"computing" is a free step less its exchanges.
 
     python -m benchmarks.bench_overlap [--quick] [--check] [--json FILE]
 
 Targets: where there is enough to compute (the shared expert alone takes longer than the
 exchange alone; a step's computing takes longer than its exchanges), the layer with
-single and the step with the best overlap have at least 0.9 of the throughput that they
-have without the link. `auto` has at least 0.98 of the throughput of a model without
-overlap, everywhere: steps of both in turn, now one first, now the other, each pair with
-its ratio. Missed is
-where the median's interval (95 %, bootstrap) lies below; a wider one than 4 % tells
-too little, and is missed too.
+single and the step with the best overlap have at least 0.9 of the throughput of a free
+link. `auto` has at least 0.98 of the throughput of each way that it does not take, at
+every size. Missed is where the median's interval lies below; one that reaches from
+below to above and is wider than 4 % tells too little, and is missed too.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.harness import (
-    Target,
-    arguments,
-    finish,
-    heading,
-    interleaved,
-    run_pinned,
-    slowest,
-)
+from benchmarks.harness import Target, arguments, finish, heading, run_pinned
 from mlx_ep.api.overlap import step_of
 from mlx_ep.metrics import markdown_table
 from tests.support import tiny
-from tests.support.link import Link
+from tests.support.link import Link, set_link
 
 LATENCY, BANDWIDTH = 200e-6, 1e9
-D = 512
+D, STEP_D = 512, 256  # of layers, of the model whose steps are timed
 TOKENS = (1, 4, 16, 64)
 QUICK_TOKENS = (1, 16)
-LEAST_SHARE = 0.9
+LEAST_SHARE, LEAST_OF_WAYS, WIDEST = 0.9, 0.98, 0.04
 LAYERS = 4
 SIZES = (*(("decode", size) for size in (1, 4, 8, 16)), ("prompt", 16))
-HIDDEN_PASSES = 4
-STEP_COLUMNS = ("exchanges", "computing", "none", "single", "two", "free")
 QUICK_SIZES = (("decode", 8), ("prompt", 16))
-MODEL = tiny.QWEN2_MOE | {
-    "hidden_size": D,
-    "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": D,
-}
+WAYS = ("none", "single", "two")
+ALONE = ("exchange", "shared")
+FREE = "free "  # before the name of an arm without the link's delay
+LEAST_ROUNDS = 6
+LAYER_SECONDS, STEP_SECONDS = 6.0, 28.0  # of the arms of one size together
+RARELY = 4  # in every so many turns, what needs no narrow interval
+HIDDEN_PASSES = 4
 
 
-def measure(group, tokens, samples):
-    """On a rank: T -> arm -> samples."""
+def model_of(width, num_layers=2):
+    return tiny.make_model(
+        tiny.QWEN2_MOE
+        | {
+            "hidden_size": width,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": width,
+            "num_hidden_layers": num_layers,
+        }
+    )
+
+
+def there_and_back(
+    arms: dict[str, Callable[[], None]], comm, seconds: float, most: int
+) -> dict[str, np.ndarray]:
+    """Seconds of each arm in each turn: A B C, then C B A, and so on.
+
+    Arms whose name begins with `FREE` run without the link's delay.
+
+    Args:
+        seconds: about what they may take together; rank 0 says how many turns that is.
+        most: turns.
+    """
+
+    def timed(name):
+        link = (0.0, math.inf) if name.startswith(FREE) else (LATENCY, BANDWIDTH)
+        set_link(*link)
+        comm.barrier()
+        start = time.perf_counter()
+        arms[name]()
+        return time.perf_counter() - start
+
+    names = list(arms)
+    alone = [sum(timed(n) / turns_between(n) for n in names) for _ in range(3)][-1]
+    rounds = min(max(int(seconds / alone), LEAST_ROUNDS * RARELY), most)
+    rounds = comm.broadcast(mx.array(rounds)).item()
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names[::-1] if number % 2 else names:
+            if number % turns_between(name) == 0:
+                found[name].append(timed(name))
+    set_link(LATENCY, BANDWIDTH)
+    return {name: np.array(times) for name, times in found.items()}
+
+
+def turns_between(name: str) -> int:
+    """Through the link every turn counts; the rest is there for medians."""
+    return RARELY if name.startswith((FREE, *ALONE)) else 1
+
+
+def time_layers(group, tokens, seconds, most):
+    """On a rank: T -> arm -> seconds of each turn."""
     import mlx_ep
     from mlx_ep import EPConfig
     from mlx_ep.comm import GroupComm
@@ -74,7 +122,7 @@ def measure(group, tokens, samples):
     comm = GroupComm(group)
     blocks = {}
     for overlap in ("none", "single"):
-        model = tiny.make_model(MODEL)
+        model = model_of(D)
         config = EPConfig(overlap=overlap, runner="gather", warmup=False)
         mlx_ep.parallelize(model, group, config)
         mx.eval(model.parameters())
@@ -87,44 +135,53 @@ def measure(group, tokens, samples):
         def run(function, x=x):
             mx.eval(function(x))
 
-        arms = {name: partial(run, block) for name, block in blocks.items()}
+        arms = {}
+        for name, block in blocks.items():
+            arms[name] = arms[FREE + name] = partial(run, block)
         arms["exchange"] = partial(run, comm.all_reduce)
         arms["shared"] = partial(run, blocks["none"].shared_expert)
-        results[num_tokens] = interleaved(arms, samples, barrier=comm.barrier)
+        results[num_tokens] = there_and_back(arms, comm, seconds, most)
     return results
 
 
-def make_steps(group, overlap):
-    """A model of several layers whose steps can be cut, and its `expert_parallel`."""
+def make_steps(group):
+    """A model of several layers whose steps can be cut, and which has timed them."""
     import mlx_ep
     from mlx_ep import EPConfig
 
-    model = tiny.make_model(MODEL | {"num_hidden_layers": LAYERS})
-    config = EPConfig(overlap=overlap, runner="gather", warmup=False)
+    model = model_of(STEP_D, LAYERS)
+    config = EPConfig(overlap="auto", runner="gather", warmup=False)
     mlx_ep.parallelize(model, group, config)
     mx.eval(model.parameters())
     return model
 
 
-def time_steps(group, model, sizes, samples):
-    """On a rank: (kind, tokens) -> way -> samples, and of the exchange alone."""
+def time_steps(group, model, sizes, seconds, most):
+    """On a rank: (kind, tokens) -> arm -> seconds of each turn."""
     from mlx_ep.api.overlap import always
     from mlx_ep.comm import GroupComm
 
     comm, parallel = GroupComm(group), model.expert_parallel
-    choose = {mode: always(mode) for mode in ("none", "single", "two")}
     results = {}
     for kind, size in sizes:
-        step = step_of(model, kind, size)
+        choose = {way: always(way) for way in WAYS}
+        choose[parallel.overlaps.choose(kind, size)] = parallel.overlaps.choose
+        if (kind, size) == ("decode", 1):
+            del choose["two"]  # runs as single
 
-        def run(mode, step=step):
-            parallel.two_batch.choose = choose[mode]
+        def run(choose, step):
+            parallel.two_batch.choose = choose
             step()
 
-        arms = {mode: partial(run, mode) for mode in choose}
-        x = mx.zeros((size, D))
+        arms = {}
+        for way, chooses in choose.items():
+            # Of its own caches: those of `two` are in halves.
+            step = step_of(model, kind, size)
+            arms[way] = arms[FREE + way] = partial(run, chooses, step)
+        x = mx.zeros((size, STEP_D))
         arms["exchange"] = lambda x=x: mx.eval(comm.all_reduce(x))
-        results[kind, size] = interleaved(arms, samples, 1, barrier=comm.barrier)
+        arms[f"{FREE}exchange"] = arms["exchange"]
+        results[kind, size] = there_and_back(arms, comm, seconds, most)
     return results
 
 
@@ -150,174 +207,151 @@ def time_hidden(group, model, sizes):
     return hidden
 
 
-def time_pairs(group, plain, auto, sizes, seconds):
-    """On a rank: (kind, tokens) -> seconds of none and of auto, ``[rounds, 2]``.
+def measure(group, tokens, sizes, part, most):
+    """On a rank: layers, steps, what is hidden, and what `auto` takes.
 
     Args:
-        plain: a model without overlap; `auto`: one that has measured its ways.
-        seconds: about what each size may take; rank 0 says how many rounds that is.
+        part: of the seconds of a full run.
     """
-    from mlx_ep.comm import GroupComm
-
-    comm, results = GroupComm(group), {}
-    for kind, size in sizes:
-        steps = [step_of(model, kind, size) for model in (plain, auto)]
-
-        def timed(arm, steps=steps):
-            comm.barrier()
-            start = time.perf_counter()
-            steps[arm]()
-            return time.perf_counter() - start
-
-        alone = [timed(arm) + timed(1 - arm) for arm in (0, 1, 0)][-1]
-        rounds = comm.broadcast(mx.array(max(int(seconds / alone), 8))).item()
-        found = np.zeros((rounds, 2))
-        for number in range(rounds):
-            for arm in (0, 1) if number % 2 else (1, 0):
-                found[number, arm] = timed(arm)
-        results[kind, size] = found
-    return results
-
-
-def measure_free(group, tokens, sizes, samples, samples_of_steps):
-    """On a rank, without the link: layers and steps."""
-    layers = measure(group, tokens, samples)
-    model = make_steps(group, "two")
-    return layers, time_steps(group, model, sizes, samples_of_steps)
-
-
-def measure_slow(group, tokens, sizes, samples, samples_of_steps, seconds):
-    """On a rank, through the link: layers, steps, what is hidden, and `auto`."""
-    layers = measure(group, tokens, samples)
-    model, plain = make_steps(group, "auto"), make_steps(group, "none")
+    layers = time_layers(group, tokens, LAYER_SECONDS * part, most)
+    model = make_steps(group)
     overlaps = model.expert_parallel.overlaps
     chosen = {each: overlaps.choose(*each) for each in sizes}
-    found = time_pairs(group, plain, model, sizes, seconds)
-    times = time_steps(group, model, sizes, samples_of_steps)
-    return layers, times, time_hidden(group, model, sizes), chosen, found
+    steps = time_steps(group, model, sizes, STEP_SECONDS * part, most)
+    hidden = time_hidden(group, model, sizes)
+    return layers, steps, hidden, chosen, overlaps.explain()
 
 
-def told_apart(ranks, rng):
-    """The median of none / auto over pairs, its 95 % interval, and the pairs."""
-    none, auto = np.max(ranks, axis=0).T
-    ratios = none / auto
-    draws = rng.integers(0, len(ratios), (2000, len(ratios)))
-    low, high = np.percentile(np.median(ratios[draws], axis=1), (2.5, 97.5))
-    return float(np.median(ratios)), float(low), float(high), len(ratios)
+class Told(NamedTuple):
+    """The median of ratios, and its interval of 95 %."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, ratios: np.ndarray) -> Told:
+        draws = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
+        ends = np.percentile(np.median(ratios[draws], axis=1), (2.5, 97.5))
+        return cls(float(np.median(ratios)), *map(float, ends))
 
 
-def pairs(per_rank):
-    """A record of each size, and the targets."""
-    records, targets, rng = [], [], np.random.default_rng(0)
-    for kind, size in per_rank[0]:
-        median, low, high, rounds = told_apart(
-            [rank[kind, size] for rank in per_rank], rng
-        )
-        name = f"{kind} {size}: auto, of none"
-        records.append(
-            {"pairs": f"{kind} {size}", "of_none": median, "low": low, "high": high}
-            | {"rounds": rounds}
-        )
-        targets += [
-            Target(f"{name} (upper end)", high, 0.98, at_least=True),
-            Target(f"{name} (width of the interval)", high - low, 0.04),
-        ]
-    return records, targets
-
-
-def medians(per_rank):
-    """T -> arm -> seconds of the slower rank."""
+def slower(per_rank):
+    """size -> arm -> seconds of the slower rank in each turn."""
     return {
-        num_tokens: {
-            arm: slowest([rank[num_tokens][arm] for rank in per_rank]).median
-            for arm in arms
+        size: {
+            arm: np.max([rank[size][arm] for rank in per_rank], axis=0) for arm in arms
         }
-        for num_tokens, arms in per_rank[0].items()
+        for size, arms in per_rank[0].items()
     }
 
 
-def layer_records(free, slow):
+def fastest(arms, *names):
+    """The arm with the lowest median."""
+    return min(
+        (name for name in names if name in arms), key=lambda n: np.median(arms[n])
+    )
+
+
+def microseconds(arms, name):
+    return float(np.median(arms[name])) * 1e6
+
+
+def layer_records(sizes):
     """A record of each T, and the targets."""
     records, targets = [], []
-    for num_tokens, here in slow.items():
-        there = free[num_tokens]
-        best = min(there["none"], there["single"])
+    for num_tokens, arms in sizes.items():
+        free = fastest(arms, f"{FREE}none", f"{FREE}single")
+        share = Told.of(arms[free] / arms["single"][::RARELY])
         record = {
             "tokens": num_tokens,
-            "exchange_us": here["exchange"] * 1e6,
-            "shared_us": here["shared"] * 1e6,
-            "none_us": here["none"] * 1e6,
-            "single_us": here["single"] * 1e6,
-            "free_us": best * 1e6,
-            "hidden_us": (here["none"] - here["single"]) * 1e6,
-            "share": best / here["single"],
-            "applies": here["shared"] > here["exchange"],
+            "turns": len(arms["none"]),
+            "exchange_us": microseconds(arms, "exchange"),
+            "shared_us": microseconds(arms, "shared"),
+            "none_us": microseconds(arms, "none"),
+            "single_us": microseconds(arms, "single"),
+            "free_us": microseconds(arms, free),
+            "hidden_us": float(np.median(arms["none"] - arms["single"])) * 1e6,
+            "share": share,
         }
+        record["applies"] = record["shared_us"] > record["exchange_us"]
         records.append(record)
         if record["applies"]:
-            name = f"T={num_tokens}, throughput with overlap, of that without the link"
-            targets.append(Target(name, record["share"], LEAST_SHARE, at_least=True))
+            name = f"T={num_tokens}, throughput with overlap, of that of a free link"
+            targets.append(Target(name, share.median, LEAST_SHARE, at_least=True))
     return records, targets
 
 
 def layers_table(records):
     headers = (
-        *("T", "exchange us", "shared us", "layer none us", "layer single us"),
-        *("without the link us", "hidden us", "of free", "shared > exchange"),
+        *("T", "turns", "exchange us", "shared us", "layer none us", "layer single us"),
+        *("free us", "hidden us", "of free", "95 %", "shared > exchange"),
     )
     lines = [
-        (num, *(f"{v:.0f}" for v in values), f"{share:.2f}", "yes" if applies else "no")
-        for num, *values, share, applies in (record.values() for record in records)
+        (num, turns, *(f"{v:.0f}" for v in values), *shown(share), yes_or_no(applies))
+        for num, turns, *values, share, applies in (r.values() for r in records)
     ]
     return markdown_table(headers, lines)
 
 
-def step_records(free, slow, hidden, chosen):
+def shown(told: Told) -> tuple[str, str]:
+    return f"{told.median:.3f}", f"{told.low:.3f} .. {told.high:.3f}"
+
+
+def yes_or_no(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def step_records(sizes, hidden, chosen):
     """A record of each size, and the targets."""
     records, targets = [], []
-    for (kind, size), here in slow.items():
-        there = free[kind, size]
-        best = min(there["none"], there["single"], there["two"])
-        exchanges = LAYERS * here["exchange"]
+    for (kind, size), arms in sizes.items():
+        free = fastest(arms, *(FREE + way for way in WAYS))
+        best = fastest(arms, *WAYS)
+        of_free = Told.of(arms[free] / arms[best][::RARELY])
+        alone = microseconds(arms, free)
+        free_exchanges = LAYERS * microseconds(arms, f"{FREE}exchange")
         record = {
             "kind": kind,
             "tokens": size,
-            "exchanges_us": exchanges * 1e6,
-            "computing_us": max(best - LAYERS * there["exchange"], 0.0) * 1e6,
-            **{f"{mode}_us": here[mode] * 1e6 for mode in ("none", "single", "two")},
-            "free_us": best * 1e6,
+            "exchanges_us": LAYERS * microseconds(arms, "exchange"),
+            "computing_us": max(alone - free_exchanges, 0.0),
+            "ways_us": {way: microseconds(arms, way) for way in WAYS if way in arms},
+            "free_us": alone,
             "auto": chosen[kind, size],
-            "of_free": max(best / here[m] for m in ("none", "single", "two")),
+            "of_free": of_free,
             "hidden_ms": {
-                mode: [
-                    max(alone - exposed, 0.0)
-                    for _, alone, exposed in hidden[kind, size, mode]
+                way: [
+                    max(all_ - seen, 0.0) for _, all_, seen in hidden[kind, size, way]
                 ]
-                for mode in ("single", "two")
+                for way in ("single", "two")
             },
         }
+        record["applies"] = record["computing_us"] > record["exchanges_us"]
         records.append(record)
-        if record["computing_us"] > record["exchanges_us"]:
+        if record["applies"]:
             name = f"{kind}, {size} tokens: best overlap, of a free link"
-            targets.append(Target(name, record["of_free"], LEAST_SHARE, at_least=True))
+            targets.append(Target(name, of_free.median, LEAST_SHARE, at_least=True))
     return records, targets
 
 
 def steps_table(records):
     headers = (
-        *("step", "exchanges us", "computing us", "none us", "single us", "two us"),
-        *("without the link us", "auto is", "best of free", "hidden ms: single"),
-        "two",
+        *("step", "exchanges us", "computing us", *(f"{way} us" for way in WAYS)),
+        *("free us", "best of free", "95 %", "computing > exchanges"),
+        *("hidden ms: single", "two"),
     )
     lines = [
         (
             f"{r['kind']} {r['tokens']}",
-            *(f"{r[f'{n}_us']:.0f}" for n in STEP_COLUMNS),
-            r["auto"],
-            f"{r['of_free']:.2f}",
+            *(f"{r[f'{n}_us']:.0f}" for n in ("exchanges", "computing")),
+            *(f"{r['ways_us'][w]:.0f}" if w in r["ways_us"] else "-" for w in WAYS),
+            f"{r['free_us']:.0f}",
+            *shown(r["of_free"]),
+            yes_or_no(r["applies"]),
             *(
-                " ".join(f"{ms:.2f}" for ms in r["hidden_ms"][mode]) or "-"
-                for mode in ("single", "two")
+                " ".join(f"{ms:.2f}" for ms in r["hidden_ms"][way]) or "-"
+                for way in ("single", "two")
             ),
         )
         for r in records
@@ -325,58 +359,68 @@ def steps_table(records):
     return markdown_table(headers, lines)
 
 
-def pairs_table(records):
+def auto_records(sizes, chosen):
+    """A record of each size and way beside `auto`, and the targets."""
+    records, targets = [], []
+    for (kind, size), arms in sizes.items():
+        for way in WAYS:
+            if way not in arms or way == chosen[kind, size]:
+                continue
+            told = Told.of(arms[way] / arms[chosen[kind, size]])
+            record = {"step": f"{kind} {size}", "auto": chosen[kind, size], "way": way}
+            records.append(record | {"turns": len(arms[way]), "of_way": told})
+            name = f"{kind} {size}: auto ({chosen[kind, size]}), of {way}"
+            end = Target(f"{name} (upper end)", told.high, LEAST_OF_WAYS, at_least=True)
+            targets.append(end)
+            if told.low < LEAST_OF_WAYS:  # else the width does not matter
+                width = told.high - told.low
+                targets.append(Target(f"{name} (width of the interval)", width, WIDEST))
+    return records, targets
+
+
+def auto_table(records):
+    headers = ("step", "auto is", "way", "turns", "way / auto", "95 %")
     lines = [
-        (r["pairs"], r["rounds"], *(f"{r[n]:.3f}" for n in ("of_none", "low", "high")))
+        (r["step"], r["auto"], r["way"], r["turns"], *shown(r["of_way"]))
         for r in records
     ]
-    headers = ("none / auto", "pairs", "median", "95 % from", "to")
-    return markdown_table(headers, lines)
+    return markdown_table(headers, lines, left=3)
 
 
 def main():
-    args = arguments(__doc__, samples=40).parse_args()
+    args = arguments(__doc__, samples=240).parse_args()
     tokens = QUICK_TOKENS if args.quick else TOKENS
     sizes = QUICK_SIZES if args.quick else SIZES
-    samples = max(args.samples // (4 if args.quick else 1), 5)
-    of_steps = max(samples // 5, 5)
+    part = 0.2 if args.quick else 1.0
     print(heading("overlap"))
-    free = run_pinned(
-        2, measure_free, tokens, sizes, samples, of_steps, transport="mpi", timeout=200
-    )
     with Link(LATENCY, BANDWIDTH) as link:
-        slow = run_pinned(
+        ranks = run_pinned(
             2,
-            measure_slow,
-            *(tokens, sizes, samples, of_steps, 2 if args.quick else 14),
+            measure,
+            *(tokens, sizes, part, args.samples),
             transport="mpi",
-            timeout=300,
+            timeout=400,
             link=link,
         )
-    layers, targets = layer_records(
-        medians([rank[0] for rank in free]), medians([rank[0] for rank in slow])
-    )
+    _, _, hidden, chosen, explained = ranks[0]
+    layers, targets = layer_records(slower([rank[0] for rank in ranks]))
     shares = [target.value for target in targets]
     print(layers_table(layers) + "\n")
-    _, _, hidden, chosen, _ = slow[0]
-    steps, step_targets = step_records(
-        medians([rank[1] for rank in free]),
-        medians([rank[1] for rank in slow]),
-        hidden,
-        chosen,
-    )
+    step_sizes = slower([rank[1] for rank in ranks])
+    steps, step_targets = step_records(step_sizes, hidden, chosen)
     print(steps_table(steps) + "\n")
-    of_pairs, pair_targets = pairs([rank[4] for rank in slow])
-    print(pairs_table(of_pairs) + "\n")
-    least_auto = min(record["of_none"] for record in of_pairs)
+    autos, auto_targets = auto_records(step_sizes, chosen)
+    print(auto_table(autos) + "\n")
+    print(f"What `auto` has measured:\n\n{explained}\n")
     worst = f"at least {min(shares):.2f}" if shares else "nowhere enough to hide it"
     figure = (
         f"overlap (single, 2 ranks, {LATENCY * 1e6:.0f} us, {BANDWIDTH / 1e9:g} GB/s): "
-        f"{worst} of the throughput without the link where shared experts take longer; "
-        f"steps with auto: at least {least_auto:.2f} of none"
+        f"{worst} of the throughput of a free link where shared experts take longer; "
+        f"steps with auto: at least {min(r['of_way'].median for r in autos):.2f} of "
+        "any other way"
     )
-    records = [*layers, *steps, *of_pairs]
-    return finish(args, records, targets + step_targets + pair_targets, figure)
+    records = [*layers, *steps, *autos]
+    return finish(args, records, targets + step_targets + auto_targets, figure)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, get_args
 
 import mlx.core as mx
@@ -24,10 +26,13 @@ SIZES: dict[StepKind, tuple[int, ...]] = {
     "decode": (1, 2, 4, 8, 16, 32),
     "prompt": (16, 64, 256, 1024),
 }
-LEAST_SAMPLES, MOST_SAMPLES = 5, 21
+LEAST_SAMPLES, MOST_SAMPLES = 5, 41
 SAMPLE_SECONDS = 0.5  # about what the samples of one mode and size may take
-# Of the time without overlap; what gains less may be noise, and lose next time.
-LEAST_GAIN = 0.97
+MORE_SECONDS = 1.0  # and more of them, where a mode may gain and it is not clear
+# Of the time without overlap, in turns of their own; less is not worth a change.
+LEAST_GAIN = 0.98
+# How often a mode that gains nothing may be the faster one in as many turns.
+MOST_CHANCE = 0.05
 # A size whose first step takes longer is not timed, nor are larger ones.
 MOST_SECONDS = 1.0
 
@@ -37,30 +42,87 @@ class OverlapTable:
     """What each size of a step was measured to take, on the slowest rank.
 
     Attributes:
-        seconds: (kind, tokens) -> mode -> median.
+        samples: (kind, tokens) -> mode -> seconds of each turn. In a turn all modes
+            ran, one after another, so that they are compared turn by turn: a host that
+            is busy for a while is so for all of them.
     """
 
-    seconds: dict[tuple[StepKind, int], dict[OverlapMode, float]]
+    samples: dict[tuple[StepKind, int], dict[OverlapMode, tuple[float, ...]]]
+
+    @cached_property
+    def seconds(self) -> dict[tuple[StepKind, int], dict[OverlapMode, float]]:
+        """(kind, tokens) -> mode -> median."""
+        return {
+            step: {mode: statistics.median(times) for mode, times in modes.items()}
+            for step, modes in self.samples.items()
+        }
+
+    @cached_property
+    def chosen(self) -> dict[tuple[StepKind, int], OverlapMode]:
+        """(kind, tokens) -> the mode of such a step; none unless another one gains."""
+        return {step: _gaining(modes) for step, modes in self.samples.items()}
 
     def choose(self, kind: StepKind, num_tokens: int) -> OverlapMode:
-        """The mode of a step; none where no other is faster by more than 3%."""
-        sizes = [size for known, size in self.seconds if known == kind]
+        """The mode of a step: that of the largest size that is not larger."""
+        sizes = [size for known, size in self.samples if known == kind]
         below = [size for size in sizes if size <= num_tokens]
         if not sizes:
             return "none"
-        times = self.seconds[kind, max(below) if below else min(sizes)]
-        best = min(times, key=lambda mode: times[mode])
-        return best if times[best] < LEAST_GAIN * times["none"] else "none"
+        return self.chosen[kind, max(below) if below else min(sizes)]
 
     def explain(self) -> str:
-        """Every time, and what was chosen, as a Markdown table."""
-        modes = list(next(iter(self.seconds.values()), {}))
+        """Every time, turns that were faster than `none`, and the choice: Markdown."""
+        modes = list(next(reversed(self.samples.values()), {}))
         rows = [
             (f"{kind}, {size} tokens", self.choose(kind, size),
-             *(f"{times[mode] * 1e3:.3f}" for mode in modes))
-            for (kind, size), times in self.seconds.items()
+             *(self._text((kind, size), mode) for mode in modes))
+            for kind, size in self.samples
         ]  # fmt: skip
         return markdown_table(("ms per step", "chosen", *modes), rows, left=2)
+
+    def _text(self, step: tuple[StepKind, int], mode: OverlapMode) -> str:
+        """``1.234 (19/21)``: the median, and in how many turns it gained."""
+        times = self.samples[step]
+        if mode not in times:
+            return "-"
+        median = f"{self.seconds[step][mode] * 1e3:.3f}"
+        if mode == "none":
+            return median
+        ratios = _ratios(times, mode)
+        return f"{median} ({sum(r < 1 for r in ratios)}/{len(ratios)})"
+
+
+def _ratios(
+    samples: dict[OverlapMode, tuple[float, ...]], mode: OverlapMode
+) -> list[float]:
+    """Of a mode's time to that of `none` in the same turn."""
+    pairs = zip(samples[mode], samples["none"], strict=True)
+    return [one / none for one, none in pairs]
+
+
+def _gaining(samples: dict[OverlapMode, tuple[float, ...]]) -> OverlapMode:
+    """The mode that gains most: enough, and in so many turns that it is no chance."""
+    gains: dict[OverlapMode, float] = {}
+    for mode in samples:
+        ratios = _ratios(samples, mode)
+        gain, wins = statistics.median(ratios), sum(r < 1 for r in ratios)
+        if gain < LEAST_GAIN and _is_sure(wins, len(ratios)):
+            gains[mode] = gain
+    return min(gains, key=lambda mode: gains[mode], default="none")
+
+
+def _is_unclear(samples: dict[OverlapMode, tuple[float, ...]]) -> bool:
+    """Whether a mode may gain and has not been shown to."""
+    return (
+        any(statistics.median(_ratios(samples, mode)) < 1 for mode in samples)
+        and _gaining(samples) == "none"
+    )
+
+
+def _is_sure(wins: int, turns: int) -> bool:
+    """The sign test: would a coin show so many heads, or more, too rarely?"""
+    ways = sum(math.comb(turns, heads) for heads in range(wins, turns + 1))
+    return ways <= MOST_CHANCE * 2**turns
 
 
 def overlap_steps(
@@ -104,9 +166,9 @@ def always(mode: OverlapMode) -> Choose:
 
 def _measure(
     model: nn.Module, two_batch: TwoBatch, comm: Comm
-) -> dict[tuple[StepKind, int], dict[OverlapMode, float]]:
-    """The median of each mode's times, for every size."""
-    found: dict[tuple[StepKind, int], dict[OverlapMode, float]] = {}
+) -> dict[tuple[StepKind, int], dict[OverlapMode, tuple[float, ...]]]:
+    """The times of each mode, for every size."""
+    found: dict[tuple[StepKind, int], dict[OverlapMode, tuple[float, ...]]] = {}
     for kind in get_args(StepKind):
         for size in SIZES[kind]:
             times = _measure_size(model, two_batch, comm, kind, size)
@@ -118,34 +180,35 @@ def _measure(
 
 def _measure_size(
     model: nn.Module, two_batch: TwoBatch, comm: Comm, kind: StepKind, size: int
-) -> dict[OverlapMode, float] | None:
-    """The modes in turn, so that other load hits all alike; None: it takes too long."""
+) -> dict[OverlapMode, tuple[float, ...]] | None:
+    """The modes in turn, there and back; None: it takes too long."""
     modes: list[OverlapMode] = ["none", "single", "two"]
     if (kind, size) == ("decode", 1):
         modes.remove("two")
     steps = {mode: step_of(model, kind, size) for mode in modes}
     samples: dict[OverlapMode, list[float]] = {mode: [] for mode in modes}
-    turns = 1
-    turn = 0
-    while turn < turns:
-        for mode, step in steps.items():
-            two_batch.choose = always(mode)
-            comm.barrier()
-            start = time.perf_counter()
-            step()
-            samples[mode].append(time.perf_counter() - start)
-        if turn == 0:
-            longest = max(times[0] for times in samples.values())
-            longest = max(gather_objects(comm, longest))
-            if longest > MOST_SECONDS and size > SIZES[kind][0]:
-                return None
-            wanted = int(SAMPLE_SECONDS / longest)
-            turns += min(max(wanted, LEAST_SAMPLES), MOST_SAMPLES)
-        turn += 1
-    # The first one builds kernels and makes room.
-    mine = [statistics.median(samples[mode][1:]) for mode in modes]
-    slowest = [max(times) for times in zip(*gather_objects(comm, mine))]
-    return dict(zip(modes, slowest, strict=True))
+
+    def take(turns: int) -> dict[OverlapMode, tuple[float, ...]]:
+        """So many turns more; all so far, of the slowest rank. Alike on all ranks."""
+        for turn in range(turns):
+            for mode in modes[::-1] if turn % 2 else modes:
+                two_batch.choose = always(mode)
+                comm.barrier()
+                start = time.perf_counter()
+                steps[mode]()
+                samples[mode].append(time.perf_counter() - start)
+        ranks = gather_objects(comm, list(samples.values()))  # [rank][mode][turn]
+        slowest = [tuple(map(max, zip(*times))) for times in zip(*ranks)]
+        return dict(zip(modes, slowest, strict=True))
+
+    longest = max(times[0] for times in take(1).values())
+    if longest > MOST_SECONDS and size > SIZES[kind][0]:
+        return None
+    for times in samples.values():  # the first ones build kernels and make room
+        times.clear()
+    found = take(min(max(int(SAMPLE_SECONDS / longest), LEAST_SAMPLES), MOST_SAMPLES))
+    more = min(int(MORE_SECONDS / longest), 2 * MOST_SAMPLES)
+    return take(more) if more and _is_unclear(found) else found
 
 
 def step_of(model: nn.Module, kind: StepKind, size: int) -> Callable[[], None]:

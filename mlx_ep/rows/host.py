@@ -70,9 +70,9 @@ class OpsMovement:
         bounds = list(accumulate(plan.send_counts))[:-1]
         for peer, chunk in enumerate(mx.split(back, bounds)):
             term = own if peer == rank else _by_token(chunk, packing.positions[peer])
-            total = term.astype(mx.float32) if total is None else add_to(total, term)
+            total = term if total is None else add_to(total, term)
         assert total is not None
-        return total
+        return total.astype(mx.float32)
 
     def add_ranks(
         self,
@@ -88,10 +88,10 @@ class OpsMovement:
             chunks = list(mx.split(back, num_ranks))
         # Not rounded: it did not travel.
         chunks[rank] = partial[rank * num_tokens : (rank + 1) * num_tokens]
-        total = chunks[0].astype(mx.float32)
+        total = chunks[0]
         for chunk in chunks[1:]:
             total = add_to(total, chunk)
-        return total
+        return total.astype(mx.float32)
 
     def sum_pairs(
         self,

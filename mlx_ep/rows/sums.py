@@ -40,7 +40,11 @@ def weighted_slots(
 
 @partial(mx.compile, shapeless=True)
 def add_to(
-    total: Float32[mx.array, ...], sums: Float[mx.array, ...]
+    total: Float[mx.array, ...], sums: Float[mx.array, ...]
 ) -> Float32[mx.array, ...]:
-    """The total with another rank's sums, in float32 and without a copy in float32."""
-    return total + sums.astype(mx.float32)
+    """The total with another rank's sums, in float32.
+
+    Either may be rounded: no copy of it in float32 is written and read again, which on
+    a CPU host takes as long as the addition itself.
+    """
+    return total.astype(mx.float32) + sums.astype(mx.float32)

@@ -7,18 +7,21 @@ others where the system lets them (root on Linux): the ranks keep their cores bu
 they wait, and a relay that had to wait for one would add milliseconds. What it takes of
 a core is the copying of bytes.
 
-Over MPI a library in the place of libmpi (`slow_mpi.c`) lets each collective sleep
-first for the latency and the time of the bytes that a rank gives it. That takes no core
-at all.
+Over MPI a library in the place of libmpi (`slow_mpi.c`) lets the ranks of a collective
+sleep until all have joined it, and then for the latency and the time of the bytes that
+a rank gives it. That takes no core at all. `set_link` makes it another link, so that
+what goes through it can be timed in turn with what does not.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import queue
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -49,6 +52,7 @@ class Link:
     _free_at: dict[tuple[int, int], float] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _sockets: list[socket.socket] = field(default_factory=list)
+    _places: list[Path] = field(default_factory=list)
 
     def __enter__(self) -> Link:
         return self
@@ -58,6 +62,8 @@ class Link:
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
+        for place in self._places:
+            place.unlink(missing_ok=True)
 
     def between(
         self, variables: list[dict[str, str]], directory: Path
@@ -88,10 +94,20 @@ class Link:
         real, made = Path(variables["MLX_MPI_LIBNAME"]), directory / "libslow_mpi.so"
         command = [*compiler, "-x", "c", str(Path(__file__).with_name("slow_mpi.c"))]
         command += [f"-DLATENCY={self.latency}", f"-DBANDWIDTH={self.bandwidth}"]
+        command += [f'-DMEETING="{self._meeting_place(directory)}"']
         command += ["-O1", "-shared", "-fPIC", "-x", "none", str(real)]
         command += [f"-Wl,-rpath,{real.parent}", "-o", str(made)]
         subprocess.run(command, check=True)
         return variables | {"MLX_MPI_LIBNAME": str(made)}
+
+    def _meeting_place(self, directory: Path) -> Path:
+        """A page of zeros, in memory where the system has files there."""
+        memory = Path("/dev/shm")
+        folder = memory if memory.is_dir() else directory
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            file.write(bytes(4096))
+        self._places.append(Path(file.name))
+        return self._places[-1]
 
     def _relay(self, address: str, source: int, target: int) -> str:
         """Where rank `source` connects instead of to `address`, of rank `target`."""
@@ -139,6 +155,15 @@ class Link:
             function(*args)
 
         threading.Thread(target=run, daemon=True).start()
+
+
+def set_link(latency: float, bandwidth: float) -> None:
+    """On a rank behind a `Link` over MPI: another link, from the next collective on.
+
+    All ranks have to call it between the same collectives.
+    """
+    library = ctypes.CDLL(os.environ["MLX_MPI_LIBNAME"])
+    library.set_link(ctypes.c_double(latency), ctypes.c_double(bandwidth))
 
 
 def run_first() -> None:

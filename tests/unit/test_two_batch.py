@@ -22,7 +22,7 @@ from mlx_ep.api.overlap import OverlapTable
 from mlx_ep.config import EPConfig
 from mlx_ep.exchange import InFlight
 from mlx_ep.models.halved_cache import HalvedCache, why_not_halved
-from mlx_ep.models.two_batch import LEAST_PROMPT, cut_step
+from mlx_ep.models.two_batch import LEAST_PROMPT, Choose, cut_step
 from mlx_ep.moe import MixtureOfExperts, RebalanceRule
 from mlx_ep.moe.overlap import Operation, Turns
 from tests.support import tiny
@@ -208,20 +208,102 @@ def test_halves_are_made_anew_only_where_the_batch_changed() -> None:
     assert [part.keys.shape[0] for part in halved.cut(1)] == [1, 1]
 
 
+def steady(**medians: float) -> dict[str, tuple[float, ...]]:
+    """A host that nobody else uses."""
+    return {mode: (seconds,) * 5 for mode, seconds in medians.items()}
+
+
 def test_what_loses_is_not_chosen() -> None:
     table = OverlapTable(
         {
-            ("decode", 1): {"none": 1.0, "single": 0.99},
-            ("decode", 8): {"none": 1.0, "single": 0.9, "two": 0.8},
-            ("prompt", 16): {"none": 1.0, "single": 0.96, "two": 1.5},
+            ("decode", 1): steady(none=1.0, single=0.985),
+            ("decode", 8): steady(none=1.0, single=0.9, two=0.8),
+            ("prompt", 16): steady(none=1.0, single=0.96, two=1.5),
         }
     )
     chosen = [table.choose("decode", n) for n in (1, 7, 8, 500)]
     assert chosen == ["none", "none", "two", "two"]
     assert table.choose("prompt", 2) == table.choose("prompt", 99) == "single"
     assert OverlapTable({}).choose("prompt", 9) == "none"
-    text = table.explain()
-    assert "| decode, 8 tokens | two " in text.replace("  ", " ")
+    text = " ".join(table.explain().split())
+    assert "| decode, 1 tokens | none | 1000.000 | 985.000 (5/5) | - |" in text
+    assert "| decode, 8 tokens | two |" in text
+
+
+def test_a_gain_is_of_neighbours() -> None:
+    """The host slows down by half while it is measured; the mode gains all the time."""
+    none = (1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0)
+    faster = tuple(0.9 * one for one in none)
+    late = faster[3:] + faster[:3]  # the same times, of other turns
+
+    def chosen(two: tuple[float, ...]) -> str:
+        table = OverlapTable({("decode", 1): {"none": none, "two": two}})
+        return table.choose("decode", 1)
+
+    assert (chosen(faster), chosen(late)) == ("two", "none")
+
+
+def test_what_is_not_clear_is_not_chosen() -> None:
+    """A median that gains is not enough: it has to gain turn after turn."""
+
+    def chosen(gaining: int, turns: int) -> str:
+        two = (0.5,) * gaining + (1.2,) * (turns - gaining)
+        samples = {"none": (1.0,) * turns, "two": two}
+        return OverlapTable({("decode", 2): samples}).choose("decode", 2)
+
+    assert [chosen(n, 5) for n in (3, 4, 5)] == ["none", "none", "two"]
+    assert [chosen(n, 21) for n in (11, 14, 15)] == ["none", "none", "two"]
+
+
+def turns_taken(monkeypatch, took: dict[str, tuple[float, ...]]) -> int:
+    """Turns of one size on a host where the steps of each mode take so long."""
+    monkeypatch.setattr("mlx_ep.api.overlap.SIZES", {"decode": (2,), "prompt": ()})
+    clock, mode, count = [0.0], ["none"], dict.fromkeys(took, 0)
+
+    def step() -> None:
+        times = took[mode[0]]
+        clock[0] += times[count[mode[0]] % len(times)]
+        count[mode[0]] += 1
+
+    def always(wanted: str) -> Choose:
+        mode[0] = wanted
+        return lambda kind, num_tokens: wanted
+
+    monkeypatch.setattr("mlx_ep.api.overlap.step_of", lambda *_: step)
+    monkeypatch.setattr("mlx_ep.api.overlap.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("mlx_ep.api.overlap.always", always)
+    model = tiny.make_model(tiny.QWEN2_MOE)
+    mlx_ep.parallelize(model, config=EPConfig(overlap="auto", warmup=False))
+    samples = model.expert_parallel.overlaps.samples["decode", 2]
+    assert {len(times) for times in samples.values()} == {count["none"] - 1}
+    return count["none"] - 1
+
+
+def test_more_is_measured_where_it_is_not_clear(monkeypatch) -> None:
+    """Of steps of 0.05 s half a second has 10, and a second more has 20."""
+    slow, fast, mixed = (0.05,), (0.04,), (0.04, 0.04, 0.045, 0.06, 0.06)
+    with monkeypatch.context() as patch:
+        loses = {"none": fast, "single": slow, "two": slow}
+        assert turns_taken(patch, loses) == 10
+    with monkeypatch.context() as patch:
+        gains = {"none": slow, "single": fast, "two": slow}
+        assert turns_taken(patch, gains) == 10
+    with monkeypatch.context() as patch:
+        unclear = {"none": slow, "single": mixed, "two": slow}
+        assert turns_taken(patch, unclear) == 30
+
+
+def test_noise_is_rarely_taken_for_a_gain() -> None:
+    """Of modes that gain nothing on a host whose steps vary by a third."""
+    rng, turns, hosts = np.random.default_rng(0), 21, 400
+    taken = 0
+    for _ in range(hosts):
+        times = rng.lognormal(0.0, 0.3, (3, turns))
+        samples = dict(
+            zip(("none", "single", "two"), map(tuple, times.tolist()), strict=True)
+        )
+        taken += OverlapTable({("decode", 2): samples}).choose("decode", 2) != "none"
+    assert taken / hosts < 0.1
 
 
 def test_auto_measures_every_way(monkeypatch) -> None:
