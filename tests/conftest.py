@@ -27,7 +27,8 @@ shape_checks.make_cheaper()  # before a test imports this package
 gc.disable()  # until all tests are imported: nothing of that is garbage
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
     gc.freeze()  # a collection in a test does not go through all that is imported
     gc.enable()
 

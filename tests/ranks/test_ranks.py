@@ -63,13 +63,12 @@ def a_function_that_hangs(group, folder):
     time.sleep(60)
 
 
-def test_all_workers_of_one_pytest_fork_from_one_process():
+def test_all_workers_of_one_pytest_fork_from_one_process(monkeypatch):
     first = run_ranks(1, parent)
-    connection = forked._server("checked")
-    forked._server.cache_clear()  # as in another worker
-    assert forked._server("checked") is not connection
-    assert run_ranks(1, parent) == first
-    connection.close()  # a worker that ends leaves the others theirs
+    with forked._server.__wrapped__("checked") as of_another_worker:
+        monkeypatch.setattr(forked, "_server", lambda kind: of_another_worker)
+        assert run_ranks(1, parent) == first
+    monkeypatch.undo()  # a worker that ends leaves the others theirs
     assert run_ranks(1, parent) == first
 
 
@@ -152,13 +151,16 @@ def test_no_ranks_is_refused():
 
 
 ENDS_LATE = """
-import atexit, os, sys
+import atexit, os, sys, threading, time
 atexit.register(print, "left")
 print(__name__, sys.argv, sys.path[0], sys.stdin.read(), os.getcwd())
 class Ended(Exception): pass
 if "raise" in sys.argv: raise Ended("so")
 if "kill" in sys.argv: os.kill(os.getpid(), 9)
-sys.exit(3)
+if "message" in sys.argv: sys.exit("why")
+if "interrupted" in sys.argv: raise KeyboardInterrupt
+threading.Thread(target=lambda: (time.sleep(0.1), print("thread"))).start()
+if "normal" not in sys.argv: sys.exit(3)
 """
 
 
@@ -166,8 +168,10 @@ sys.exit(3)
     "argv",
     [
         ["-c", ENDS_LATE, "x"],
-        ["-c", ENDS_LATE, "raise"],
-        ["-c", ENDS_LATE, "kill"],
+        *(
+            ["-c", ENDS_LATE, how]
+            for how in ("raise", "kill", "message", "interrupted", "normal")
+        ),
         ["-m", "mlx_ep", "--help"],
         ["-m", "mlx_ep.generate", "--no-such-flag"],
     ],

@@ -3,8 +3,8 @@
 It imports everything, and then answers requests of the processes of tests that connect
 to its socket: a command line, variables, a folder, and four open files (stdin, stdout,
 stderr, and where to say how it ended). A child runs the command line as a Python would
-that was started with it, to the interpreter's own end. No thread runs here, and no
-random number has been drawn. It ends when the last of those processes has.
+that was started with it. No thread runs here, and no random number has been drawn. It
+ends when the last of those processes has.
 """
 
 from __future__ import annotations
@@ -116,25 +116,42 @@ def _become(request: dict[str, Any], files: list[int]) -> list[str]:
     return argv
 
 
-def end() -> None:
-    """Say farewell where MPI wants one, and end as Python does.
+def run_to_the_end(argv: list[str]) -> None:
+    """Run a command line and end the process, as Python does but for one thing.
 
-    MLX says it when the last object that holds the group is gone. To that end
-    everything has to go, also what this process was forked with: half a second.
+    Python frees all that it has imported at its end: of what was forked, that copies
+    page after page, a quarter of a second.
     """
+    code = 0
+    try:
+        run(argv)
+    except SystemExit as ended:
+        if not isinstance(ended.code, int | None):
+            raise  # a message
+        code = ended.code or 0
+    threading._shutdown()  # waits for threads
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        sys.exit(code)  # Python says what is wrong
+    _say_farewell_to_mpi(code)
+    # With the lock that Python's threads wait for: none runs while C's objects go.
+    ctypes.PyDLL(None).exit(code)
+
+
+def _say_farewell_to_mpi(code: int) -> None:
+    """MPI wants one; MLX says it once the last object that holds the group is gone."""
     library = os.environ.get("MLX_MPI_LIBNAME")
     if library is None or not any(name.startswith("OMPI_") for name in os.environ):
         return
-    mpi, begun = ctypes.CDLL(library), ctypes.c_int()
+    mpi, begun, ended = ctypes.CDLL(library), ctypes.c_int(), ctypes.c_int()
     mpi.MPI_Initialized(ctypes.byref(begun))
-    if not begun.value:
-        return
-    threading._shutdown()  # waits for threads
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    mpi.MPI_Finalize()
-    os._exit(0)
+    mpi.MPI_Finalized(ctypes.byref(ended))
+    if begun.value and not ended.value:
+        mpi.MPI_Finalize()
+        os._exit(code & 0xFF)  # else MLX might say it again
 
 
 def run(argv: list[str]) -> None:
@@ -164,5 +181,4 @@ if __name__ == "__main__":
     import_all(checks_shapes=sys.argv[1] == "checked")
     gc.collect()
     gc.freeze()  # no collection in a child touches, and copies, what is imported
-    run(serve(socket.socket(fileno=int(sys.argv[2]))))
-    end()
+    run_to_the_end(serve(socket.socket(fileno=int(sys.argv[2]))))
