@@ -35,12 +35,11 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.harness import Target, arguments, finish, heading, run_pinned
+from benchmarks.harness import Target, Told, arguments, finish, heading, run_pinned
 from mlx_ep.api.overlap import step_of
 from mlx_ep.metrics import markdown_table
 from tests.support import tiny
@@ -64,15 +63,9 @@ HIDDEN_PASSES = 4
 
 
 def model_of(width, num_layers=2):
-    return tiny.make_model(
-        tiny.QWEN2_MOE
-        | {
-            "hidden_size": width,
-            "moe_intermediate_size": 64,
-            "shared_expert_intermediate_size": width,
-            "num_hidden_layers": num_layers,
-        }
-    )
+    sizes = {"hidden_size": width, "shared_expert_intermediate_size": width}
+    sizes |= {"moe_intermediate_size": 64, "num_hidden_layers": num_layers}
+    return tiny.make_model(tiny.QWEN2_MOE | sizes)
 
 
 def there_and_back(
@@ -222,20 +215,6 @@ def measure(group, tokens, sizes, part, most):
     return layers, steps, hidden, chosen, overlaps.explain()
 
 
-class Told(NamedTuple):
-    """The median of ratios, and its interval of 95 %."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, ratios: np.ndarray) -> Told:
-        draws = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
-        ends = np.percentile(np.median(ratios[draws], axis=1), (2.5, 97.5))
-        return cls(float(np.median(ratios)), *map(float, ends))
-
-
 def slower(per_rank):
     """size -> arm -> seconds of the slower rank in each turn."""
     return {
@@ -288,18 +267,16 @@ def layers_table(records):
         *("free us", "hidden us", "of free", "95 %", "shared > exchange"),
     )
     lines = [
-        (num, turns, *(f"{v:.0f}" for v in values), *shown(share), yes_or_no(applies))
+        (
+            num,
+            turns,
+            *(f"{v:.0f}" for v in values),
+            *share.texts,
+            "yes" if applies else "no",
+        )
         for num, turns, *values, share, applies in (r.values() for r in records)
     ]
     return markdown_table(headers, lines)
-
-
-def shown(told: Told) -> tuple[str, str]:
-    return f"{told.median:.3f}", f"{told.low:.3f} .. {told.high:.3f}"
-
-
-def yes_or_no(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 def step_records(sizes, hidden, chosen):
@@ -347,8 +324,8 @@ def steps_table(records):
             *(f"{r[f'{n}_us']:.0f}" for n in ("exchanges", "computing")),
             *(f"{r['ways_us'][w]:.0f}" if w in r["ways_us"] else "-" for w in WAYS),
             f"{r['free_us']:.0f}",
-            *shown(r["of_free"]),
-            yes_or_no(r["applies"]),
+            *r["of_free"].texts,
+            "yes" if r["applies"] else "no",
             *(
                 " ".join(f"{ms:.2f}" for ms in r["hidden_ms"][way]) or "-"
                 for way in ("single", "two")
@@ -381,7 +358,7 @@ def auto_records(sizes, chosen):
 def auto_table(records):
     headers = ("step", "auto is", "way", "turns", "way / auto", "95 %")
     lines = [
-        (r["step"], r["auto"], r["way"], r["turns"], *shown(r["of_way"]))
+        (r["step"], r["auto"], r["way"], r["turns"], *r["of_way"].texts)
         for r in records
     ]
     return markdown_table(headers, lines, left=3)
@@ -394,17 +371,10 @@ def main():
     part = 0.2 if args.quick else 1.0
     print(heading("overlap"))
     with Link(LATENCY, BANDWIDTH) as link:
-        ranks = run_pinned(
-            2,
-            measure,
-            *(tokens, sizes, part, args.samples),
-            transport="mpi",
-            timeout=400,
-            link=link,
-        )
+        work = (tokens, sizes, part, args.samples)
+        ranks = run_pinned(2, measure, *work, transport="mpi", timeout=400, link=link)
     _, _, hidden, chosen, explained = ranks[0]
     layers, targets = layer_records(slower([rank[0] for rank in ranks]))
-    shares = [target.value for target in targets]
     print(layers_table(layers) + "\n")
     step_sizes = slower([rank[1] for rank in ranks])
     steps, step_targets = step_records(step_sizes, hidden, chosen)
@@ -412,12 +382,13 @@ def main():
     autos, auto_targets = auto_records(step_sizes, chosen)
     print(auto_table(autos) + "\n")
     print(f"What `auto` has measured:\n\n{explained}\n")
+    shares = [target.value for target in targets]
     worst = f"at least {min(shares):.2f}" if shares else "nowhere enough to hide it"
+    least = min(record["of_way"].median for record in autos)
     figure = (
         f"overlap (single, 2 ranks, {LATENCY * 1e6:.0f} us, {BANDWIDTH / 1e9:g} GB/s): "
         f"{worst} of the throughput of a free link where shared experts take longer; "
-        f"steps with auto: at least {min(r['of_way'].median for r in autos):.2f} of "
-        "any other way"
+        f"steps with auto: at least {least:.2f} of any other way"
     )
     records = [*layers, *steps, *autos]
     return finish(args, records, targets + step_targets + auto_targets, figure)

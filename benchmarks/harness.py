@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_ep.benchmark.samples import Samples as Measured
 from mlx_ep.tune import in_turn
@@ -56,6 +57,25 @@ def ratio(samples: Samples, baseline: Samples) -> Samples:
 def slowest(ranks: Sequence[Samples]) -> Samples:
     """Per sample, the seconds of the rank that was done last."""
     return Samples(tuple(map(max, zip(*(r.seconds for r in ranks), strict=True))))
+
+
+class Told(NamedTuple):
+    """The median of ratios of neighbours, and its interval of 95 % (bootstrap)."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, ratios: np.ndarray) -> Told:
+        draws = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
+        ends = np.percentile(np.median(ratios[draws], axis=1), (2.5, 97.5))
+        return cls(float(np.median(ratios)), *map(float, ends))
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """For two columns of a table: ``0.981`` and ``0.956 .. 1.004``."""
+        return f"{self.median:.3f}", f"{self.low:.3f} .. {self.high:.3f}"
 
 
 def interleaved(
