@@ -280,17 +280,18 @@ def turns_taken(monkeypatch, took: dict[str, tuple[float, ...]]) -> int:
 
 
 def test_more_is_measured_where_it_is_not_clear(monkeypatch) -> None:
-    """Of steps of 0.05 s half a second has 10, and a second more has 20."""
-    slow, fast, mixed = (0.05,), (0.04,), (0.04, 0.04, 0.045, 0.06, 0.06)
+    """Of steps of 1/16 s half a second has 8, and a second more has 16."""
+    slow, fast = (1 / 16,), (1 / 32,)
+    mixed = tuple(part / 128 for part in (6, 6, 7, 9, 9))
     with monkeypatch.context() as patch:
         loses = {"none": fast, "single": slow, "two": slow}
-        assert turns_taken(patch, loses) == 10
+        assert turns_taken(patch, loses) == 8
     with monkeypatch.context() as patch:
         gains = {"none": slow, "single": fast, "two": slow}
-        assert turns_taken(patch, gains) == 10
+        assert turns_taken(patch, gains) == 8
     with monkeypatch.context() as patch:
         unclear = {"none": slow, "single": mixed, "two": slow}
-        assert turns_taken(patch, unclear) == 30
+        assert turns_taken(patch, unclear) == 24
 
 
 def test_noise_is_rarely_taken_for_a_gain() -> None:
