@@ -156,6 +156,7 @@ def serve(
     """Play scripts on one engine, one after another; every rank must call it."""
     engine = load_engine(group, folder, config, options)
     if config == SHARED:
+        assert engine._worker.sharing.on_one and engine._worker.sharing.on_each
         engine._worker.sharing = EveryOther()
     played = with_client(engine, group, lambda: [play(engine, s) for s in scripts])
     if played is not None:
