@@ -365,7 +365,10 @@ def auto_table(records):
 
 
 def main():
-    args = arguments(__doc__, samples=240).parse_args()
+    parser = arguments(__doc__, samples=240)
+    args = parser.parse_args()
+    if sys.platform != "linux":
+        parser.error("it needs Linux: the artificial link over MPI waits by futex")
     tokens = QUICK_TOKENS if args.quick else TOKENS
     sizes = QUICK_SIZES if args.quick else SIZES
     part = 0.2 if args.quick else 1.0
