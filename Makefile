@@ -65,10 +65,11 @@ $(VENV)/.oracle: pyproject.toml
 	$(call install,$(if $(CPU),$(CPU)$(comma))dev$(comma)mpi$(comma)oracle)
 	@touch $(VENV)/.demo $(VENV)/.test
 
+# Python compiles what it imports, a small part of what is installed.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "mlx_ep needs Python 3.11 or newer: make PYTHON=/path/to/python3"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".$(if $(1),[$(1)])"
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".$(if $(1),[$(1)])"
 	@touch $@
 endef

@@ -8,6 +8,7 @@ that start an interpreter (`run_commands(..., forks=False)`, `mlx.launch`, `mpir
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import json
 import os
@@ -26,7 +27,6 @@ from typing import IO
 from tests.support.fork_server import FOLDER, HEADER, READY
 from tests.support.launchers import rank_environment
 
-_started: list[subprocess.Popen[bytes]] = []
 # Read where they are used, not when a module is imported: they may differ by process.
 _READ_LATER = {
     "MLX_EP_BACKEND",
@@ -166,15 +166,20 @@ def _server(kind: str) -> socket.socket:
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(str(path))
                 listener.listen()
-                script = Path(__file__).with_name("fork_server.py")
-                _started.append(
-                    subprocess.Popen(
-                        [sys.executable, str(script), kind, str(listener.fileno())],
-                        env=_VARIABLES,
-                        pass_fds=[listener.fileno()],
-                        stdin=subprocess.DEVNULL,
-                    )
-                )
+                _start(kind, listener)
             client.connect(str(path))
+    atexit.register(client.close)
     assert client.recv(1) == READY, "it could not import everything"
     return client
+
+
+def _start(kind: str, listener: socket.socket) -> None:
+    """It may outlive this process, which therefore keeps nothing of it."""
+    script = Path(__file__).with_name("fork_server.py")
+    listener.set_inheritable(True)
+    os.posix_spawn(
+        sys.executable,
+        [sys.executable, str(script), kind, str(listener.fileno())],
+        _VARIABLES,
+        file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
+    )

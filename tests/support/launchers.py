@@ -18,13 +18,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import IO
 
 from tests.support.private import user_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 _FIRST_PORT, _END_OF_PORTS, _PORTS = 11_000, 31_000, 500
-_locked: list[IO[str]] = []  # until this process ends
 MPI_AS_ROOT = {
     f"{prefix}_ALLOW_RUN_AS_ROOT{suffix}": "1"
     for prefix in ("OMPI", "PRTE")
@@ -74,13 +72,13 @@ def free_ports(count: int) -> list[int]:
 def _block() -> Iterator[int]:
     folder = user_folder("mlx-ep-ports")
     for first in range(_FIRST_PORT, _END_OF_PORTS, _PORTS):
-        file = (folder / str(first)).open("w")
+        file = os.open(folder / str(first), os.O_CREAT | os.O_WRONLY)
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _locked.append(file)
-            # Not one soon after another: what has ended lingers at its port.
+            # Open, and so locked, to the end of this process. Not one port soon after
+            # another: what has ended lingers at it.
             return itertools.cycle(range(first, first + _PORTS))
-        file.close()
+        os.close(file)
     raise RuntimeError(f"too many tests at once: all of {folder} is locked")
 
 
