@@ -47,8 +47,7 @@ from tests.support.link import Link, set_link
 
 LATENCY, BANDWIDTH = 200e-6, 1e9
 D, STEP_D = 512, 256  # of layers, of the model whose steps are timed
-TOKENS = (1, 4, 16, 64)
-QUICK_TOKENS = (1, 16)
+TOKENS, QUICK_TOKENS = (1, 4, 16, 64), (1, 16)
 LEAST_SHARE, LEAST_OF_WAYS, WIDEST = 0.9, 0.98, 0.04
 LAYERS = 4
 SIZES = (*(("decode", size) for size in (1, 4, 8, 16)), ("prompt", 16))

@@ -78,10 +78,8 @@ def build_engine(
         find=lambda owner, tokens: prefixes[owner].find(tokens),
     )
     assert len(prefixes) == owners
-    notes, sharing = (
-        [f"attention: {attention}"],
-        measure_sharing(model, comm, vocabulary),
-    )
+    sharing = measure_sharing(model, comm, vocabulary)
+    notes = [f"attention: {attention}"]
     if text := str(sharing):
         notes.append(text)
     if reason:

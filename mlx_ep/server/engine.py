@@ -51,7 +51,7 @@ RecordAction = Literal["start", "stop", "dump"]
 LOADS_EVERY = 32
 # Steps between two looks at a rank's memory, while the same sequences run.
 LOOK_EVERY = 16
-FAREWELL = 2.0  # s, in which rank 0 still says why it ends
+FAREWELL = 2.0  # s, for rank 0 to say why it ends: more than `listener.LINGER`
 RECORD_LIMIT = 60.0  # s until an answer of the recorder is given up
 _KIB = 1024
 

@@ -23,6 +23,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mlx_ep.server.replies import ABORT
 
+# s: a load balancer or a monitor that looks once a second sees a 503, with the reason.
+LINGER = 1.5
+
 
 @dataclass(frozen=True)
 class PortLimits:
@@ -63,10 +66,6 @@ def open_port(host: str, port: int) -> socket.socket:
             f"got {host} and {port}."
         ) from error
     return listener
-
-
-# s: a load balancer or a monitor that looks once a second sees a 503, with the reason.
-LINGER = 1.5
 
 
 class Listener:
