@@ -19,6 +19,7 @@ class Channel:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     def announce(self, text, code):
         print(text, file=sys.stderr, flush=True)
+        sys.stdout.flush()  # as a rank does that its watch ends
         os._exit(code)
 
 def interrupt():
